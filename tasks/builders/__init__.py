@@ -1,0 +1,1 @@
+"""Builders make corpora with real recognisers and noise models."""
