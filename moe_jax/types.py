@@ -1,0 +1,95 @@
+"""The values that flow through the code base.
+
+Letters name dims once, here, and suffix every array (`x_BxLxD`):
+
+    B rows    L positions (tokens or frames)    S source positions    D model    N heads    H head dim
+    F ffn hidden    E experts    K choices    C slots    V vocab    T task families    M models being merged
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+Array = jax.Array
+Metrics = dict[str, Any]  # name -> scalar or small array; sums that the caller divides (see `losses.py`)
+
+
+def value(cls):
+    """A frozen dataclass that is a JAX pytree."""
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+
+@value
+class TokenInfo:
+    """Side inputs: they ride beside `x` through every layer and never enter attention or norms as data.
+
+    Attributes:
+      task_BxL: int32, the family of each position (0 at padding). Packed rows mix families.
+      valid_BxL: bool, False at padding: such a position never routes and never enters a loss.
+      segment_BxL: int32, which example of a packed row (from 1); positions of two segments never meet.
+      position_BxL: int32, the position within the segment, from 0.
+    """
+
+    task_BxL: Array
+    valid_BxL: Array
+    segment_BxL: Array
+    position_BxL: Array
+
+
+@value
+class Batch:
+    """One step's data.
+
+    Attributes:
+      tokens_BxL: int32, what the model reads.
+      targets_BxL: int32, the next token of the same segment.
+      weights_BxL: float32, 1 where the target is text that the model must write, else 0.
+      info: `TokenInfo` of `tokens_BxL`.
+    """
+
+    tokens_BxL: Array
+    targets_BxL: Array
+    weights_BxL: Array
+    info: TokenInfo
+
+
+@value
+class RoutingDecision:
+    """Which experts a position goes to, and with which weights.
+
+    Attributes:
+      expert_BxLxK: int32 in [0, E]; E is nobody (padding).
+      weight_BxLxK: float32; 0 at padding.
+      logits_BxLxE: float32 router logits, before any forcing or bias.
+    """
+
+    expert_BxLxK: Array
+    weight_BxLxK: Array
+    logits_BxLxE: Array
+
+
+@value
+class RouterStats:
+    """Sufficient statistics of one MoE layer over one batch: all are sums over valid positions, so that they add
+    over batches and hosts; `lax.scan` stacks them over layers.
+
+    Attributes:
+      load_E: assignments to each expert (no gradient).
+      prob_E: sum of the softmax of the router's logits; carries the gradient of the balance loss.
+      z: sum of squared logsumexp of the logits (ST-MoE).
+      entropy: sum of the entropy of the router's softmax, in nats (no gradient).
+      dropped: assignments lost to capacity (no gradient).
+      task_load_TxE: assignments by family (no gradient).
+      count: number of valid positions.
+    """
+
+    load_E: Array
+    prob_E: Array
+    z: Array
+    entropy: Array
+    dropped: Array
+    task_load_TxE: Array
+    count: Array
