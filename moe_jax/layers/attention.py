@@ -1,0 +1,103 @@
+"""Causal self-attention with rotary positions; the cache is an input and an output.
+
+A call with `state=None` sees the whole sequence. A call with a `KvCache` sees what went before and adds itself: chunked and
+whole agree for every chunking. Positions of two segments never attend to each other; padding (segment 0) attends to nothing.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.layers.param import Module, Rngs, fan_in, param
+from moe_jax.sharding import constrain
+from moe_jax.types import Array, TokenInfo, value
+
+NEG = -1e30
+
+
+@value
+class KvCache:
+    """Fixed-size cache; slots below `index` are filled.
+
+    Attributes: key_BxSxNxH, value_BxSxNxH, segment_BxS (0 = empty or padding), index (scalar, next slot).
+    """
+
+    key_BxSxNxH: Array
+    value_BxSxNxH: Array
+    segment_BxS: Array
+    index: Array
+
+
+def rotate(x_BxLxNxH: Array, position_BxL: Array, base: float) -> Array:
+    """Rotary embedding (Su et al. 2021), halves convention (as Llama)."""
+    half = x_BxLxNxH.shape[-1] // 2
+    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = position_BxL[..., None, None].astype(jnp.float32) * frequency
+    sin, cos = jnp.sin(angle).astype(x_BxLxNxH.dtype), jnp.cos(angle).astype(x_BxLxNxH.dtype)
+    a, b = x_BxLxNxH[..., :half], x_BxLxNxH[..., half:]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+class Attention(Module):
+    def __init__(
+        self, d: int, *, heads: int = 4, kv_heads: int | None = None, rope_base: float = 10_000.0, rngs: Rngs
+    ):
+        kv_heads = kv_heads or heads
+        if d % heads or heads % kv_heads:
+            raise ValueError(f"d={d} must be a multiple of heads={heads}, and heads of kv_heads={kv_heads}")
+        self.heads, self.kv_heads, self.head = heads, kv_heads, d // heads
+        self.rope_base = rope_base
+        self.q = param(rngs, (d, heads * self.head), ("embed", "heads"), fan_in())
+        self.k = param(rngs, (d, kv_heads * self.head), ("embed", "heads"), fan_in())
+        self.v = param(rngs, (d, kv_heads * self.head), ("embed", "heads"), fan_in())
+        self.o = param(rngs, (heads * self.head, d), ("heads", "embed"), fan_in())
+
+    def cache(self, batch: int, slots: int, dtype=jnp.float32) -> KvCache:
+        shape = (batch, slots, self.kv_heads, self.head)
+        return KvCache(
+            jnp.zeros(shape, dtype),
+            jnp.zeros(shape, dtype),
+            jnp.zeros((batch, slots), jnp.int32),
+            jnp.zeros((), jnp.int32),
+        )
+
+    def __call__(
+        self, x_BxLxD: Array, info: TokenInfo, state: KvCache | None = None
+    ) -> tuple[Array, KvCache | None]:
+        B, L, _ = x_BxLxD.shape
+        # Garbage in padding must not reach a valid position: a weight of 0 does not stop NaN, forward or backward.
+        x_BxLxD = jnp.where(info.valid_BxL[..., None], x_BxLxD, 0)
+        q, k, v = (
+            constrain(x_BxLxD @ w[...], "batch", None, "heads").reshape(B, L, -1, self.head)
+            for w in (self.q, self.k, self.v)
+        )
+        q, k = rotate(q, info.position_BxL, self.rope_base), rotate(k, info.position_BxL, self.rope_base)
+        segment = jnp.where(info.valid_BxL, info.segment_BxL, 0)
+        start: Array | int = 0
+        if state is not None:
+            start = state.index
+            k = jax.lax.dynamic_update_slice(state.key_BxSxNxH, k.astype(state.key_BxSxNxH.dtype), (0, start, 0, 0))
+            v = jax.lax.dynamic_update_slice(
+                state.value_BxSxNxH, v.astype(state.value_BxSxNxH.dtype), (0, start, 0, 0)
+            )
+            keys = jax.lax.dynamic_update_slice(state.segment_BxS, segment, (0, start))
+            state = KvCache(k, v, keys, start + L)
+        else:
+            keys = segment
+        slot_L, slot_S = start + jnp.arange(L), jnp.arange(k.shape[1])
+        mask = (slot_L[:, None] >= slot_S) & (segment[:, :, None] == keys[:, None, :]) & (keys[:, None, :] > 0)
+        y = _attend(q, k.astype(q.dtype), v.astype(q.dtype), mask)
+        return constrain(y.reshape(B, L, -1) @ self.o[...], "batch", None, None), state
+
+
+def _attend(q_BxLxNxH: Array, k_BxSxKxH: Array, v_BxSxKxH: Array, mask_BxLxS: Array) -> Array:
+    """Grouped-query attention; the softmax is float32. A row that may see nothing gives zeros."""
+    B, L, N, H = q_BxLxNxH.shape
+    q = q_BxLxNxH.reshape(B, L, k_BxSxKxH.shape[2], -1, H)
+    score = jnp.einsum("blkgh,bskh->bkgls", q, k_BxSxKxH, preferred_element_type=jnp.float32) * H**-0.5
+    mask = mask_BxLxS[:, None, None]
+    score = jnp.where(mask, score, NEG)
+    weight = jnp.where(mask, jnp.exp(score - jax.lax.stop_gradient(score.max(-1, keepdims=True))), 0)
+    weight = weight / jnp.maximum(weight.sum(-1, keepdims=True), 1e-30)
+    return jnp.einsum("bkgls,bskh->blkgh", weight.astype(q.dtype), v_BxSxKxH).reshape(B, L, N, H)

@@ -1,0 +1,45 @@
+"""Layers of one kind, stacked on a leading axis: built by `vmap`, run by `scan`.
+
+One traced layer instead of N: compile time does not grow with depth, and side results (router statistics, caches) come back
+stacked, by value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from moe_jax.layers.param import Module, Rngs
+from moe_jax.types import Array
+
+REMAT: dict[str, Callable | None] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def build(make: Callable[[Rngs], Module], num: int, rngs: Rngs) -> Module:
+    """`num` independent layers whose parameters have a leading layer axis."""
+    return jax.vmap(lambda key: make(Rngs(params=key)))(jax.random.split(rngs.params(), num))
+
+
+def run(
+    layers: Module, x: Array, call: Callable[..., tuple[Array, Any]], *inputs: Any, remat: str = "none"
+) -> tuple[Array, Any]:
+    """`x` through every layer: `call(layer, x, *layer_inputs) -> (x, out)`; `inputs` have a leading layer axis.
+
+    Returns the last x and the stacked outs. Raises ValueError for an unknown `remat` policy.
+    """
+    if remat not in REMAT:
+        raise ValueError(f"unknown remat policy {remat!r}; known: {', '.join(REMAT)}")
+    if REMAT[remat] is not None:
+        call = jax.checkpoint(call, policy=REMAT[remat], static_argnums=())
+
+    def body(x, layer_inputs):
+        layer, rest = layer_inputs
+        return call(layer, x, *rest)
+
+    return jax.lax.scan(body, x, (layers, inputs))

@@ -1,0 +1,62 @@
+"""Losses: pure functions of logits and of statistics. Layers never know them; the model adds them from one table of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.types import Array, RouterStats
+
+
+def xent(logits_BxLxV: Array, targets_BxL: Array) -> Array:
+    """nll_BxL: the negative log-likelihood of each target, float32, in nats."""
+    logits = logits_BxLxV.astype(jnp.float32)
+    chosen = jnp.take_along_axis(logits, targets_BxL[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+def load_balance(stats: RouterStats) -> Array:
+    """Switch balance loss E * sum_e f_e P_e (Fedus et al. 2022), the mean over layers; 1 when perfectly balanced.
+
+    f is the share of assignments (no gradient), P the mean probability (gradient to the gate), both over valid positions.
+    """
+    share = stats.load_E / jnp.maximum(stats.load_E.sum(-1, keepdims=True), 1)
+    prob = stats.prob_E / jnp.maximum(stats.count[..., None], 1)
+    return (share * prob).sum(-1).mean() * stats.load_E.shape[-1]
+
+
+def router_z(stats: RouterStats) -> Array:
+    """Mean squared logsumexp of the router's logits (ST-MoE, Zoph et al. 2022), the mean over layers."""
+    return (stats.z / jnp.maximum(stats.count, 1)).mean()
+
+
+def task_balance(stats: RouterStats) -> Array:
+    """The balance loss with each task weighing the same: a task with few tokens cannot be crowded out of its expert.
+
+    E * mean over present tasks of sum_e f_{t,e} P_e, with the batch's mean probability P (gradient to the gate).
+    """
+    load = stats.task_load_TxE
+    total = load.sum(-1, keepdims=True)
+    prob = stats.prob_E / jnp.maximum(stats.count[..., None], 1)
+    per_task = (load / jnp.maximum(total, 1) * prob[..., None, :]).sum(-1) * load.shape[-1]
+    present = total[..., 0] > 0
+    return (jnp.where(present, per_task, 0).sum(-1) / jnp.maximum(present.sum(-1), 1)).mean()
+
+
+AUXILIARY = {"load_balance": load_balance, "router_z": router_z, "task_balance": task_balance}
+
+
+def auxiliary(stats: RouterStats | None, weights: Mapping[str, float]) -> tuple[Array | float, dict[str, Array]]:
+    """The weighted sum of the auxiliary losses, and each one's plain value for the log.
+
+    Raises ValueError for a name that is not in `AUXILIARY`.
+    """
+    unknown = set(weights) - set(AUXILIARY)
+    if unknown:
+        raise ValueError(f"unknown auxiliary loss {sorted(unknown)}; known: {', '.join(AUXILIARY)}")
+    if stats is None:
+        return 0.0, {}
+    values = {name: AUXILIARY[name](stats) for name in AUXILIARY}
+    return sum((w * values[name] for name, w in weights.items() if w), jnp.zeros(())), values

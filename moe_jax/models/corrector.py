@@ -1,0 +1,143 @@
+"""The decoder-only corrector: reads a prompt of hypotheses, writes the corrected text (NeKo's shape, arXiv 2411.05945).
+
+Pre-norm blocks: a short causal convolution, rotary attention, a gated feed-forward layer (dense or MoE).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax import losses
+from moe_jax.layers import stack
+from moe_jax.layers.attention import Attention, KvCache
+from moe_jax.layers.conv import CausalConv, ConvState
+from moe_jax.layers.ffn import DenseFfn
+from moe_jax.layers.param import Module, RMSNorm, Rngs, normal, param
+from moe_jax.moe.routers import MAX_TASKS
+from moe_jax.sharding import constrain
+from moe_jax.types import Array, Batch, Metrics, RouterStats, TokenInfo, value
+
+
+@value
+class BlockState:
+    attention: KvCache
+    conv: ConvState
+
+
+class Block(Module):
+    def __init__(self, d: int, *, attention: Callable, ffn: Callable, conv_width: int, rngs: Rngs):
+        self.norm_attention, self.norm_ffn = RMSNorm(d, rngs=rngs), RMSNorm(d, rngs=rngs)
+        self.conv = CausalConv(d, width=conv_width, rngs=rngs)
+        self.attention = attention(d, rngs=rngs)
+        self.ffn = ffn(d, rngs=rngs)
+
+    def state(self, batch: int, slots: int, d: int, dtype) -> BlockState:
+        return BlockState(self.attention.cache(batch, slots, dtype), self.conv.state(batch, d, dtype))
+
+    def __call__(
+        self, x: Array, info: TokenInfo, state: BlockState | None, key: Array | None
+    ) -> tuple[Array, tuple[BlockState | None, RouterStats | None]]:
+        h, conv = self.conv(self.norm_attention(x), info, None if state is None else state.conv)
+        h, cache = self.attention(h, info, None if state is None else state.attention)
+        x = x + h
+        h, stats = self.ffn(self.norm_ffn(x), info, key)
+        return x + h, (None if state is None else BlockState(cache, conv), stats)
+
+
+class Corrector(Module):
+    """Args:
+    d: model width.
+    layers: number of blocks.
+    vocab: size of the vocabulary (the tokeniser's).
+    attention, ffn: configured classes, called with (d, rngs=...). `ffn` is the seam for MoE.
+    conv_width: taps of the convolution (1: a scale only).
+    tied: the output matrix is the embedding.
+    auxiliary: weights of the auxiliary losses by name (`losses.AUXILIARY`).
+    remat: gradient checkpointing policy of the stack (`layers.stack.REMAT`).
+    """
+
+    def __init__(
+        self,
+        *,
+        d: int = 192,
+        layers: int = 4,
+        vocab: int,
+        attention: Callable = Attention,
+        ffn: Callable = DenseFfn,
+        conv_width: int = 4,
+        tied: bool = True,
+        auxiliary: Mapping[str, float] | None = None,
+        remat: str = "none",
+        rngs: Rngs,
+    ):
+        self.d, self.num_layers, self.vocab = d, layers, vocab
+        self.embedding = param(rngs, (vocab, d), ("vocab", "embed"), normal(d**-0.5))
+        self.blocks = stack.build(
+            lambda rngs: Block(d, attention=attention, ffn=ffn, conv_width=conv_width, rngs=rngs), layers, rngs
+        )
+        self.norm = RMSNorm(d, rngs=rngs)
+        self.output = None if tied else param(rngs, (d, vocab), ("embed", "vocab"), normal(d**-0.5))
+        self.auxiliary = tuple(sorted((auxiliary or {}).items()))
+        self.remat = remat
+
+    def state(self, batch: int, slots: int, dtype=jnp.float32) -> BlockState:
+        """Empty decoding state for `slots` positions, stacked over layers."""
+        one = self.blocks.state(batch, slots, self.d, dtype)
+        return jax.tree.map(lambda a: jnp.broadcast_to(a, (self.num_layers, *a.shape)), one)
+
+    def __call__(
+        self, tokens_BxL: Array, info: TokenInfo, state: BlockState | None = None, key: Array | None = None
+    ) -> tuple[Array, BlockState | None, RouterStats | None]:
+        """Returns (x_BxLxD before the output matrix, state, router statistics stacked over layers)."""
+        x = self.embedding[...][tokens_BxL] * self.d**0.5
+        keys = None if key is None else jax.random.split(key, self.num_layers)
+        x, (state, stats) = stack.run(
+            self.blocks,
+            constrain(x, "batch", None, None),
+            lambda block, x, state, key: block(x, info, state, key),
+            state,
+            keys,
+            remat=self.remat,
+        )
+        return self.norm(x), state, stats
+
+    def logits(self, x_BxLxD: Array) -> Array:
+        matrix = self.embedding[...].T if self.output is None else self.output[...]
+        return constrain(x_BxLxD @ matrix, "batch", None, "vocab")
+
+    def loss(
+        self,
+        batch: Batch,
+        key: Array | None = None,
+        *,
+        normaliser: Array | float | None = None,
+        max_targets: int | None = None,
+    ) -> tuple[Array, Metrics]:
+        """Mean nll of the written tokens plus the weighted auxiliary losses.
+
+        Args:
+          key: training; None is evaluation (free routing, no noise, no auxiliary losses).
+          normaliser: what the sum of nll is divided by (default: this batch's weights); for gradient accumulation.
+          max_targets: no row writes more tokens than this: only so many positions get logits.
+        """
+        x, _, stats = self(batch.tokens_BxL, batch.info, key=key)
+        targets, weights, task = batch.targets_BxL, batch.weights_BxL, batch.info.task_BxL
+        if max_targets is not None and max_targets < targets.shape[1]:
+            _, where = jax.lax.top_k(weights, max_targets)
+            x = jnp.take_along_axis(x, where[..., None], axis=1)
+            targets, weights, task = (jnp.take_along_axis(a, where, axis=1) for a in (targets, weights, task))
+        nll = losses.xent(self.logits(x), targets) * weights
+        loss = nll.sum() / (jnp.maximum(weights.sum(), 1) if normaliser is None else normaliser)
+        metrics: Metrics = {
+            "nll_T": jnp.zeros(MAX_TASKS).at[task].add(nll),
+            "weight_T": jnp.zeros(MAX_TASKS).at[task].add(weights),
+            "tokens": batch.info.valid_BxL.sum(),
+        }
+        if stats is not None:
+            extra, values = losses.auxiliary(stats, dict(self.auxiliary))
+            loss = loss + (extra if key is not None else 0.0)
+            metrics |= values | {"stats": stats}
+        return loss, metrics

@@ -1,0 +1,129 @@
+"""A dispatch is a value that knows how to send positions to experts, multiply there, and bring them back.
+
+    rows = dispatch.send(x)            # the layout that the experts see
+    rows = dispatch.matmul(rows, w)    # each row times its own expert's matrix
+    y    = dispatch.recv(rows)         # the weighted sum of a position's experts
+
+Experts know neither capacity nor raggedness; all dispatches that drop nothing agree to rounding. Everything is by index: a one-hot
+product would leak NaN out of padding and build a [B, L, K, E, C] tensor. `Dispatcher` is (decision, num_experts) -> Dispatch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.moe.grouped import grouped_matmul
+from moe_jax.sharding import constrain
+from moe_jax.types import Array, RoutingDecision
+
+
+@dataclasses.dataclass(frozen=True)
+class Dispatch:
+    """send: x_BxLxD -> rows; matmul: (rows, w_ExIxO) -> rows; recv: rows -> y_BxLxD; dropped: lost assignments."""
+
+    send: Callable[[Array], Array]
+    matmul: Callable[[Array, Array], Array]
+    recv: Callable[[Array], Array]
+    dropped: Array
+
+
+Dispatcher = Callable[[RoutingDecision, int], Dispatch]
+
+
+@jax.custom_vjp
+def _permute(x: Array, index: Array, inverse: Array) -> Array:
+    """x[index] for a permutation: its transpose is a gather by the inverse, where autodiff would write a slow scatter."""
+    return x[index]
+
+
+_permute.defvjp(lambda x, i, j: (x[i], j), lambda j, dy: (dy[j], None, None))
+
+
+def ragged(decision: RoutingDecision, num_experts: int) -> Dispatch:
+    """Dropless: assignments sorted by expert, one grouped matrix product. Padding sorts behind everyone and is not computed."""
+    B, L, K = decision.expert_BxLxK.shape
+    expert_R = decision.expert_BxLxK.reshape(-1)
+    order_R = jnp.argsort(expert_R, stable=True)
+    inverse_R = jnp.zeros_like(order_R).at[order_R].set(jnp.arange(order_R.size))
+    size_E = jnp.bincount(expert_R, length=num_experts + 1)[:num_experts]
+
+    def send(x_BxLxD: Array) -> Array:
+        x = jnp.broadcast_to(x_BxLxD[:, :, None], (B, L, K, x_BxLxD.shape[-1])).reshape(B * L * K, -1)
+        return _permute(x, order_R, inverse_R)
+
+    def recv(rows_RxD: Array) -> Array:
+        y = _permute(rows_RxD, inverse_R, order_R).reshape(B, L, K, -1)
+        return _combine(y, decision)
+
+    return Dispatch(send, lambda rows, w: grouped_matmul(rows, w, size_E), recv, jnp.zeros(()))
+
+
+def slots(decision: RoutingDecision, num_experts: int, *, factor: float = 1.25) -> Dispatch:
+    """Capacity: each expert takes at most C = ceil(factor * L * K / E) assignments of a row of the batch; later ones are dropped.
+
+    Priority is by position, then by choice. (Choice first, as GShard has it, lets a later token push out an earlier one: it
+    leaks the future in a causal model.) Fixed shapes, so it shards by all-to-all: rows lie by batch before, by expert between.
+    """
+    B, L, K = decision.expert_BxLxK.shape
+    E = num_experts
+    C = min(max(-int(-factor * L * K // E), 1), L * K)
+    expert_BxR = decision.expert_BxLxK.reshape(B, L * K)
+    taken_BxRxE = jnp.cumsum(jax.nn.one_hot(expert_BxR, E, dtype=jnp.int32), axis=1)
+    rank_BxR = jnp.take_along_axis(taken_BxRxE, jnp.minimum(expert_BxR, E - 1)[..., None], axis=2)[..., 0] - 1
+    kept_BxR = (expert_BxR < E) & (rank_BxR < C)
+    slot_BxR = jnp.where(kept_BxR, expert_BxR * C + rank_BxR, E * C)
+    # The assignment in each slot; L * K where the slot is empty. Under vmap, or XLA adds all-gathers.
+    source_BxS = jax.vmap(lambda s: jnp.full((E * C + 1,), L * K, jnp.int32).at[s].set(jnp.arange(L * K)))(slot_BxR)
+    source_BxS = source_BxS[:, : E * C]
+
+    def send(x_BxLxD: Array) -> Array:
+        filled = (source_BxS < L * K)[..., None]
+        rows = jax.vmap(lambda x, s: x[jnp.minimum(s, L * K - 1) // K])(x_BxLxD, source_BxS)
+        rows = jnp.where(filled, rows, 0).reshape(B, E, C, -1)
+        return constrain(constrain(rows, "batch", None, None, None), "group", "expert", None, None)
+
+    def recv(rows_BxExCxD: Array) -> Array:
+        rows = constrain(constrain(rows_BxExCxD, "group", "expert", None, None), "batch", None, None, None)
+        rows = rows.reshape(B, E * C, -1)
+        y = jax.vmap(lambda r, s: r[s])(rows, jnp.minimum(slot_BxR, E * C - 1))
+        y = jnp.where(kept_BxR[..., None], y, 0)
+        return _combine(y.reshape(B, L, K, -1), decision)
+
+    def matmul(rows_BxExCxI: Array, w_ExIxO: Array) -> Array:
+        return jnp.einsum("beci,eio->beco", rows_BxExCxI, w_ExIxO)
+
+    dropped = ((expert_BxR < E) & ~kept_BxR).sum().astype(jnp.float32)
+    return Dispatch(send, matmul, recv, dropped)
+
+
+def gathered(decision: RoutingDecision, num_experts: int) -> Dispatch:
+    """Dropless for a handful of positions (decoding): read only the chosen experts' matrices."""
+    expert_BxLxK = jnp.minimum(decision.expert_BxLxK, num_experts - 1)
+
+    def send(x_BxLxD: Array) -> Array:
+        return jnp.broadcast_to(x_BxLxD[:, :, None], (*expert_BxLxK.shape, x_BxLxD.shape[-1]))
+
+    def matmul(rows_BxLxKxI: Array, w_ExIxO: Array) -> Array:
+        return jnp.einsum("blki,blkio->blko", rows_BxLxKxI, w_ExIxO[expert_BxLxK])
+
+    return Dispatch(send, matmul, lambda rows: _combine(rows, decision), jnp.zeros(()))
+
+
+GATHER_ROWS = 8  # below this many assignments reading the chosen matrices beats sorting (measured on CPU)
+
+
+def dropless(decision: RoutingDecision, num_experts: int) -> Dispatch:
+    """`gathered` for a handful of positions, `ragged` above: the default, chosen by shape at trace time."""
+    few = decision.expert_BxLxK.size <= GATHER_ROWS
+    return (gathered if few else ragged)(decision, num_experts)
+
+
+def _combine(y_BxLxKxD: Array, decision: RoutingDecision) -> Array:
+    """The weighted sum over choices; a choice of weight nobody contributes nothing, not even NaN."""
+    weight = decision.weight_BxLxK[..., None].astype(y_BxLxKxD.dtype)
+    real = decision.weight_BxLxK[..., None] > 0
+    return (jnp.where(real, y_BxLxKxD, 0) * weight).sum(axis=2)

@@ -1,0 +1,68 @@
+"""The MoE feed-forward layer: decide, dispatch, compute, count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.layers.param import Module, Rngs
+from moe_jax.moe import dispatch as dispatches
+from moe_jax.moe.experts import Gated
+from moe_jax.moe.routers import MAX_TASKS, TopK
+from moe_jax.types import Array, RouterStats, RoutingDecision, TokenInfo
+
+
+class MoeFfn(Module):
+    """A feed-forward layer of `num_experts` experts of `hidden` units each.
+
+    Args:
+      d: model width.
+      router, experts: configured classes, called with (d, num_experts, rngs=...).
+      dispatch: a `Dispatcher`. Evaluation and decoding never drop, so they use `dropless` whatever this is.
+    """
+
+    def __init__(
+        self,
+        d: int,
+        *,
+        num_experts: int = 8,
+        hidden: int,
+        router: Callable[..., Module] = TopK,
+        experts: Callable[..., Module] = Gated,
+        dispatch: dispatches.Dispatcher = dispatches.dropless,
+        rngs: Rngs,
+    ):
+        self.num_experts = num_experts
+        self.router = router(d, num_experts, rngs=rngs)
+        self.experts = experts(d, num_experts, hidden=hidden, rngs=rngs)
+        self.dispatch = dispatch
+
+    def __call__(self, x_BxLxD: Array, info: TokenInfo, key: Array | None = None) -> tuple[Array, RouterStats]:
+        decision = self.router(x_BxLxD, info, key)
+        to = (self.dispatch if key is not None else dispatches.dropless)(decision, self.num_experts)
+        y = to.recv(self.experts(to.send(x_BxLxD), to.matmul))
+        return y, router_stats(decision, info, to.dropped, self.num_experts)
+
+
+def router_stats(decision: RoutingDecision, info: TokenInfo, dropped: Array, num_experts: int) -> RouterStats:
+    """Sums over valid positions; only `prob_E` and `z` carry gradients (to the router)."""
+    valid = info.valid_BxL.astype(jnp.float32)
+    logits = decision.logits_BxLxE
+    prob = jax.nn.softmax(logits, axis=-1) * valid[..., None]
+    z = jax.nn.logsumexp(logits, axis=-1)
+    surprise = jax.lax.stop_gradient(jax.nn.log_softmax(logits, axis=-1))
+    # (task, expert) pairs, counted by index; nobody (E) and padding fall into the cut-off last column.
+    pair = info.task_BxL[..., None] * (num_experts + 1) + decision.expert_BxLxK
+    load = jnp.bincount(pair.reshape(-1), length=MAX_TASKS * (num_experts + 1)).reshape(MAX_TASKS, -1)
+    load = jax.lax.stop_gradient(load[:, :num_experts].astype(jnp.float32))
+    return RouterStats(
+        load_E=load.sum(0),
+        prob_E=prob.sum((0, 1)),
+        z=(z * z * valid).sum(),
+        entropy=-(jax.lax.stop_gradient(prob) * surprise).sum(),
+        dropped=jax.lax.stop_gradient(dropped),
+        task_load_TxE=load,
+        count=valid.sum(),
+    )

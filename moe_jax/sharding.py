@@ -1,0 +1,98 @@
+"""The only file that knows a mesh.
+
+Arrays name their dims in words (`embed`, `mlp`, `expert`, ... ; activations: `batch`); one table says on which mesh axis a
+word lies. A word without a rule, a missing mesh axis, or a size that the axis does not divide means: replicated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "expert", "model")
+
+RULES: Mapping[str, str | tuple[str, ...]] = {
+    "batch": ("data", "expert"),  # experts exchange tokens inside the data batch: the expert axis carries data too
+    "group": "data",  # groups of tokens while they visit the experts
+    "expert": "expert",
+    "heads": "model",
+    "mlp": "model",
+    "vocab": "model",
+}
+
+_context: contextvars.ContextVar[tuple[Mesh, Mapping] | None] = contextvars.ContextVar("mesh", default=None)
+
+
+def make_mesh(data: int = -1, expert: int = 1, model: int = 1) -> Mesh:
+    """A mesh over all devices; `data=-1` takes what the other axes leave.
+
+    Raises ValueError where the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices()
+    if data == -1:
+        data = len(devices) // (expert * model)
+    if data * expert * model != len(devices) or data < 1:
+        raise ValueError(
+            f"mesh data={data} x expert={expert} x model={model} needs {data * expert * model} devices, "
+            f"this host sees {len(devices)}: change the mesh file or use data=-1"
+        )
+    return Mesh(np.array(devices).reshape(data, expert, model), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh | None, rules: Mapping = RULES) -> Iterator[None]:
+    """Within the block `constrain` acts; without a mesh it is the identity."""
+    token = _context.set(None if mesh is None else (mesh, rules))
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+def spec(words: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Mapping = RULES) -> PartitionSpec:
+    """The partition of an array whose trailing dims are called `words` (leading, stacked dims are replicated)."""
+    words = (None,) * (len(shape) - len(words)) + tuple(words)
+    parts, taken = [], set()
+    for word, size in zip(words, shape, strict=True):
+        axes = rules.get(word, ()) if word else ()
+        axes = (axes,) if isinstance(axes, str) else axes
+        axes = tuple(a for a in axes if a not in taken and mesh.shape.get(a, 1) > 1)
+        if not axes or size % int(np.prod([mesh.shape[a] for a in axes])):
+            parts.append(None)
+            continue
+        taken.update(axes)
+        parts.append(axes[0] if len(axes) == 1 else axes)
+    return PartitionSpec(*parts)
+
+
+def constrain(x: jax.Array, *words: str | None) -> jax.Array:
+    """Ask XLA to lay `x` out by its words; the identity outside `use`."""
+    active = _context.get()
+    if active is None:
+        return x
+    mesh, rules = active
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(words, x.shape, mesh, rules)))
+
+
+def shardings(axes: Mapping[str, Sequence[str | None]], shapes: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh):
+    """path -> NamedSharding for parameters whose `axes` name their dims."""
+    return {path: NamedSharding(mesh, spec(axes.get(path, ()), leaf.shape, mesh)) for path, leaf in shapes.items()}
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def put_batch(batch, mesh: Mesh):
+    """Host rows -> one global array a leaf; every process brings its own rows."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
