@@ -11,6 +11,7 @@ from moe_jax.types import Array, TokenInfo
 
 class DenseFfn(Module):
     def __init__(self, d: int, *, hidden: int, rngs: Rngs):
+        self.hidden = hidden
         self.gate = param(rngs, (d, hidden), ("embed", "mlp"), fan_in())
         self.up = param(rngs, (d, hidden), ("embed", "mlp"), fan_in())
         self.down = param(rngs, (hidden, d), ("mlp", "embed"), fan_in())

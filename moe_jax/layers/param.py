@@ -21,9 +21,10 @@ Module = nnx.Module
 Initializer = Callable[..., Array]
 
 
-def fan_in(axis: int = -2) -> Initializer:
-    """Truncated-normal with variance 1 / (size of `axis`)."""
-    return jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=axis, out_axis=-1)
+def fan_in(stacked: int = 0) -> Initializer:
+    """Truncated normal with variance 1 / inputs, for matrices (..., in, out) stacked on `stacked` leading dims."""
+    leading = tuple(range(stacked))
+    return jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", -2, -1, leading)
 
 
 def normal(stddev: float) -> Initializer:

@@ -5,7 +5,7 @@ Pre-norm blocks: a short causal convolution, rotary attention, a gated feed-forw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -69,31 +69,39 @@ class Corrector(Module):
         ffn: Callable = DenseFfn,
         conv_width: int = 4,
         tied: bool = True,
-        auxiliary: Mapping[str, float] | None = None,
+        auxiliary: Mapping[str, float] | Sequence[tuple[str, float]] = (),
         remat: str = "none",
         rngs: Rngs,
     ):
-        self.d, self.num_layers, self.vocab = d, layers, vocab
+        self.d, self.layers, self.vocab, self.conv_width, self.tied = d, layers, vocab, conv_width, tied
         self.embedding = param(rngs, (vocab, d), ("vocab", "embed"), normal(d**-0.5))
         self.blocks = stack.build(
             lambda rngs: Block(d, attention=attention, ffn=ffn, conv_width=conv_width, rngs=rngs), layers, rngs
         )
         self.norm = RMSNorm(d, rngs=rngs)
         self.output = None if tied else param(rngs, (d, vocab), ("embed", "vocab"), normal(d**-0.5))
-        self.auxiliary = tuple(sorted((auxiliary or {}).items()))
+        self.auxiliary = tuple(sorted(dict(auxiliary).items()))
         self.remat = remat
+
+    @property
+    def attention(self) -> Module:
+        return self.blocks.attention
+
+    @property
+    def ffn(self) -> Module:
+        return self.blocks.ffn
 
     def state(self, batch: int, slots: int, dtype=jnp.float32) -> BlockState:
         """Empty decoding state for `slots` positions, stacked over layers."""
         one = self.blocks.state(batch, slots, self.d, dtype)
-        return jax.tree.map(lambda a: jnp.broadcast_to(a, (self.num_layers, *a.shape)), one)
+        return jax.tree.map(lambda a: jnp.broadcast_to(a, (self.layers, *a.shape)), one)
 
     def __call__(
         self, tokens_BxL: Array, info: TokenInfo, state: BlockState | None = None, key: Array | None = None
     ) -> tuple[Array, BlockState | None, RouterStats | None]:
         """Returns (x_BxLxD before the output matrix, state, router statistics stacked over layers)."""
         x = self.embedding[...][tokens_BxL] * self.d**0.5
-        keys = None if key is None else jax.random.split(key, self.num_layers)
+        keys = None if key is None else jax.random.split(key, self.layers)
         x, (state, stats) = stack.run(
             self.blocks,
             constrain(x, "batch", None, None),

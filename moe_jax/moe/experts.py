@@ -19,9 +19,9 @@ class Gated(Module):
     """SwiGLU experts; weights are fused over experts (E, in, out)."""
 
     def __init__(self, d: int, num_experts: int, *, hidden: int, rngs: Rngs):
-        self.gate = param(rngs, (num_experts, d, hidden), ("expert", "embed", "mlp"), fan_in())
-        self.up = param(rngs, (num_experts, d, hidden), ("expert", "embed", "mlp"), fan_in())
-        self.down = param(rngs, (num_experts, hidden, d), ("expert", "mlp", "embed"), fan_in())
+        self.gate = param(rngs, (num_experts, d, hidden), ("expert", "embed", "mlp"), fan_in(1))
+        self.up = param(rngs, (num_experts, d, hidden), ("expert", "embed", "mlp"), fan_in(1))
+        self.down = param(rngs, (num_experts, hidden, d), ("expert", "mlp", "embed"), fan_in(1))
 
     def __call__(self, rows: Array, matmul: Matmul) -> Array:
         return matmul(jax.nn.silu(matmul(rows, self.gate[...])) * matmul(rows, self.up[...]), self.down[...])

@@ -34,7 +34,7 @@ class MoeFfn(Module):
         dispatch: dispatches.Dispatcher = dispatches.dropless,
         rngs: Rngs,
     ):
-        self.num_experts = num_experts
+        self.num_experts, self.hidden = num_experts, hidden
         self.router = router(d, num_experts, rngs=rngs)
         self.experts = experts(d, num_experts, hidden=hidden, rngs=rngs)
         self.dispatch = dispatch

@@ -6,11 +6,10 @@ here: the decision carries its logits, `moe.layer` turns them into statistics, `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from moe_jax.layers.param import Module, Rngs, normal, param
@@ -79,19 +78,23 @@ class Switch(Router):
         return jnp.take_along_axis(jax.nn.softmax(logits_BxLxE, axis=-1), expert_BxLxK, axis=-1)
 
 
-def task_table(experts: Mapping[int, int] | None, num_experts: int) -> np.ndarray:
+TaskMap = Mapping[int, int] | Sequence[int] | None
+
+
+def task_table(experts: TaskMap, num_experts: int) -> tuple[int, ...]:
     """expert_T: the expert of each task id; tasks without an entry go to (id - 1) mod E, id 0 (unknown) to expert 0.
 
     Raises ValueError for a task id or an expert out of range.
     """
-    table = np.maximum(np.arange(MAX_TASKS) - 1, 0) % num_experts
-    for task, expert in (experts or {}).items():
+    table = [max(t - 1, 0) % num_experts for t in range(MAX_TASKS)]
+    items = experts.items() if isinstance(experts, Mapping) else list(enumerate(experts or ()))[1:]
+    for task, expert in items:
         if not 1 <= task < MAX_TASKS:
             raise ValueError(f"task map: task id {task} is outside 1..{MAX_TASKS - 1}")
         if not 0 <= expert < num_experts:
             raise ValueError(f"task map: task {task} -> expert {expert}, but there are experts 0..{num_experts - 1}")
-        table[task] = expert
-    return table.astype(np.int32)
+        table[task] = int(expert)
+    return tuple(table)
 
 
 class TaskMapped(Router):
@@ -112,11 +115,11 @@ class TaskMapped(Router):
         *,
         k: int = 2,
         jitter: float = 0.0,
-        experts: Mapping[int, int] | None = None,
+        experts: TaskMap = None,
         rngs: Rngs,
     ):
         super().__init__(d, num_experts, k=k, jitter=jitter, rngs=rngs)
-        self.experts = tuple(task_table(experts, num_experts).tolist())
+        self.experts = task_table(experts, num_experts)
 
     def mapped(self, info: TokenInfo) -> Array:
         """expert_BxL: the expert that each position's task is mapped to."""
@@ -171,10 +174,10 @@ class ByTask(Module):
     (an unknown one goes to expert 0). A router without parameters is also how a task adapter is chosen."""
 
     def __init__(
-        self, d: int, num_experts: int, *, experts: Mapping[int, int] | None = None, rngs: Rngs | None = None
+        self, d: int, num_experts: int, *, experts: TaskMap = None, rngs: Rngs | None = None
     ):
         self.num_experts, self.k = num_experts, 1
-        self.experts = tuple(task_table(experts, num_experts).tolist())
+        self.experts = task_table(experts, num_experts)
 
     def after_step(self, stats: RouterStats) -> ByTask:
         return self

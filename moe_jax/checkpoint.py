@@ -1,0 +1,201 @@
+"""Checkpoints: flat tables path -> array on disk, and the rules that start one model from another.
+
+A run keeps Orbax steps (parameters, optimiser, position in the data, model description as separate items; the latest and the best);
+a model to ship is one safetensors file. No pickle anywhere, and no config found beside a checkpoint is ever executed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+Table = dict[str, Any]
+
+
+class CheckpointError(ValueError):
+    """One line: what, where, how to mend it."""
+
+
+def _dots(table: Mapping[str, Any]) -> Table:
+    return {path.replace("/", "."): leaf for path, leaf in table.items()}
+
+
+def _slashes(table: Mapping[str, Any]) -> Table:
+    return {path.replace(".", "/"): leaf for path, leaf in table.items()}
+
+
+class Run:
+    """The Orbax steps of one training run; keeps the latest and the best (lowest `valid/loss`)."""
+
+    def __init__(self, folder: Path | str, *, keep_latest: int = 1, keep_best: int = 1):
+        best = lambda metrics: metrics["valid/loss"]  # noqa: E731
+        self.folder = Path(folder).resolve() / "checkpoints"
+        self.manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=AnyPreservationPolicy(
+                    [LatestN(keep_latest), BestN(get_metric_fn=best, reverse=True, n=keep_best)]
+                ),
+                best_fn=best,
+                best_mode="min",
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+            ),
+            item_names=("params", "opt", "meta"),
+            item_handlers={
+                "params": ocp.StandardCheckpointHandler(),
+                "opt": ocp.StandardCheckpointHandler(),
+                "meta": ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    def latest(self) -> int | None:
+        return self.manager.latest_step()
+
+    def best(self) -> int | None:
+        return self.manager.best_step() or self.latest()
+
+    def save(self, step: int, params: Table, opt: Any, meta: Mapping[str, Any], valid_loss: float) -> None:
+        """Raises CheckpointError when Orbax refuses the step (it exists already)."""
+        saved = self.manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(_dots(params)),
+                opt=ocp.args.StandardSave({"leaves": dict(enumerate_leaves(opt))}),
+                meta=ocp.args.JsonSave(dict(meta)),
+            ),
+            metrics={"valid/loss": float(valid_loss)},
+        )
+        if not saved:
+            raise CheckpointError(f"{self.folder}/{step} exists already: choose another run folder")
+
+    def meta(self, step: int) -> dict[str, Any]:
+        return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+    def params(self, step: int, like: Table) -> Table:
+        """Parameters in the shapes and shardings of `like` (arrays or ShapeDtypeStructs)."""
+        return self._restore(step, "params", _dots(like), _slashes)
+
+    def opt(self, step: int, like: Any) -> Any:
+        leaves = dict(enumerate_leaves(like))
+        back = self._restore(step, "opt", {"leaves": leaves}, lambda t: t["leaves"])
+        return jax.tree.unflatten(jax.tree.structure(like), [back[k] for k in leaves])
+
+    def _restore(self, step: int, item: str, like: Table, then) -> Any:
+        try:
+            out = self.manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(like)}))
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            first = str(error).strip().splitlines()[0][:300]
+            raise CheckpointError(
+                f"{self.folder}/{step}: {item} does not fit this model ({first}); "
+                "use the configuration that made the checkpoint, or another run folder"
+            ) from error
+        return then(out[item])
+
+    def close(self) -> None:
+        self.manager.wait_until_finished()
+        self.manager.close()
+
+
+def enumerate_leaves(tree: Any) -> list[tuple[str, Any]]:
+    return [(f"{i:05d}", leaf) for i, leaf in enumerate(jax.tree.leaves(tree))]
+
+
+# --- one file to ship -------------------------------------------------------------------------------------------------------
+
+
+def write_safetensors(path: Path | str, params: Table, meta: Mapping[str, Any], dtype: Any = None) -> None:
+    """One file: arrays by path and JSON metadata; written aside, then renamed."""
+    path = Path(path)
+    arrays = {p: np.ascontiguousarray(np.asarray(x if dtype is None else jnp.asarray(x, dtype))) for p, x in params.items()}
+    aside = path.with_name(path.name + ".part")
+    save_file(arrays, aside, metadata={"moe_jax": json.dumps(dict(meta))})
+    os.replace(aside, path)
+
+
+def read_safetensors(path: Path | str) -> tuple[Table, dict[str, Any]]:
+    """(float32 table, metadata). Raises CheckpointError for a file that is missing, torn or not ours."""
+    try:
+        with safe_open(path, framework="flax") as file:
+            table = {name: jnp.asarray(file.get_tensor(name), jnp.float32) for name in file.keys()}  # noqa: SIM118
+            meta = json.loads((file.metadata() or {}).get("moe_jax", "null"))
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read as safetensors ({error}); is the path right, the file whole?") from error
+    if not isinstance(meta, dict):
+        raise CheckpointError(f"{path}: has no moe_jax metadata; export it with `moe-jax export`")
+    return table, meta
+
+
+# --- one model from another ---------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Paths of the source that match `pattern` become `replacement`, changed by `op`:
+
+    copy     as it is
+    upcycle  repeated on a new expert axis (Komatsuzaki et al. 2022); `count` experts
+    widen    the hidden dim repeated `count` times; with `down` scaled by 1 / count the function stays the same
+    """
+
+    pattern: str
+    replacement: str
+    op: str = "copy"
+    count: int = 1
+
+    def __call__(self, path: str, x: jax.Array) -> jax.Array:
+        if self.op == "copy":
+            return x
+        if self.op == "upcycle":
+            return jnp.repeat(x[..., None, :, :], self.count, axis=-3)
+        if self.op == "widen":
+            down = path.endswith("down")
+            return jnp.concatenate([x / self.count if down else x] * self.count, axis=-2 if down else -1)
+        raise CheckpointError(f"unknown rule {self.op!r}; known: copy, upcycle, widen")
+
+
+def upcycle(experts: int) -> tuple[Rule, ...]:
+    """Dense -> MoE: every expert starts as the dense feed-forward layer, the router is fresh."""
+    return (Rule(r"/ffn/(gate|up|down)$", r"/ffn/experts/\1", "upcycle", experts), Rule(r"^", "", "copy"))
+
+
+def widen(times: int) -> tuple[Rule, ...]:
+    """Dense -> dense of `times` the hidden units: the control of equal active parameters for a top-`times` MoE."""
+    return (Rule(r"(/ffn/(gate|up|down))$", r"\1", "widen", times), Rule(r"^", "", "copy"))
+
+
+def transplant(
+    target: Mapping[str, jax.Array], source: Mapping[str, jax.Array], rules: Sequence[Rule], fresh: Sequence[str] = (r"/router/",)
+) -> Table:
+    """`target` with its arrays taken from `source` by the first rule that matches each source path.
+
+    Every leaf is accounted for: raises CheckpointError for a source leaf that has no place, a shape that differs, or a target leaf
+    that nothing filled and that does not match `fresh` (those keep their own initial values).
+    """
+    out: Table = {}
+    for path, x in source.items():
+        rule = next((r for r in rules if re.search(r.pattern, path)), None)
+        name = path if rule is None else re.sub(rule.pattern, rule.replacement, path, count=1)
+        y = x if rule is None else rule(path, x)
+        if name not in target:
+            raise CheckpointError(f"{path} of the source becomes {name}, which this model does not have; mend the rules")
+        if y.shape != target[name].shape:
+            raise CheckpointError(f"{name}: the source gives {tuple(y.shape)}, this model needs {tuple(target[name].shape)}")
+        out[name] = y.astype(target[name].dtype)
+    unfilled = [p for p in target if p not in out and not any(re.search(f, p) for f in fresh)]
+    if unfilled:
+        raise CheckpointError(f"nothing fills {unfilled[:5]}: add a rule, or name them in `fresh`")
+    return {p: out.get(p, x) for p, x in target.items()}

@@ -1,0 +1,72 @@
+"""A model as data: what class with what arguments, in JSON, so that a checkpoint says how to rebuild itself without running a config.
+
+Convention: a module keeps every keyword argument of its constructor as an attribute of the same name; an argument that is a
+configured class is kept as the sub-module that it made. Only the classes listed here can be built: a file never names code to run.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from moe_jax.layers import attention, ffn
+from moe_jax.layers.param import Module
+from moe_jax.models import corrector
+from moe_jax.moe import dispatch, experts, layer, routers
+
+KNOWN: dict[str, Callable] = {
+    cls.__name__: cls
+    for cls in (
+        corrector.Corrector,
+        attention.Attention,
+        ffn.DenseFfn,
+        layer.MoeFfn,
+        experts.Gated,
+        routers.Router,
+        routers.Switch,
+        routers.TaskMapped,
+        routers.TaskBiased,
+        routers.ByTask,
+        routers.BiasBalanced,
+        dispatch.dropless,
+        dispatch.ragged,
+        dispatch.slots,
+        dispatch.gathered,
+    )
+}
+
+
+def describe(thing: Any) -> Any:
+    """A module, a dispatcher or a plain value as JSON."""
+    if isinstance(thing, Module):
+        names = [p.name for p in inspect.signature(type(thing)).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        args = {n: describe(getattr(thing, n)) for n in names if n != "rngs"}
+        return {"class": type(thing).__name__, "args": args}
+    if isinstance(thing, partial):
+        return {"class": thing.func.__name__, "args": {k: describe(v) for k, v in thing.keywords.items()}}
+    if callable(thing):
+        # A configuration tool may wrap the function; its name still says which one it is.
+        return {"class": thing.__name__, "args": {}}
+    if isinstance(thing, Mapping):
+        return {str(k): describe(v) for k, v in thing.items()}
+    if isinstance(thing, (tuple, list)):
+        return [describe(v) for v in thing]
+    return thing
+
+
+def configured(data: Any) -> Any:
+    """The inverse: a callable with its arguments bound. Raises ValueError for a class that is not `KNOWN`."""
+    if isinstance(data, Mapping) and "class" in data:
+        if data["class"] not in KNOWN:
+            raise ValueError(f"model description names {data['class']!r}; known: {', '.join(KNOWN)}")
+        args = {k: configured(v) for k, v in data.get("args", {}).items()}
+        try:
+            inspect.signature(KNOWN[data["class"]]).bind_partial(**args)
+        except TypeError as error:
+            raise ValueError(f"model description of {data['class']}: {error}") from None
+        return partial(KNOWN[data["class"]], **args) if args else KNOWN[data["class"]]
+    if isinstance(data, list):
+        return tuple(configured(v) for v in data)
+    return data

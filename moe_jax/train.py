@@ -1,0 +1,386 @@
+"""Training: build, step, loop. Reads top to bottom; takes callables and knows no model.
+
+A run folder holds: checkpoints/ (Orbax), metrics.jsonl (deterministic), speed.jsonl (wall-clock), tensorboard/, config.json.
+Everything that a step does depends on (configuration, seed, step) alone, so a resumed run goes on to the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from moe_jax import checkpoint, describe, sharding, tree
+from moe_jax.data import Prepared
+from moe_jax.layers.param import Rngs
+from moe_jax.logs import Logs
+from moe_jax.types import Array, Batch, Metrics
+
+Table = dict[str, Array]
+
+
+@dataclasses.dataclass
+class State:
+    params: Table
+    opt: Any
+    step: int
+
+
+class Stopped(Exception):
+    """Training was asked to stop, and everything is saved."""
+
+
+# --- build ------------------------------------------------------------------------------------------------------------------
+
+
+def build(model: Callable, *, vocab: int, seed: int) -> Any:
+    """The initial model: a function of (configuration, seed)."""
+    return model(vocab=vocab, rngs=Rngs(params=jax.random.fold_in(jax.random.key(seed), 1)))
+
+
+def start(model: Any, optimizer: optax.GradientTransformation, mesh) -> State:
+    """Parameters and optimiser state laid out on the mesh; optimiser leaves lie as their parameters do."""
+    params = tree.flatten(model)
+    layout = sharding.shardings(tree.axes(model), params, mesh)
+    params = {path: jax.device_put(x, layout[path]) for path, x in params.items()}
+    shapes = jax.eval_shape(optimizer.init, params)
+
+    def beside(path, leaf):  # an optimiser leaf of a parameter's shape, under its path, lies as the parameter does
+        own = next((k.key for k in path if getattr(k, "key", None) in layout), None)
+        return layout[own] if own and params[own].shape == leaf.shape else sharding.replicated(mesh)
+
+    opt = jax.jit(optimizer.init, out_shardings=jax.tree_util.tree_map_with_path(beside, shapes))(params)
+    return State(params, opt, 0)
+
+
+# --- step -------------------------------------------------------------------------------------------------------------------
+
+
+def make_step(model: Any, optimizer: optax.GradientTransformation, *, seed: int, micro: int, dtype: str, max_targets: int):
+    """(params, opt, step, batch) -> (params, opt, metrics); gradients are summed over `micro` slices of the batch."""
+
+    def loss_fn(params: Table, batch: Batch, key: Array, normaliser: Array):
+        return compute(model, params, dtype).loss(batch, key, normaliser=normaliser, max_targets=max_targets)
+
+    def step_fn(params: Table, opt: Any, step: Array, batch: Batch) -> tuple[Table, Any, Metrics]:
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), micro)
+        normaliser = jnp.maximum(batch.weights_BxL.sum(), 1) / micro
+        slices = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, micro, *x.shape[1:]), 1, 0), batch)
+
+        def add(total, piece):
+            (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, *piece, normaliser)
+            return jax.tree.map(jnp.add, total, (loss, metrics, grads)), None
+
+        first = jax.tree.map(lambda x: x[0], (slices, keys))
+        if micro == 1:
+            (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, *first, normaliser)
+        else:
+            like = jax.eval_shape(lambda: jax.value_and_grad(loss_fn, has_aux=True)(params, *first, normaliser))
+            zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (like[0][0], like[0][1], like[1]))
+            (loss, metrics, grads), _ = jax.lax.scan(add, zero, (slices, keys))
+        grads = jax.tree.map(lambda g: g / micro, grads)
+        updates, opt = optimizer.update(grads, opt, params)
+        params = optax.apply_updates(params, updates)
+        params = after_step(model, params, metrics)
+        return params, opt, metrics | {"loss": loss / micro, "grad_norm": optax.global_norm(grads)}
+
+    return jax.jit(step_fn, donate_argnums=(0, 1))
+
+
+def compute(model: Any, params: Table, dtype: str) -> Any:
+    """The model in the dtype of computation; routers stay float32, and so does the master copy that is updated."""
+    kept = lambda path: "/router/" in path or dtype == "float32"  # noqa: E731
+    return tree.unflatten(model, {p: x if kept(p) else x.astype(dtype) for p, x in params.items()})
+
+
+def after_step(model: Any, params: Table, metrics: Metrics) -> Table:
+    """Routers that balance without a loss move their bias by this step's load."""
+    if "stats" not in metrics:
+        return params
+    now = tree.unflatten(model, params)
+    now.ffn.router = now.ffn.router.after_step(metrics["stats"])
+    return tree.flatten(now)
+
+
+def make_evaluation(model: Any, *, dtype: str, max_targets: int):
+    """(params, batch) -> metrics, with free routing and nothing dropped."""
+    return jax.jit(lambda params, batch: compute(model, params, dtype).loss(batch, max_targets=max_targets)[1])
+
+
+# --- what is logged ---------------------------------------------------------------------------------------------------------
+
+
+def readable(metrics: Metrics, families: Mapping[str, int]) -> dict[str, float]:
+    """Sums over a batch -> named scalars: mean nll in all and of each family, auxiliary losses, expert load, entropy, drops."""
+    m = jax.device_get(metrics)
+    out = {k: float(v) for k, v in m.items() if np.ndim(v) == 0}
+    out["nll"] = float(m["nll_T"].sum() / max(m["weight_T"].sum(), 1))
+    for name, i in families.items():
+        if m["weight_T"][i] > 0:
+            out[f"loss/{name}"] = float(m["nll_T"][i] / m["weight_T"][i])
+    if "stats" in m:
+        s = m["stats"]
+        out["router/entropy"] = float((s.entropy / np.maximum(s.count, 1)).mean())
+        out["router/dropped"] = float(s.dropped.sum() / max(s.load_E.sum(), 1))
+        share = s.task_load_TxE.sum(0)
+        for name, i in families.items():
+            if share[i].sum() > 0:
+                for e, x in enumerate(share[i] / share[i].sum()):
+                    out[f"load/{name}/{e}"] = float(x)
+    return out
+
+
+def active_params(model: Any) -> int:
+    """Matrix parameters that one token is multiplied with: an expert counts k / E; of a tied embedding, the output product."""
+    total = 0
+    for path, x in tree.flatten(model).items():
+        if path == "embedding" and not model.tied:
+            continue
+        share = model.ffn.router.k / model.ffn.num_experts if "/experts/" in path else 1
+        total += int(x.size * share)
+    return total
+
+
+# --- loop -------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Run:
+    """What `train` leaves in memory for whoever goes on from there."""
+
+    folder: Path
+    model: Any
+    params: Table
+    step: int
+
+
+def train(
+    run_dir: str,
+    *,
+    model: Callable,
+    optimizer: Callable[[], optax.GradientTransformation],
+    data: str,
+    valid_data: str,
+    mesh: Callable = sharding.make_mesh,
+    steps: int = 1000,
+    batch_size: int = 16,
+    micro_batches: int = 1,
+    valid_batches: int = 8,
+    log_every: int = 20,
+    eval_every: int = 200,
+    save_every: int = 200,
+    seed: int = 0,
+    dtype: str = "float32",
+    init_from: str | None = None,
+    init_rules: Callable[[], tuple] | tuple = (),
+    config: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> Run:
+    """Train to `steps`, going on from the latest checkpoint of `run_dir` if there is one.
+
+    Args:
+      model: configured class, called with (vocab=..., rngs=...).
+      optimizer: configured factory of the optax transformation.
+      data, valid_data: prepared folders (`moe_jax.data`).
+      micro_batches: gradient accumulation.
+      init_from: a safetensors checkpoint to start from, changed by `init_rules` (`checkpoint.transplant`).
+      config: the resolved configuration, kept as JSON beside the checkpoints (never executed).
+
+    Raises:
+      Stopped: SIGINT or SIGTERM came; a checkpoint holds everything.
+      ValueError (also `checkpoint.CheckpointError`): one line on data, model or checkpoint that do not fit.
+      FloatingPointError: the loss is not finite; the last checkpoint is untouched.
+    """
+    folder = Path(run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    train_set, valid_set = Prepared.open(data), Prepared.open(valid_data)
+    if train_set.meta["tokeniser"] != valid_set.meta["tokeniser"]:
+        raise ValueError(f"{data} and {valid_data} were prepared with different tokenisers: prepare both again")
+    max_targets = max(train_set.meta["max_targets"], valid_set.meta["max_targets"])
+    families = train_set.meta["families"]
+    devices = mesh()
+    network = build(model, vocab=train_set.tokeniser.vocab_size, seed=seed)
+    if init_from:
+        rules = init_rules() if callable(init_rules) else init_rules
+        source, about = checkpoint.read_safetensors(init_from)
+        if about.get("tokeniser") != train_set.meta["tokeniser"]:
+            raise ValueError(f"{init_from} was trained with another tokeniser than {data}: prepare the data with its own")
+        network = tree.unflatten(network, checkpoint.transplant(tree.flatten(network), source, rules))
+    transform = optimizer()
+    about = {
+        "model": describe.describe(network),
+        "data": {"sha256": train_set.meta["sha256"], "tokeniser": train_set.meta["tokeniser"]},
+        "families": families,
+        "layout": train_set.meta.get("layout", "aligned"),
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    with sharding.use(devices):
+        state = start(network, transform, devices)
+        store = checkpoint.Run(folder)
+        if (latest := store.latest()) is not None:
+            state = _resume(store, latest, state, about)
+        (folder / "config.json").write_text(json.dumps({**about, "config": dict(config or {})}, indent=2) + "\n")
+        train_set.tokeniser.save(folder / "tokeniser.model")
+        step_fn = make_step(
+            network, transform, seed=seed, micro=micro_batches, dtype=dtype, max_targets=train_set.meta["max_targets"]
+        )
+        evaluate = make_evaluation(network, dtype=dtype, max_targets=max_targets)
+        logs = Logs(folder, state.step, enabled=jax.process_index() == 0)
+        if progress and jax.process_index() == 0:
+            _announce(folder, network, state, steps, train_set)
+        try:
+            _loop(
+                state,
+                step_fn,
+                functools.partial(_validate, evaluate, valid_set, batch_size, valid_batches, families, devices),
+                lambda s: sharding.put_batch(_rows(train_set, s, seed, batch_size), devices),
+                store,
+                logs,
+                about=about,
+                families=families,
+                steps=steps,
+                log_every=log_every,
+                eval_every=eval_every,
+                save_every=save_every,
+                progress=progress,
+                flops_per_token=6 * active_params(network),
+            )
+        finally:
+            logs.close()
+            store.close()
+    return Run(folder, network, state.params, state.step)
+
+
+def _loop(
+    state: State,
+    step_fn,
+    validate,
+    fetch,
+    store: checkpoint.Run,
+    logs: Logs,
+    *,
+    about: Mapping[str, Any],
+    families: Mapping[str, int],
+    steps: int,
+    log_every: int,
+    eval_every: int,
+    save_every: int,
+    progress: bool,
+    flops_per_token: int,
+) -> None:
+    if state.step >= steps:
+        return
+    valid: dict[str, float] = {}
+
+    def save() -> None:
+        nonlocal valid
+        valid = valid or validate(state.params)
+        store.save(state.step, state.params, state.opt, {**about, "step": state.step}, valid["valid/loss"])
+
+    bar = tqdm(total=steps, initial=state.step, unit="step", disable=None if progress else True, mininterval=1)
+    clock, tokens, waited = time.monotonic(), 0, 0.0
+    with StopSignal() as stop, bar:
+        while state.step < steps:
+            began = time.monotonic()
+            batch = fetch(state.step)
+            waited += time.monotonic() - began
+            state.params, state.opt, metrics = step_fn(state.params, state.opt, np.int32(state.step), batch)
+            state.step += 1
+            valid = {}
+            tokens += metrics["tokens"]
+            bar.update()
+            if state.step % log_every == 0 or state.step == steps:
+                scalars = readable(metrics, families)
+                if not math.isfinite(scalars["loss"]):
+                    raise FloatingPointError(
+                        f"loss is {scalars['loss']} at step {state.step}; the last checkpoint is step {store.latest()}: "
+                        "lower the learning rate or look at the data"
+                    )
+                seconds = time.monotonic() - clock
+                rate = float(tokens) / seconds
+                logs.metrics(state.step, scalars)
+                speed = {"tokens_per_s": rate, "input_wait": waited / seconds, "flops_per_s": rate * flops_per_token}
+                logs.speed(state.step, speed)
+                bar.set_postfix_str(f"nll {scalars['nll']:.3f}, {rate:.0f} tokens/s")
+                clock, tokens, waited = time.monotonic(), 0, 0.0
+            if state.step % eval_every == 0 or state.step == steps:
+                valid = validate(state.params)
+                logs.metrics(state.step, valid)
+                clock = time.monotonic()
+            if stop.asked or state.step % save_every == 0 or state.step == steps:
+                save()
+            if stop.asked:
+                raise Stopped(f"stopped at step {state.step} of {steps}; the same command goes on from there")
+
+
+def _rows(data: Prepared, step: int, seed: int, batch_size: int) -> Batch:
+    return data.batch(
+        step,
+        seed=seed,
+        batch_size=batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def _validate(evaluate, data: Prepared, batch_size: int, batches: int, families, mesh, params: Table) -> dict[str, float]:
+    """Mean nll over the first rows of the validation set: the same rows at every call."""
+    batches = max(1, min(batches, data.rows // batch_size))
+    total = None
+    for i in range(batches):
+        metrics = evaluate(params, sharding.put_batch(_rows(data, i, 0, batch_size), mesh))
+        total = metrics if total is None else jax.tree.map(jnp.add, total, metrics)
+    scalars = readable(total, families)
+    kept = {k: v for k, v in scalars.items() if k.startswith(("loss/", "load/")) or k == "router/entropy"}
+    return {"valid/loss": scalars["nll"], **{f"valid/{k}": v for k, v in kept.items()}}
+
+
+def _resume(store: checkpoint.Run, step: int, like: State, about: Mapping[str, Any]) -> State:
+    """The state at `step`. Raises CheckpointError where model, data or seed are not those of the run."""
+    was = store.meta(step)
+    for key in ("model", "data", "families", "batch_size", "seed"):
+        if json.dumps(was.get(key), sort_keys=True) != json.dumps(about[key], sort_keys=True):
+            raise checkpoint.CheckpointError(
+                f"{store.folder}/{step} was made with another {key}: use its configuration, or another run folder"
+            )
+    abstract = lambda t: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), t)  # noqa: E731
+    return State(store.params(step, abstract(like.params)), store.opt(step, abstract(like.opt)), step)
+
+
+def _announce(folder: Path, model: Any, state: State, steps: int, data: Prepared) -> None:
+    sizes = tree.count(state.params), active_params(model)
+    print(f"{'resuming' if state.step else 'training'} in {folder}: step {state.step} of {steps}")
+    print(f"  {sizes[0] / 1e6:.2f} M parameters, {sizes[1] / 1e6:.2f} M active a token; devices: {jax.device_count()}")
+    terms = ", ".join(f"{n} x {w}" for n, w in model.auxiliary if w) or "none"
+    print(f"  auxiliary losses: {terms}; {data.rows} rows of {data.meta['length']} tokens")
+
+
+class StopSignal:
+    """SIGINT and SIGTERM ask the loop to save and stop; a second SIGINT stops at once."""
+
+    def __enter__(self) -> StopSignal:
+        self.asked = False
+        self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _ask(self, number, frame) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *exc) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
