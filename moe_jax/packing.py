@@ -1,0 +1,99 @@
+"""Packing: examples -> rows of a fixed length -> batches. Rows mix families; segments keep examples apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moe_jax.text.prompt import WRITE
+from moe_jax.types import Batch, TokenInfo
+
+COLUMNS = {"tokens": np.uint16, "roles": np.uint8, "tasks": np.uint8, "segments": np.uint8}
+MAX_SEGMENTS = 255  # of one row: segments are uint8
+OPEN_ROWS = 64  # rows that `pack` keeps open; more fill better, and mix examples over a longer stretch
+
+Rows = Mapping[str, np.ndarray]  # column -> [length] or [B, length]
+
+
+class Packable(NamedTuple):
+    """One example: token ids (none is 0), their roles, and the id of its family."""
+
+    tokens: Sequence[int]
+    roles: Sequence[int]
+    task: int
+
+
+def pack(examples: Iterable[Packable], length: int) -> Iterator[Rows]:
+    """Packs whole examples into rows of `length`: each goes where it leaves the least room (best fit).
+
+    Raises ValueError for an example that is longer than a row, or empty.
+    """
+    open_rows: list[list[Packable]] = []
+    rooms: list[int] = []
+
+    def close(index: int) -> Rows:
+        del rooms[index]
+        return _row(open_rows.pop(index), length)
+
+    for example in examples:
+        size = len(example.tokens)
+        if not 0 < size <= length or len(example.roles) != size:
+            raise ValueError(f"cannot pack an example of {size} tokens into rows of {length}")
+        fitting = [i for i, room in enumerate(rooms) if size <= room]
+        if not fitting:
+            if len(rooms) == OPEN_ROWS:
+                yield close(rooms.index(min(rooms)))
+            open_rows.append([])
+            rooms.append(length)
+            fitting = [len(rooms) - 1]
+        best = min(fitting, key=rooms.__getitem__)
+        open_rows[best].append(example)
+        rooms[best] -= size
+        if rooms[best] == 0 or len(open_rows[best]) == MAX_SEGMENTS:
+            yield close(best)
+    while rooms:
+        yield close(0)
+
+
+def _row(examples: Sequence[Packable], length: int) -> Rows:
+    row = {name: np.zeros(length, dtype) for name, dtype in COLUMNS.items()}
+    start = 0
+    for segment, (tokens, roles, task) in enumerate(examples, 1):
+        span = slice(start, start + len(tokens))
+        row["tokens"][span], row["roles"][span] = tokens, roles
+        row["tasks"][span], row["segments"][span] = task, segment
+        start = span.stop
+    return row
+
+
+def to_batch(rows: Rows) -> Batch:
+    """A `Batch` of numpy arrays from columns [B, L]; with `tokens` 5 6 7 | 8 9 and `roles` 1 1 2 | 1 2:
+
+    targets   6 7 0  9 0       the next token of the same segment
+    weights   0 1 0  1 0       1 where that token is to be written
+    position  0 1 2  0 1
+    """
+    tokens, roles, tasks, segments = (np.asarray(rows[name]).astype(np.int32) for name in COLUMNS)
+    valid = segments > 0
+    ahead = np.zeros_like(valid)  # whether the next position belongs to the same segment
+    ahead[:, :-1] = valid[:, :-1] & (segments[:, 1:] == segments[:, :-1])
+    writes = ahead & (np.roll(roles, -1, axis=1) == WRITE)
+    index = np.arange(tokens.shape[1], dtype=np.int32)
+    begins = np.ones_like(valid)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    starts = np.maximum.accumulate(np.where(begins, index, 0), axis=1)
+    info: dict[str, Any] = {
+        "task_BxL": tasks,
+        "valid_BxL": valid,
+        "segment_BxL": segments,
+        "position_BxL": np.where(valid, index - starts, 0),
+    }
+    batch: dict[str, Any] = {
+        "tokens_BxL": tokens,
+        "targets_BxL": np.where(ahead, np.roll(tokens, -1, axis=1), 0),
+        "weights_BxL": writes.astype(np.float32),
+        "info": TokenInfo(**info),
+    }
+    return Batch(**batch)

@@ -1,0 +1,211 @@
+"""What the corrector reads: the hypotheses of a recogniser (and source texts, if any) as one token sequence.
+
+    list:     <hyp> mitch cal wrestles <hyp> mitch cal rascals <src> ... <fix>
+    aligned:  <hyp> mitch cal <alt> wrestles <or> rascals </alt> <src> ... <fix>
+
+The aligned layout is a confusion network over the words of the first hypothesis, after Mangu, Brill and
+Stolcke, "Finding consensus in speech recognition" (2000), but with whole differing spans as alternatives, so
+that every hypothesis is still a path through it. One that has little in common with the first follows whole.
+The corrected text is written after `<fix>` and ends with end-of-text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from rapidfuzz.distance import Levenshtein
+
+from moe_jax.text.tokeniser import ALT, CONTROLS, END_ALT, EOS, FIX, HYP, OR, SRC, Tokeniser
+
+READ, WRITE = 1, 2  # roles of tokens; 0 is padding
+LAYOUTS = ("aligned", "list")
+MIN_SIMILARITY = 0.5  # share of words in common, under which alternatives cost more tokens than they save
+
+# The grammar of prompts: which control token may be the last one before each.
+_MAY_FOLLOW: dict[int, set[int | None]] = {
+    HYP: {None, HYP, END_ALT},
+    ALT: {HYP, END_ALT},
+    OR: {ALT, OR},
+    END_ALT: {OR},
+    SRC: {HYP, END_ALT, SRC},
+    FIX: {HYP, END_ALT, SRC},
+}
+
+Words = tuple[str, ...]
+Span = tuple[Words, ...]  # alternatives, distinct; the first hypothesis' own words (or none) come first
+Strand = tuple[Span, ...]  # a hypothesis with its alternatives: plain words are a span of one alternative
+
+
+class Example(NamedTuple):
+    """Token ids and, for each, its role: `READ` (the prompt) or `WRITE` (the text to produce)."""
+
+    tokens: list[int]
+    roles: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """Strands of words and source texts; `build` makes one, `encode` and `decode` are inverse."""
+
+    strands: tuple[Strand, ...]
+    sources: tuple[str, ...] = ()
+
+    @classmethod
+    def build(
+        cls,
+        hypotheses: Sequence[str],
+        sources: Sequence[str] = (),
+        layout: str = "aligned",
+        min_similarity: float = MIN_SIMILARITY,
+    ) -> Prompt:
+        """Raises ValueError without hypotheses, or for an unknown layout."""
+        if layout not in LAYOUTS:
+            raise ValueError(f"unknown prompt layout {layout!r}; known: {', '.join(LAYOUTS)}")
+        texts = [_words(text) for text in dict.fromkeys(hypotheses)]
+        if not texts:
+            raise ValueError("no hypotheses: a prompt needs at least one")
+        first, *others = texts
+        threshold = min_similarity if layout == "aligned" else float("inf")
+        near = [words for words in others if Levenshtein.normalized_similarity(first, words) >= threshold]
+        far = [words for words in others if words not in near]
+        strands = (align(first, near), *(align(words, ()) for words in far))
+        return cls(strands, tuple(dict.fromkeys(sources)))
+
+    def encode(self, tokeniser: Tokeniser) -> list[int]:
+        ids: list[int] = []
+        for strand in self.strands:
+            ids.append(HYP)
+            for span in strand:
+                ids += _encode_span(tokeniser, span)
+        for source in self.sources:
+            ids += [SRC, *tokeniser.encode(source)]
+        return [*ids, FIX]
+
+    @classmethod
+    def decode(cls, tokeniser: Tokeniser, ids: Iterable[int]) -> Prompt:
+        """The prompt of ids up to `<fix>`. Raises ValueError if control tokens stand where they cannot."""
+        strands: list[list[list[Words]]] = []
+        sources: list[str] = []
+        for control, text in _pieces(ids):
+            words = tuple(tokeniser.decode_words(text))
+            if control == SRC:
+                sources.append(tokeniser.decode(text))
+            elif control == HYP:
+                strands.append([[words]] if words else [])
+            elif control == ALT:
+                strands[-1].append([words])
+            elif control == OR:
+                strands[-1][-1].append(words)
+            else:
+                strands[-1] += [[words]] if words else []
+        return cls(tuple(tuple(tuple(span) for span in strand) for strand in strands), tuple(sources))
+
+    @property
+    def first(self) -> str:
+        """The best hypothesis: the first alternative of each span of the first strand."""
+        return " ".join(word for span in self.strands[0] for word in span[0])
+
+
+def align(first: Words, others: Sequence[Words]) -> Strand:
+    """The network of `first` with the words of `others` inline wherever they differ.
+
+    Differing spans of several hypotheses that overlap or touch are one span, so that each hypothesis takes
+    one alternative of each span.
+    """
+    edits = [[op for op in Levenshtein.opcodes(first, other) if op.tag != "equal"] for other in others]
+    strand: list[Span] = []
+    done = 0
+    for start, end in _merge((op.src_start, op.src_end) for ops in edits for op in ops):
+        alternatives = [first[start:end]]
+        for other, ops in zip(others, edits, strict=True):
+            # How far `other` is ahead of `first` before and after the span: no edit touches it from outside.
+            before = sum(_growth(op) for op in ops if op.src_end < start)
+            after = before + sum(_growth(op) for op in ops if start <= op.src_start and op.src_end <= end)
+            alternatives.append(other[start + before : end + after])
+        strand += [(first[done:start],)] if done < start else []
+        strand.append(tuple(dict.fromkeys(alternatives)))
+        done = end
+    return (*strand, (first[done:],)) if done < len(first) else tuple(strand)
+
+
+def encode_example(
+    tokeniser: Tokeniser,
+    hypotheses: Sequence[str],
+    sources: Sequence[str] = (),
+    reference: str | None = None,
+    *,
+    max_length: int,
+    layout: str = "aligned",
+    max_hypotheses: int = 5,
+    max_sources: int = 0,
+) -> Example | None:
+    """The ids that train (with `reference`) or prompt (without) the corrector.
+
+    What does not fit `max_length` loses its last hypotheses, then its last sources; None if the first
+    hypothesis alone does not fit, for the caller to count. Without a reference, room for writing the
+    correction is kept: 1.3 x the tokens of the first hypothesis + 16.
+    """
+    hypotheses = list(dict.fromkeys(hypotheses))[:max_hypotheses]
+    sources = sources[:max_sources]
+    if reference is None:
+        target = []
+        room = max_length - int(1.3 * len(tokeniser.encode(hypotheses[0]))) - 16 if hypotheses else 0
+    else:
+        target = [*tokeniser.encode(reference), EOS]
+        room = max_length - len(target)
+    fewer_hypotheses = [(n, len(sources)) for n in range(len(hypotheses), 1, -1)]
+    fewer_sources = [(1, n) for n in range(len(sources), -1, -1)]
+    for kept, kept_sources in fewer_hypotheses + fewer_sources:
+        prompt = Prompt.build(hypotheses[:kept], sources[:kept_sources], layout).encode(tokeniser)
+        if len(prompt) <= room:
+            return Example(prompt + target, [READ] * len(prompt) + [WRITE] * len(target))
+    return None
+
+
+def _words(text: str) -> Words:
+    return tuple(text.split(" ")) if text else ()
+
+
+def _growth(op) -> int:
+    return (op.dest_end - op.dest_start) - (op.src_end - op.src_start)
+
+
+def _merge(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Unions of spans that overlap or touch, in order."""
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def _encode_span(tokeniser: Tokeniser, span: Span) -> list[int]:
+    if len(span) == 1:
+        return tokeniser.encode_words(span[0])
+    ids = [ALT, *tokeniser.encode_words(span[0])]
+    for words in span[1:]:
+        ids += [OR, *tokeniser.encode_words(words)]
+    return [*ids, END_ALT]
+
+
+def _pieces(ids: Iterable[int]) -> list[tuple[int, list[int]]]:
+    """Splits ids up to `<fix>` into (control token, ids of text up to the next one)."""
+    pieces: list[tuple[int, list[int]]] = []
+    last = None
+    for i in map(int, ids):
+        if i not in _MAY_FOLLOW:
+            if not pieces:
+                raise ValueError(f"not a prompt: it begins with token {i}, not with <hyp>")
+            pieces[-1][1].append(i)
+        elif last not in _MAY_FOLLOW[i]:
+            raise ValueError(f"not a prompt: misplaced {CONTROLS[i - HYP]}")
+        elif i == FIX:
+            return pieces
+        else:
+            pieces.append((i, []))
+            last = i
+    raise ValueError("not a prompt: no <fix>")

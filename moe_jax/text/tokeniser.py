@@ -1,0 +1,166 @@
+"""Text <-> token ids: a SentencePiece unigram model with byte fallback.
+
+Every text round-trips exactly (double spaces, line breaks, any script): the model normalises nothing, and
+what it has no piece for is spelled in UTF-8 bytes, so `<unk>` never occurs. Each *word* carries its leading
+space, the first one too, so that a word has the same pieces wherever it stands, in a prompt or in a target.
+
+Ids: 0 padding, 1 end of text, 2 unknown (never produced), 3-8 the control tokens of `prompt.py`, 9-264 the
+bytes, then pieces. No text can spell a control token: "<hyp>" typed by a user is five characters of text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import sentencepiece
+
+PAD, EOS, UNK = 0, 1, 2
+CONTROLS = ("<hyp>", "<alt>", "<or>", "</alt>", "<src>", "<fix>")
+HYP, ALT, OR, END_ALT, SRC, FIX = range(3, 9)
+FIRST_BYTE = 9
+_SPACE_MARK = "\u2581"  # SentencePiece's own spelling of a space; a literal one must go through bytes
+_SPACE_MARK_IDS = [FIRST_BYTE + byte for byte in _SPACE_MARK.encode()]
+
+
+class Tokeniser:
+    """A tokeniser from the bytes of a SentencePiece model (see `Tokeniser.load` and `train`)."""
+
+    def __init__(self, model: bytes, name: str = "the tokeniser model"):
+        """Raises ValueError, in one line, if `model` is damaged or lacks the fixed special ids."""
+        self.model = model
+        self.sha256 = hashlib.sha256(model).hexdigest()
+        try:
+            if not model:  # SentencePiece would wait for a model instead of refusing
+                raise RuntimeError("empty")
+            self._sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+            pieces = [self._sp.id_to_piece(i) for i in range(FIRST_BYTE + 1)]
+        except (RuntimeError, IndexError, TypeError):
+            raise ValueError(f"{name}: not a SentencePiece model, or a damaged one") from None
+        if pieces != ["<pad>", "</s>", "<unk>", *CONTROLS, "<0x00>"]:
+            raise ValueError(f"{name}: unexpected special ids {pieces}; train it with moe_jax.text")
+
+    @classmethod
+    def load(cls, source: str | os.PathLike | bytes) -> Tokeniser:
+        """From a `.model` file or its bytes. Raises ValueError in one line; nothing is executed on load."""
+        if isinstance(source, bytes):
+            return cls(source)
+        try:
+            return cls(Path(source).read_bytes(), str(source))
+        except OSError as error:
+            raise ValueError(f"{source}: cannot read the tokeniser ({error.strerror})") from None
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the model aside, then renames it, so that a torn file never carries the name."""
+        aside = Path(f"{path}.{os.getpid()}.tmp")
+        aside.write_bytes(self.model)
+        aside.replace(path)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._sp.get_piece_size()
+
+    def encode(self, text: str) -> list[int]:
+        """`decode(encode(text)) == text` for every text without lone surrogates."""
+        return self.encode_words(text.split(" ")) if text else []
+
+    def encode_words(self, words: Sequence[str]) -> list[int]:
+        """The ids of words (no spaces inside; an empty word is a second space), each with its leading space.
+
+        Concatenates: `encode_words(a + b) == encode_words(a) + encode_words(b)`.
+        """
+        spaced = "".join(" " + word for word in words)
+        try:
+            first, *rest = self._sp.encode([part.encode() for part in spaced.split(_SPACE_MARK)])
+        except UnicodeEncodeError:
+            raise ValueError(f"not valid Unicode text: {spaced[:60]!a}") from None
+        return first + [i for ids in rest for i in (*_SPACE_MARK_IDS, *ids)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of any ids (say, of a model): control tokens are skipped, broken UTF-8 becomes U+FFFD."""
+        return self._decode(ids).removeprefix(" ")
+
+    def decode_words(self, ids: Iterable[int]) -> list[str]:
+        """The inverse of `encode_words`."""
+        text = self._decode(ids)
+        return text.removeprefix(" ").split(" ") if text else []
+
+    def _decode(self, ids: Iterable[int]) -> str:
+        ids = [int(i) for i in ids]
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            raise ValueError(f"token ids {min(ids)}..{max(ids)} outside of [0, {self.vocab_size})")
+        return self._sp.decode([i for i in ids if i >= FIRST_BYTE])
+
+
+def train(sentences: Iterable[str], vocab_size: int, seed: int = 0) -> Tokeniser:
+    """Trains on `sentences`: deterministic, one thread. Raises ValueError if there is too little text.
+
+    Args:
+      sentences: texts; see `fair_sample` for a fair share of every language.
+      vocab_size: pieces in all, with the 9 special ids and the 256 bytes.
+      seed: of SentencePiece's own generator.
+    """
+    sentencepiece.set_random_generator_seed(seed)
+    model = io.BytesIO()
+    lines = (" " + line for text in sentences for line in text.splitlines() if line)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines,
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocab_size,
+            character_coverage=0.9999,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,  # `encode_words` writes the leading spaces itself
+            pad_id=PAD,
+            eos_id=EOS,
+            unk_id=UNK,
+            bos_id=-1,
+            control_symbols=list(CONTROLS),
+            max_sentence_length=1 << 20,  # the default of 4 KiB skips longer texts without a word
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"cannot train {vocab_size} pieces: {str(error).rpartition('] ')[2].strip()}"
+        ) from None
+    return Tokeniser(model.getvalue())
+
+
+def fair_sample(
+    texts_by_group: Mapping[str, Sequence[str]], characters: int, seed: int, temperature: float = 2.0
+) -> Iterator[str]:
+    """Yields texts until `characters` are drawn: a group's share is its size to the power 1 / temperature.
+
+    Temperature 1 keeps the natural shares; higher ones lift small languages. Texts of a group come shuffled,
+    and come again once they have all been drawn.
+    """
+    rng = random.Random(seed)
+    groups = sorted(name for name, texts in texts_by_group.items() if any(texts))
+    if not groups:
+        raise ValueError("no text to train a tokeniser on")
+    shares = [sum(map(len, texts_by_group[name])) ** (1 / temperature) for name in groups]
+    streams = {name: _cycle(texts_by_group[name], rng) for name in groups}
+    drawn = 0
+    owed = dict.fromkeys(groups, 0.0)  # shares are of characters, not of texts
+    while drawn < characters:
+        name = max(groups, key=owed.__getitem__)
+        text = next(streams[name])
+        yield text
+        drawn += len(text)
+        owed[name] -= len(text)
+        for group, share in zip(groups, shares, strict=True):
+            owed[group] += len(text) * share / sum(shares)
+
+
+def _cycle(texts: Sequence[str], rng: random.Random) -> Iterator[str]:
+    while True:
+        yield from rng.sample(texts, len(texts))
