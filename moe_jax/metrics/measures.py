@@ -115,8 +115,8 @@ def _translation(
 def _edit_f(
     references: Sequence[str], n_bests: Sequence[Sequence[str]], corrections: Sequence[str]
 ) -> Measure:
-    """The first hypothesis is the source text, so the first pass edits nothing; a line's errors are its wrong and
-    missed edits."""
+    """The first hypothesis is the source text, so the first pass edits nothing; a line's errors are its
+    wrong and missed edits."""
     first, corrected, best = [], [], []
     for reference, n_best, correction in zip(references, n_bests, corrections, strict=True):
         of_hypotheses = [edits.edit_counts(n_best[0], hypothesis, reference) for hypothesis in n_best]

@@ -22,18 +22,20 @@ ALL = "all"
 Row = dict[str, Any]
 
 
-def score(examples: Sequence[Mapping[str, Any]], corrections: Sequence[str], *, seed: int = 0) -> list[Row]:
+def score(
+    examples: Sequence[Mapping[str, Any]], corrections: Sequence[str], *, seed: int = 0, resamples: int = 2000
+) -> list[Row]:
     """Scores each correction against its example's reference, with the first hypothesis as the first pass.
 
     Args:
-      examples: mappings with `task` (family), `source_set`, `hypotheses` (best first, one or more), `reference`.
+      examples: mappings with `task` (family), `source_set`, `hypotheses` (best first) and `reference`.
       corrections: one string an example, in the same order.
-      seed: of the resampling.
+      seed, resamples: of the intervals and p-values; see `significance`.
 
     Returns:
       JSON-safe rows: for each family (in order of appearance) its metrics with set "all", then those of each
-      source set. The metrics are `wer` and `cer`; with them `bleu` and `chrf` for mt and `f0.5` for gec, where
-      higher is better. Scores are fractions (BLEU 0.25 is sacreBLEU's 25). Keys:
+      source set. The metrics are `wer` and `cer`; with them `bleu` and `chrf` for mt and `f0.5` for gec,
+      where higher is better. Scores are fractions (BLEU 0.25 is sacreBLEU's 25). Keys:
         task, set, lines, metric, normaliser (null for sacreBLEU metrics), signature (sacreBLEU's, else null);
         first_pass, corrected, oracle_nb, oracle_cp (wer only, else null): scores;
         relative_change: (corrected - first_pass) / first_pass, null when only the first pass is 0;
@@ -54,7 +56,9 @@ def score(examples: Sequence[Mapping[str, Any]], corrections: Sequence[str], *, 
         found = measures(family, of_family, [corrections[line] for line in lines])
         sets = {ALL: list(range(len(lines)))} | _groups(of_family, range(len(lines)), "source_set")
         rows += [
-            _row(family, name, measure, chosen, seed) for name, chosen in sets.items() for measure in found
+            _row(family, name, measure, chosen, seed, resamples)
+            for name, chosen in sets.items()
+            for measure in found
         ]
     return rows
 
@@ -91,11 +95,11 @@ def _groups(examples: Sequence[Mapping[str, Any]], lines: Sequence[int], key: st
     return groups
 
 
-def _row(family: str, name: str, measure: Measure, lines: Sequence[int], seed: int) -> Row:
+def _row(family: str, name: str, measure: Measure, lines: Sequence[int], seed: int, resamples: int) -> Row:
     first_NxK, corrected_NxK, gain_N = (
         array[lines] for array in (measure.first_NxK, measure.corrected_NxK, measure.gain_N)
     )
-    comparison = compare(first_NxK, corrected_NxK, measure.score, seed=seed)
+    comparison = compare(first_NxK, corrected_NxK, measure.score, seed=seed, resamples=resamples)
     row: Row = {
         "task": family,
         "set": name,

@@ -18,8 +18,8 @@ from sacrebleu.metrics.chrf import CHRF
 class TranslationMetric:
     """One sacreBLEU metric with one reference a line, and its additive line statistics for resampling.
 
-    The statistics come from the methods on which sacreBLEU's own significance tests stand; they are not public,
-    so a test holds them to `corpus_score`.
+    The statistics come from the methods on which sacreBLEU's own significance tests stand; they are not
+    public, so a test holds them to `corpus_score`.
     """
 
     def __init__(self, name: str, corpus: Metric, sentence: Metric):
