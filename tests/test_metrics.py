@@ -40,6 +40,7 @@ def find(rows, metric, name="all"):
             "don't the students rock'n'roll",
         ),  # only inner apostrophes stay
         ("don`t don´t donʼt", "don't don't don't"),
+        ("Dit is ŉ hond", "dit is n hond"),
         ("twenty-one", "twenty one"),
         ("…", ""),
         ("col·lecció", "col·lecció"),

@@ -70,7 +70,7 @@ def tokens(text: str) -> list[str]:
     return _pieces(text, _TOKENS)
 
 
-# Accent characters go before NFKC, which would turn U+00B4 into a space and a combining accent.
+# Mapped before NFKC, which would turn U+00B4 into a space and an accent, and after it, as "ŉ" becomes "ʼn".
 _APOSTROPHES = str.maketrans(dict.fromkeys("‘’‛′ʼ＇`´", "'"))
 _QUOTES = str.maketrans(dict.fromkeys("‘’‚‛", "'") | dict.fromkeys("“”„‟", '"'))
 
@@ -82,7 +82,7 @@ def _collapse(text: str) -> str:
 def _speech(text: str) -> str:
     text = "".join(c for c in text.translate(_APOSTROPHES) if unicodedata.category(c) != "Cf")
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower())
-    return " ".join(_pieces(text, _WORDS))
+    return " ".join(_pieces(text.translate(_APOSTROPHES), _WORDS))
 
 
 def _written(text: str) -> str:
