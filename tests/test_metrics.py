@@ -291,6 +291,7 @@ def test_rows_by_hand():
     assert (row["lines"], row["normaliser"], row["signature"]) == (3, "speech|v1", None)
     in_s = find(rows, "wer", "s")
     assert (in_s["lines"], in_s["first_pass"], in_s["corrected"]) == (2, 1 / 6, 1 / 6)
+    assert in_s["oracle_nb"] == in_s["oracle_cp"] == 0.0  # the error of the third line stays in its own set
     in_t = find(rows, "cer", "t")
     assert in_t["ci95"] == [None, None]  # one line
     assert in_t["oracle_cp"] is None
