@@ -1,9 +1,9 @@
 """Readers and writers of users' files.
 
-A reader turns a file into its parts, in order: records, bad records, and the text between them. A writer gives a
-record back with its correction added; joined with the text between, that is the same file with nothing else
-changed. So order, unknown fields, the digits of numbers, line endings and a byte-order mark stay, and files of any
-size stream.
+A reader turns a file into its parts, in order: records, bad records, and the text between them. A writer
+gives a record back with its correction added; joined with the text between, that is the same file with no
+other change. So order, unknown fields, the digits of numbers, line endings and a byte-order mark stay, and files
+of any size stream.
 
 | name  | extensions             | shape                                                                |
 |-------|------------------------|----------------------------------------------------------------------|
@@ -30,9 +30,9 @@ from pathlib import Path
 from typing import TextIO
 
 from moe_jax.formats import json_list, lines, objects
-from moe_jax.formats.record import Bad, FormatError, Part, Place, Record
+from moe_jax.formats.record import Bad, FormatError, Part, Record
 
-__all__ = ["FORMATS", "Bad", "Format", "FormatError", "Part", "Place", "Record", "detect", "parts", "read"]
+__all__ = ["FORMATS", "Bad", "FormatError", "Part", "Record", "by_extension", "detect", "parts", "read"]
 
 PathLike = str | os.PathLike[str]
 

@@ -53,7 +53,7 @@ class _Window:
                 return self.take(end)
 
     def value(self, place: Place) -> tuple[object, str]:
-        """The next JSON value and its characters. Raises FormatError where it is not JSON or the file ends."""
+        """The next JSON value and its characters. Raises FormatError if it is not JSON or the file ends."""
         while True:
             try:
                 value, end = objects.DECODER.raw_decode(self.text, self.pos)

@@ -1,7 +1,7 @@
 """Formats of one record a line: plain text, tab-separated columns, JSONL.
 
-A line ends at "\\n" alone; a "\\r" before it belongs to the ending. Endings, a byte-order mark and blank lines
-are kept where they are.
+A line ends at "\\n" alone; a "\\r" before it belongs to the ending. Endings, a byte-order mark and blank
+lines are kept where they are.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def read_jsonl(stream: TextIO, path: object, field: str | None) -> Iterator[Part
 def read_tsv(stream: TextIO, path: object, field: str | None) -> Iterator[Part]:
     """Columns of hypotheses, the best first.
 
-    If the first line names a column `hyp`, `hyp1`, `hypothesis`, `hypothesis_2`, ..., it is a header: only the
-    columns so named are hypotheses; `task`, `reference` and `source...` are read too, and others are kept. There is
-    no quoting: a tab always separates. Short rows are padded to the first row's width, so that the new column
-    lines up.
+    If the first line names a column `hyp`, `hyp1`, `hypothesis`, `hypothesis_2`, ..., it is a header: only
+    columns so named are hypotheses; `task`, `reference` and `source...` are read too, and others are kept.
+    There is no quoting: a tab always separates. Short rows are padded to the first row's width, so that the
+    new column lines up.
     """
     names: list[str] = []
 
@@ -87,7 +87,7 @@ def failed(bad: Bad) -> str:
 
 
 def _read(stream: TextIO, path: object, parse: Callable[[str, Place], Part], strip: str) -> Iterator[Part]:
-    """`parse` of every line that is not empty; its ending, and `strip` at both ends, stay between the parts."""
+    """`parse` of every line that is not empty; its ending, and `strip` at both ends, stay outside."""
     for number, line in enumerate(stream, 1):
         mark = "\ufeff" if number == 1 and line.startswith("\ufeff") else ""
         body = line.removeprefix(mark).removesuffix("\n").removesuffix("\r").strip(strip)

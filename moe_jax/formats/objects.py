@@ -60,8 +60,8 @@ def failed(bad: Bad) -> str:
 def split_input2(best: str, rest: str) -> list[str]:
     """The n-best list of HyPoradise's other shape: `input1` is the best, `input2` the others in one string.
 
-    The published files end every hypothesis with a full stop that is not part of it, `"a b."` and `"a d. a c. "`
-    (records that carry both shapes confirm this). A string of several lines holds one hypothesis a line.
+    The published files end every hypothesis with a full stop that is not part of it, `"a b."` and `"a d.
+    a c. "` (records that carry both shapes confirm this). A string of several lines holds one a line.
 
     Raises ValueError where full stops inside hypotheses make the split a guess.
     """

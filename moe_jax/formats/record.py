@@ -16,7 +16,7 @@ class FormatError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a record starts: its file, its line and, where a line may hold several, its number (both from 1)."""
+    """Where a record starts: its file, its line and, where a line may hold several, its number; from 1."""
 
     path: object
     line: int
@@ -38,7 +38,7 @@ class Record:
       sources: what was translated, one text per source language; empty for other tasks.
       task: the name of a task family as the file gives it, or None.
       reference: the right text where the file holds it, else None. Correction never reads it.
-      raw: the record as the file writes it; writers splice into it, so unknown fields and numbers stay as given.
+      raw: the record as the file writes it; writers splice into it, so that unknown fields stay as given.
     """
 
     line: int
