@@ -118,7 +118,7 @@ def run(
     progress: bool = True,
     fingerprint: str = "",
 ) -> Summary:
-    """Writes `input` to `output` with corrections added, going on where a run with these settings had stopped.
+    """Writes `input` to `output` with corrections added, going on where a run with these settings stopped.
 
     Args:
       fmt: a key of `formats.FORMATS`, or None to tell it from the file.

@@ -2,8 +2,8 @@
 
 A reader turns a file into its parts, in order: records, bad records, and the text between them. A writer
 gives a record back with its correction added; joined with the text between, that is the same file with no
-other change. So order, unknown fields, the digits of numbers, line endings and a byte-order mark stay, and files
-of any size stream.
+other change. So order, unknown fields, the digits of numbers, line endings and a byte-order mark stay, and
+files of any size stream.
 
 | name  | extensions             | shape                                                                |
 |-------|------------------------|----------------------------------------------------------------------|
@@ -84,6 +84,8 @@ def detect(path: PathLike, fmt: str | None = None) -> str:
         raise FormatError(
             path, None, "cannot tell its format from its name", f"pass --format, one of: {known}"
         )
+    if Path(path).exists() and not Path(path).is_file():
+        raise FormatError(path, None, "not a regular file", "save what it holds to one first")
     with _opened(path) as stream:
         first = stream.read(4096)
     if not first:
