@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from moe_jax import formats
 from moe_jax.formats import Bad, FormatError, Part, PathLike, Record
-from moe_jax.partfile import PartFile, Refused, Signals, Stopped, part_paths
+from moe_jax.partfile import PartFile, Refused, Signals, Stopped, again, part_paths
 
 # A compressed output gets one member (gzip) or stream (xz) a batch, so that it too can be continued.
 PACKERS = {".gz": functools.partial(gzip.compress, mtime=0), ".xz": lzma.compress}
@@ -91,7 +91,8 @@ def check(
             raise Refused(f"{output}: is not a file; give the name of a file")
         if any(path.exists() and path.samefile(input) for path in (output, *part_paths(output))):
             raise Refused(f"{output}: would overwrite the input; give another --output")
-        if output.exists() and not overwrite:
+        begun = part_paths(output)[1].exists()  # if so, PartFile knows whether it may replace the output
+        if output.exists() and not overwrite and not begun:
             raise Refused(
                 f"{output}: is there already; pass --overwrite to replace it, or give another --output"
             )
@@ -149,7 +150,7 @@ def run(
                 bar.update(job.read - bar.n)
                 if signals.caught and not last:
                     done = f"stopped after {job.summary.records} records, saved in {part.path}"
-                    raise Stopped(signals.caught, f"{done}; run the same command again to go on")
+                    raise Stopped(signals.caught, f"{done}; {part.again}")
     return job.summary
 
 
@@ -313,7 +314,7 @@ def main(args: argparse.Namespace, load: Callable[[argparse.Namespace], CorrectB
         print(e, file=sys.stderr)
         part, _ = part_paths(Path(args.output))
         if part.exists():
-            print(f"what is done is in {part}; then run the same command again to go on", file=sys.stderr)
+            print(f"what is done is in {part}; {again(args.overwrite)}", file=sys.stderr)
         return 2
     except Refused as e:
         print(e, file=sys.stderr)
@@ -322,7 +323,7 @@ def main(args: argparse.Namespace, load: Callable[[argparse.Namespace], CorrectB
         print(e, file=sys.stderr)
         return e.code
     except KeyboardInterrupt:
-        print("stopped; run the same command again to go on after the last whole batch", file=sys.stderr)
+        print(f"stopped at once; {again(args.overwrite)} after the last whole batch", file=sys.stderr)
         return 128 + signal.SIGINT
     _report(summary, args)
     return 0

@@ -41,15 +41,20 @@ class PartFile:
         """Raises Refused if another process writes it, or if it cannot go on from what is there."""
         self.output, self.settings = output, settings
         self.path, self.state = part_paths(output)
+        self.again = again(overwrite)
+        self._may_replace = overwrite
         self.done: dict[str, Any] = {}
         self._offset = 0
         with self._clear_errors():
             fresh = not self.path.exists()
-            self._file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+            self.path.touch()
+            self._file = open(self.path, "r+b")  # noqa: SIM115 closed by __exit__
         try:
             self._lock()
             if not fresh and not overwrite:
                 self._resume()
+            if output.exists() and not self._may_replace:
+                raise Refused(f"{output}: is there already; pass --overwrite to replace it")
             with self._clear_errors():
                 self._file.truncate(self._offset)
                 self._file.seek(self._offset)
@@ -70,6 +75,8 @@ class PartFile:
         """Adds the last `data` and puts the whole in OUTPUT's place. Raises Refused if the disk is full."""
         with self._clear_errors():
             self._write(data)
+            if fcntl is None:
+                self._file.close()  # Windows renames no open file; elsewhere closing it would end the lock
             os.replace(self.path, self.output)
             self.state.unlink()
 
@@ -113,15 +120,16 @@ class PartFile:
             raise Refused(f"{self.path}: was started with {was}, not {now}; give the same, or {anew}")
         if offset > size:
             raise Refused(f"{self.path}: holds {size} bytes where {offset} were written; {anew}")
-        self.done, self._offset = done, offset
+        self.done, self._offset, self._may_replace = done, offset, state.get("may_replace") is True
 
     @contextlib.contextmanager
     def _clear_errors(self) -> Generator[None]:
         try:
             yield
         except OSError as e:
-            fix = "mend that and run the same command again"
-            raise Refused(f"{self.path}: cannot be written: {e.strerror}; {fix}") from None
+            raise Refused(
+                f"{self.path}: cannot be written: {e.strerror}; mend that and {self.again}"
+            ) from None
 
     def _write(self, data: bytes) -> None:
         self._file.write(data)
@@ -129,7 +137,12 @@ class PartFile:
         os.fsync(self._file.fileno())
 
     def _save(self) -> None:
-        state = {"settings": self.settings, "done": self.done, "offset": self._offset}
+        state = {
+            "settings": self.settings,
+            "may_replace": self._may_replace,
+            "offset": self._offset,
+            "done": self.done,
+        }
         aside = self.state.with_name(self.state.name + ".new")
         with open(aside, "w", encoding="utf-8") as file:
             json.dump(state, file)
@@ -158,6 +171,11 @@ class Signals:
         self.caught = signum
         self.__exit__()
         os.write(2, b"\nfinishing the batch; once more to stop at once\n")
+
+
+def again(overwrite: bool) -> str:
+    """How to go on with what is unfinished."""
+    return "run the same command again" + (" without --overwrite" if overwrite else "") + " to go on"
 
 
 def part_paths(output: Path) -> tuple[Path, Path]:

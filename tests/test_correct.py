@@ -225,6 +225,24 @@ def test_other_settings_do_not_resume(tmp_path, options, line):
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
+def test_overwriting_can_be_resumed_but_never_begins_by_itself(tmp_path):
+    source, output = write(tmp_path / "x.txt"), tmp_path / "out.txt"
+    output.write_text("old")
+    stop = Dies(1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped, match="run the same command again without --overwrite to go on"):
+        run(source, output, stop, overwrite=True)
+    assert output.read_text() == "old"
+    seen = []
+    run(source, output, lambda records: seen.extend(records) or upper(records))
+    assert len(seen) == 50 - 16
+    assert output.read_text("utf-8") == source.read_text("utf-8").upper()
+    source, output = begun(tmp_path)
+    output.write_text("somebody's")  # it came after the run had begun
+    with pytest.raises(Refused, match="is there already; pass --overwrite to replace it"):
+        run(source, output)
+    assert output.read_text() == "somebody's"
+
+
 def test_another_input_does_not_resume(tmp_path):
     source, output = begun(tmp_path)
     for rows in (ROWS[:5], [{"hypotheses": ["other"]}, *ROWS[1:]]):
@@ -319,7 +337,7 @@ def test_a_full_disk_is_one_line_and_resumes(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(os, "fsync", full)
     assert main(source, output) == 2
-    line = "cannot be written: No space left on device; mend that and run the same command again"
+    line = "cannot be written: No space left on device; mend that and run the same command again to go on"
     assert capsys.readouterr().err == f"{output}.part: {line}\n"
     monkeypatch.setattr(os, "fsync", sync)
     assert main(source, output) == 0
@@ -344,7 +362,10 @@ def test_main_exit_codes(tmp_path, capsys):
         raise KeyboardInterrupt
 
     assert main(source, output, load=lambda args: Dies(0, interrupted)) == 130
-    assert "stopped; run the same command again" in capsys.readouterr().err
+    assert (
+        "stopped at once; run the same command again to go on after the last whole batch"
+        in capsys.readouterr().err
+    )
     assert main(source, output) == 0
     assert f"{output}: 50 records, 50 corrected, 0 kept by the guard, " in capsys.readouterr().out
 
