@@ -366,6 +366,25 @@ def test_numbers_layout_and_marks_stay_as_they_are(tmp_path):
     assert corrected(path) == text.replace("NaN", 'NaN,\r\n    "corrected": "[a]"')
 
 
+@pytest.mark.parametrize("chunk", range(1, 30))
+def test_numbers_are_not_cut_by_the_window(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(json_list, "CHUNK", chunk)
+    values = [
+        "1.5e10",
+        "-12",
+        "true",
+        "-Infinity",
+        "12345678.25",
+        '"\\ud83d\\ude00"',
+        "null",
+        '{"text": "a"}',
+    ]
+    path = write(tmp_path, "x.json", f"[{', '.join(values)}]")
+    parts = [part for part in formats.parts(path) if not isinstance(part, str)]
+    assert [part.raw for part in parts] == values
+    assert [type(part) for part in parts] == [Bad] * 7 + [Record]
+
+
 def test_json_file_of_lines_is_jsonl(tmp_path):
     assert formats.detect(write(tmp_path, "x.json", '\ufeff \n{"text": "a"}\n')) == "jsonl"
     assert formats.detect(write(tmp_path, "y.json", '\n [{"text": "a"}]')) == "json"
