@@ -1,4 +1,4 @@
-"""Character-span edits ("rn" -> "m", a doubled letter, two letters swapped) with their rates, learned from pairs."""
+"""Character-span edits ("rn" -> "m", a doubled letter, two letters swapped) and their rates, learned."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@ Six novels by Jane Austen and the World English Bible, both in the public domain
         --held-out tasks/data/*.valid.jsonl.gz tasks/data/*.test.jsonl.gz
 
 No line repeats, contains or is contained in a sentence of the held-out files (`splits.HeldOut`): give every
-file that something is ever measured on. Besides, only sentences that `splits.split_of` calls "train" are kept,
-so that test sentences that are not at hand are left out as well.
+file that something is ever measured on. Besides, only sentences that `splits.split_of` calls "train" are
+kept, so that test sentences that are not at hand are left out as well.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _balanced(sentence: str) -> str:
 
 
 def keep(candidates: Iterable[str], held_out: HeldOut) -> list[str]:
-    """Train sentences of `MIN_WORDS` to `MAX_WORDS` words, no two with the same letters, in a hash's order."""
+    """Train sentences of `MIN_WORDS` to `MAX_WORDS` words, no two of the same letters, in a hash's order."""
     kept: dict[str, str] = {}
     for sentence in candidates:
         fits = MIN_WORDS <= len(sentence.split()) <= MAX_WORDS and WHOLE_SENTENCE.fullmatch(sentence)

@@ -1,11 +1,11 @@
-"""Make `denoise.train.jsonl.gz`, with which a base model is pretrained: clean text and noise learned from real errors.
+"""Make `denoise.train.jsonl.gz` to pretrain a base model: clean text with noise learned from real errors.
 
     python -m moe_jax.tasks.builders.denoise OUT_DIR --passes 3
 
-Each pass goes once over the clean English sentences (`clean.en.txt.gz`), each with the noise of a family drawn for
-it, and once over the references of the asr, ocr and gec train files, with the noise of their family and language.
-Rows are records like those of the corpus, with `task` "denoise" and the family under `noise`. Printed at the end:
-error rates of the real train lists beside those of the noise put on the same references.
+Each pass goes once over the clean English sentences (`clean.en.txt.gz`), each with the noise of a family
+drawn for it, and once over the references of the asr, ocr and gec train files, with the noise of their family
+and language. Rows are records like those of the corpus, with `task` "denoise" and the family under `noise`.
+Printed at the end: error rates of the real train lists beside those of the noise put on the same references.
 """
 
 from __future__ import annotations
