@@ -15,6 +15,7 @@ import gzip
 import json
 import os
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,14 +34,25 @@ Row = dict[str, Any]
 Models = Mapping[tuple[str, str], NoiseModel]  # (family, language) -> noise
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_lines(path: Path) -> list[str]:
     try:
-        with gzip.open(path, "rt", encoding="utf-8") as f:
-            return [json.loads(line) for line in f]
-    except (OSError, ValueError) as error:
-        sys.exit(
-            f"{path}: cannot be read as JSON lines in gzip ({error}); --data names the folder of the corpus"
-        )
+        return gzip.decompress(path.read_bytes()).decode().splitlines()
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        sys.exit(f"{path}: cannot be read as gzipped text ({error}); --data names the folder of the corpus")
+
+
+def read_rows(path: Path) -> list[Row]:
+    rows = []
+    for number, line in enumerate(read_lines(path), 1):
+        try:
+            row = json.loads(line)
+            texts = [*row["hypotheses"], *(row[key] for key in ("reference", "task", "lang", "source_set"))]
+            if not row["hypotheses"] or not all(isinstance(text, str) for text in texts):
+                raise ValueError("an empty n-best list, or a value that is no text")
+        except (ValueError, KeyError, TypeError) as error:
+            sys.exit(f"{path}:{number}: not a record of the corpus ({error!r}); see tasks/data/README.md")
+        rows.append(row)
+    return rows
 
 
 def fit_models(rows: Sequence[Row]) -> dict[tuple[str, str], NoiseModel]:
@@ -125,14 +137,18 @@ def main() -> None:
         "--data", type=Path, default=DATA, help="folder of the corpus (default: the embedded one)"
     )
     args = parser.parse_args()
+    if args.passes < 1:
+        parser.error(f"--passes must be at least 1, got {args.passes}")
     rows = [row for family in SHARES for row in read_rows(args.data / f"{family}.train.jsonl.gz")]
     models = fit_models(rows)
     if missing := [family for family in SHARES if (family, "en") not in models]:
         sys.exit(f"{args.data}: fewer than {FEWEST_LISTS} English train lists of {', '.join(missing)}")
-    with gzip.open(args.data / "clean.en.txt.gz", "rt", encoding="utf-8") as f:
-        clean = f.read().splitlines()
+    clean = read_lines(args.data / "clean.en.txt.gz")
 
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"{args.out}: no folder can be made there ({error})")
     path = args.out / "denoise.train.jsonl.gz"
     aside = path.with_name(path.name + ".part")
     written = 0

@@ -58,7 +58,7 @@ class Misreadings:
         return self._rate_of_length[min(len(core), len(self._rate_of_length) - 1)] if rate is None else rate
 
     def misread(self, clean: str, severity: float, rng: np.random.Generator) -> str:
-        """A wrong reading of a span ("" inserts words) that changes about a share `severity` of its characters."""
+        """A wrong reading of a span ("" inserts words); about a share `severity` of its characters change."""
         if not clean:
             return self._inserted(rng.random())
         known = self._known(clean, rng)
