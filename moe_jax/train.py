@@ -6,6 +6,7 @@ Everything that a step does depends on (configuration, seed, step) alone, so a r
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import functools
 import json
@@ -26,6 +27,7 @@ from moe_jax import checkpoint, describe, sharding, tree
 from moe_jax.data import Prepared
 from moe_jax.layers.param import Rngs
 from moe_jax.logs import Logs
+from moe_jax.pipeline import export
 from moe_jax.types import Array, Batch, Metrics
 
 Table = dict[str, Array]
@@ -221,9 +223,12 @@ def train(
     transform = optimizer()
     about = {
         "model": describe.describe(network),
-        "data": {"sha256": train_set.meta["sha256"], "tokeniser": train_set.meta["tokeniser"]},
+        "data": {"sha256": train_set.meta["sha256"]},
+        "tokeniser": train_set.meta["tokeniser"],
+        "tokeniser_model": base64.b64encode(train_set.tokeniser.model).decode(),
         "families": families,
         "layout": train_set.meta.get("layout", "aligned"),
+        "length": train_set.meta["length"],
         "batch_size": batch_size,
         "seed": seed,
     }
@@ -232,8 +237,8 @@ def train(
         store = checkpoint.Run(folder)
         if (latest := store.latest()) is not None:
             state = _resume(store, latest, state, about)
-        (folder / "config.json").write_text(json.dumps({**about, "config": dict(config or {})}, indent=2) + "\n")
-        train_set.tokeniser.save(folder / "tokeniser.model")
+        shown = {k: v for k, v in about.items() if k != "tokeniser_model"}
+        (folder / "config.json").write_text(json.dumps({**shown, "config": dict(config or {})}, indent=2) + "\n")
         step_fn = make_step(
             network, transform, seed=seed, micro=micro_batches, dtype=dtype, max_targets=train_set.meta["max_targets"]
         )
@@ -261,7 +266,18 @@ def train(
         finally:
             logs.close()
             store.close()
+    _export_best(folder, network)
     return Run(folder, network, state.params, state.step)
+
+
+def _export_best(folder: Path, model: Any) -> None:
+    """The best checkpoint as `model.safetensors`, to correct with and to start other runs from."""
+    store = checkpoint.Run(folder)
+    step = store.best()
+    like = {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in tree.flatten(model).items()}
+    if jax.process_index() == 0:
+        export(folder / "model.safetensors", jax.device_get(store.params(step, like)), store.meta(step))
+    store.close()
 
 
 def _loop(
@@ -351,7 +367,7 @@ def _validate(evaluate, data: Prepared, batch_size: int, batches: int, families,
 def _resume(store: checkpoint.Run, step: int, like: State, about: Mapping[str, Any]) -> State:
     """The state at `step`. Raises CheckpointError where model, data or seed are not those of the run."""
     was = store.meta(step)
-    for key in ("model", "data", "families", "batch_size", "seed"):
+    for key in ("model", "data", "tokeniser", "families", "batch_size", "seed"):
         if json.dumps(was.get(key), sort_keys=True) != json.dumps(about[key], sort_keys=True):
             raise checkpoint.CheckpointError(
                 f"{store.folder}/{step} was made with another {key}: use its configuration, or another run folder"

@@ -7,8 +7,8 @@ Six novels by Jane Austen and the World English Bible, both in the public domain
         --held-out tasks/data/*.valid.jsonl.gz tasks/data/*.test.jsonl.gz
 
 No line repeats, contains or is contained in a sentence of the held-out files (`splits.HeldOut`): give every
-file that something is ever measured on. Besides, only sentences that `splits.split_of` calls "train" are kept,
-so that test sentences that are not at hand are left out as well.
+file that something is ever measured on. Besides, only sentences that `splits.split_of` calls "train" are
+kept, so that test sentences that are not at hand are left out as well.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import os
 import re
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def _balanced(sentence: str) -> str:
 
 
 def keep(candidates: Iterable[str], held_out: HeldOut) -> list[str]:
-    """Train sentences of `MIN_WORDS` to `MAX_WORDS` words, no two with the same letters, in a hash's order."""
+    """Train sentences of `MIN_WORDS` to `MAX_WORDS` words, no two of the same letters, in a hash's order."""
     kept: dict[str, str] = {}
     for sentence in candidates:
         fits = MIN_WORDS <= len(sentence.split()) <= MAX_WORDS and WHOLE_SENTENCE.fullmatch(sentence)
@@ -101,17 +102,22 @@ def keep(candidates: Iterable[str], held_out: HeldOut) -> list[str]:
 def held_out_sentences(path: Path) -> list[str]:
     """Every sentence of a file of records: a JSON list or JSON lines, plain, .gz or .xz."""
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    with opener(path, "rt", encoding="utf-8") as f:
-        text = f.read()
     try:
+        with opener(path, "rt", encoding="utf-8") as f:
+            text = f.read()
         rows: list[dict[str, Any]] = (
-            json.loads(text) if text.startswith("[") else list(map(json.loads, text.splitlines()))
+            json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.splitlines()]
         )
-    except json.JSONDecodeError as error:
-        sys.exit(f"{path}: not JSON lines or a JSON list ({error}); give files of records as held out")
-    found = [row[key] for row in rows for key in SENTENCE_KEYS if isinstance(row.get(key), str)]
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, ValueError) as error:
+        sys.exit(f"{path}: cannot be read as JSON lines or a JSON list ({error}); give files of records")
+    found = [
+        row[key]
+        for row in rows
+        for key in SENTENCE_KEYS
+        if isinstance(row, dict) and isinstance(row.get(key), str)
+    ]
     if not found:
-        sys.exit(f"{path}: no sentence under {', '.join(SENTENCE_KEYS)}; give files of records as held out")
+        sys.exit(f"{path}: no sentence under {', '.join(SENTENCE_KEYS)}; give files of records")
     return found
 
 

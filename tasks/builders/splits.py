@@ -1,7 +1,7 @@
 """One split rule for every set: a text's letters decide, so the same sentence never lands on both sides.
 
-Sets that are split by document (ua-gec) or by the English side of a translation (Spanish and other GNOME Help)
-keep their own split.
+Sets that are split by document (ua-gec) or by the English side of a translation (GNOME Help in other
+languages) keep their own split.
 """
 
 from __future__ import annotations

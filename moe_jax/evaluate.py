@@ -1,0 +1,193 @@
+"""Evaluation: tune the guard on validation text, correct the test text once, score it, and draw what the experts do."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from moe_jax import checkpoint, formats
+from moe_jax.data import Prepared
+from moe_jax.formats import Record
+from moe_jax.metrics import errors, scoring
+from moe_jax.metrics.normalisers import family_normaliser
+from moe_jax.moe.routers import TaskMapped
+from moe_jax.pipeline import Pipeline, Proposal, export
+from moe_jax.report import write_report
+from moe_jax.types import RouterStats
+
+Rows = list[dict[str, Any]]
+THRESHOLDS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 15.0, 1e9)
+
+
+def read_rows(paths: Sequence[str]) -> tuple[list[Record], Rows]:
+    """Labelled rows of corpus files, as records and as mappings with `task, source_set, hypotheses, reference`.
+
+    Raises FormatError for a bad record, ValueError for one without a reference or a task.
+    """
+    records, rows = [], []
+    for path in paths:
+        for record in formats.read(path):
+            if record.reference is None or record.task is None:
+                raise ValueError(f'{path}:{record.line}: evaluation needs "reference" and "task"; add them')
+            raw = json.loads(record.raw)
+            records.append(record)
+            rows.append(
+                {
+                    "task": record.task,
+                    "source_set": raw.get("source_set", "unnamed"),
+                    "hypotheses": list(record.hypotheses),
+                    "reference": record.reference,
+                }
+            )
+    return records, rows
+
+
+def propose(pipeline: Pipeline, records: Sequence[Record], progress: bool = True) -> list[Proposal]:
+    """`Pipeline.propose` in long stretches, with a progress bar."""
+    out: list[Proposal] = []
+    size = 8 * pipeline.batch_size
+    for start in tqdm(range(0, len(records), size), "correcting", unit="batch", disable=None if progress else True):
+        out += pipeline.propose(records[start : start + size])
+    return out
+
+
+def line_errors(rows: Rows, texts: Sequence[str]) -> np.ndarray:
+    """errors_R: word errors of each text under its family's normaliser."""
+    out = np.zeros(len(rows))
+    for i, (row, text) in enumerate(zip(rows, texts, strict=True)):
+        counts = errors.wer([row["reference"]], [text], family_normaliser(row["task"]))
+        out[i] = counts.errors
+    return out
+
+
+def tune_guard(rows: Rows, proposals: Sequence[Proposal]) -> float:
+    """The threshold with the lowest mean over families of (word errors / first-pass word errors) on validation rows.
+
+    Ties go to the higher threshold: a correction that does not help is not made.
+    """
+    tasks = np.array([r["task"] for r in rows])
+    first = line_errors(rows, [p.first for p in proposals])
+    model = line_errors(rows, [p.guarded(-np.inf).text for p in proposals])
+    margin = np.array([p.margin for p in proposals])
+
+    def cost(threshold: float) -> float:
+        chosen = np.where(margin < threshold, first, model)
+        return float(np.mean([chosen[tasks == t].sum() / max(first[tasks == t].sum(), 1) for t in sorted(set(tasks))]))
+
+    return min(reversed(THRESHOLDS), key=cost)
+
+
+def atlas(pipeline: Pipeline, valid_data: str, batches: int = 16, batch_size: int = 16) -> dict[str, Any] | None:
+    """Where free routing sends each family, over prepared validation rows: the data of the report's heat maps.
+
+    Returns None for a dense model.
+    """
+    data, model = Prepared.open(valid_data), pipeline.model
+    batches = max(1, min(batches, data.rows // batch_size))
+    step = jax.jit(lambda m, b: m(b.tokens_BxL, b.info)[2])
+    total: RouterStats | None = None
+    for i in range(batches):
+        stats = step(model, data.batch(i, seed=0, batch_size=batch_size))
+        if stats is None:
+            return None
+        total = stats if total is None else jax.tree.map(jnp.add, total, stats)
+    names = {i: n for n, i in data.meta["families"].items()}
+    load = np.asarray(total.task_load_TxE)
+    present = [t for t in range(load.shape[1]) if load[:, t].sum() > 0]
+    share = load[:, present] / np.maximum(load[:, present].sum(-1, keepdims=True), 1)
+    out: dict[str, Any] = {
+        "experts": [str(e) for e in range(load.shape[2])],
+        "tasks": [names.get(t, "unknown") for t in present],
+        "load": share.tolist(),
+        "entropy": (np.asarray(total.entropy) / np.maximum(np.asarray(total.count), 1)).tolist(),
+    }
+    router = model.ffn.router
+    if isinstance(router, TaskMapped):
+        # An assignment is one of k choices of a token: k x the share is how often the mapped expert is among them.
+        out["mapped"] = {names.get(t, "unknown"): router.experts[t] for t in present}
+        out["agreement"] = {
+            names.get(t, "unknown"): float(min(1.0, router.k * share[:, i, router.experts[t]].mean()))
+            for i, t in enumerate(present)
+        }
+    return out
+
+
+def evaluate(
+    run_dir: str,
+    *,
+    valid: Sequence[str],
+    test: Sequence[str],
+    valid_data: str,
+    beams: int = 1,
+    title: str = "moe_jax",
+    seed: int = 0,
+    about: Mapping[str, str] | None = None,
+    progress: bool = True,
+) -> Rows:
+    """Tunes the guard on `valid`, scores `test` once, and writes into the run folder: scores.json, scores.md, examples.jsonl,
+    routing.json, report.html, and the guard into model.safetensors. Returns the score rows.
+
+    Args:
+      valid, test: corpus files with references (`formats`); disjoint.
+      valid_data: the prepared validation rows, for the routing atlas.
+      beams: width of the search.
+    """
+    folder = Path(run_dir)
+    pipeline = Pipeline.load(folder, beams=beams)
+    records, rows = read_rows(valid)
+    guard = tune_guard(rows, propose(pipeline, records, progress))
+    params, meta = checkpoint.read_safetensors(folder / "model.safetensors")
+    export(folder / "model.safetensors", params, meta, guard=guard)
+    records, rows = read_rows(test)
+    proposals = propose(pipeline, records, progress)
+    corrections = [p.guarded(guard) for p in proposals]
+    scores = scoring.score(rows, [c.text for c in corrections], seed=seed)
+    before = line_errors(rows, [p.first for p in proposals])
+    after = line_errors(rows, [c.text for c in corrections])
+    described = {
+        "step": str(meta.get("step")),
+        "seed": str(meta.get("seed")),
+        "guard": f"{guard:g} nats",
+        "beams": str(beams),
+        "split": ", ".join(Path(t).name for t in test),
+        "date": datetime.date.today().isoformat(),
+        **(about or {}),
+    }
+    _write(folder / "scores.json", json.dumps({"rows": scores, "meta": described}, indent=1))
+    _write(folder / "scores.md", scoring.to_markdown(scores))
+    examples = (
+        {
+            "task": row["task"],
+            "set": row["source_set"],
+            "hypotheses": row["hypotheses"],
+            "correction": c.text,
+            "reference": row["reference"],
+            "kept": c.kept,
+            "errors_before": int(b),
+            "errors_after": int(a),
+        }
+        for row, c, b, a in zip(rows, corrections, before, after, strict=True)
+    )
+    _write(folder / "examples.jsonl", "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in examples))
+    routing = atlas(pipeline, valid_data)
+    if routing is not None:
+        _write(folder / "routing.json", json.dumps(routing))
+    report = write_report(folder, title=title)
+    print(scoring.to_markdown(scores))
+    print(f"guard: {guard:g} nats, tuned on validation; scores: {folder}/scores.json; report: {report}")
+    return scores
+
+
+def _write(path: Path, text: str) -> None:
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(text, "utf-8")
+    os.replace(aside, path)

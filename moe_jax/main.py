@@ -1,0 +1,217 @@
+"""Flags -> gin -> jobs. The only importer of gin.
+
+    python -m moe_jax.main --gin_file=runs/quickstart.gin --gin.STEPS=100 --gin.RUN_DIR=/tmp/try
+
+A gin file binds `main.run.jobs`, a list of configured functions that run in order. Bindings that nothing would read are errors.
+Configuration is the user's own code (a gin file can import modules); one found beside a checkpoint is never parsed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib.util  # noqa: F401  gin needs it loaded to look for files
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).resolve().parent
+CHECKOUT = PACKAGE.parent
+GIN = CHECKOUT / "gin" if (CHECKOUT / "setup.cfg").exists() else PACKAGE / "_gin"
+
+
+class ConfigError(ValueError):
+    """One line: which binding, and how to mend it."""
+
+
+def run(jobs: Sequence[Callable[[], Any]] = ()) -> None:
+    """Runs the configured jobs in order."""
+    if not jobs:
+        raise ConfigError("no jobs: a gin file binds `main.run.jobs`, such as runs/quickstart.gin")
+    for job in jobs:
+        job()
+
+
+def config() -> dict[str, Any]:
+    """What the gin files and flags bind, as plain JSON: for `train.train.config`."""
+    import gin
+
+    bound = {}
+    for (scope, selector), values in sorted(gin.config._CONFIG.items()):
+        name = f"{scope}/{selector}" if scope else selector
+        bound[name] = {k: v if isinstance(v, (int, float, str, bool, type(None))) else str(v) for k, v in values.items()}
+    return json.loads(json.dumps(bound))
+
+
+def data(name: str) -> str:
+    """The path of a file shipped with the package, such as `asr.test.jsonl.gz`. MOE_JAX_DATA names another folder."""
+    import moe_jax.tasks
+
+    folder = Path(os.environ.get("MOE_JAX_DATA", Path(moe_jax.tasks.__file__).parent / "data"))
+    return str(folder / name)
+
+
+# --- gin ----------------------------------------------------------------------------------------------------------------------
+
+
+def load(files: Sequence[str], bindings: Sequence[str]) -> None:
+    """Parses gin files (looked for here, then among the shipped ones) and bindings. Raises ConfigError in one line."""
+    import gin
+
+    gin.config._FILE_READERS[:] = gin.config._FILE_READERS[:1]  # the others only add noise to "file not found"
+    gin.add_config_file_search_path(str(GIN))
+    try:
+        gin.parse_config_files_and_bindings(list(files), [], finalize_config=False)
+        gin.parse_config([_quoted(b) for b in bindings])
+        gin.finalize()
+    except (OSError, SyntaxError, ValueError, TypeError, ImportError, AttributeError, NameError, KeyError) as error:
+        raise ConfigError(_explain(error)) from error
+    _check_all_used()
+
+
+def _quoted(binding: str) -> str:
+    """`NAME=value` with a value that is not a literal, a reference or a macro taken as a string: shells eat quotes."""
+    name, sep, value = binding.partition("=")
+    if not sep:
+        raise ConfigError(f"--gin.{binding}: give it a value, as in --gin.STEPS=100")
+    value = value.strip()
+    literal = re.fullmatch(r"(?s)[@%'\"\[({].*|[-+]?[\d.].*|True|False|None", value)
+    number = re.fullmatch(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?", value)
+    if not literal or (value[0] in "+-.0123456789" and not number):
+        value = json.dumps(value)
+    return f"{name.strip()} = {value}"
+
+
+def _explain(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    missing = re.search(r"No configurable matching '([^']+)'|doesn't have a parameter named '([^']+)'", text)
+    if missing:
+        wrong = missing.group(1) or missing.group(2)
+        close = difflib.get_close_matches(wrong.split(".")[-1], _names(), n=2, cutoff=0.6)
+        text += f" Did you mean {' or '.join(close)}?" if close else ""
+    return f"configuration: {text[:600]}"
+
+
+def _names() -> list[str]:
+    import gin
+
+    import inspect
+
+    names = set()
+    for selector, configurable in gin.config._REGISTRY.items():
+        names.add(selector.split(".")[-1])
+        try:
+            names |= set(inspect.signature(configurable.wrapped).parameters)
+        except (TypeError, ValueError):
+            continue
+    return sorted(names | {scope for scope, selector in gin.config._CONFIG if selector == "gin.macro"})
+
+
+def _check_all_used() -> None:
+    """Everything bound must be reachable from the jobs: a binding that nobody reads is a mistake, said at once."""
+    import gin
+
+    bound = {key: values for key, values in gin.config._CONFIG.items()}
+    seen: set[tuple[str, str]] = set()
+    todo: list[tuple[str, str]] = [("", s) for s in {s for _, s in bound} if s.endswith("main.run")]
+
+    def references(value: Any) -> list[tuple[str, str]]:
+        if isinstance(value, gin.config.ConfigurableReference):
+            scope, _, _ = value.scoped_selector.rpartition("/")
+            return [(scope, value.selector)]
+        if isinstance(value, dict):
+            value = [*value.keys(), *value.values()]
+        return [r for v in value for r in references(v)] if isinstance(value, (list, tuple)) else []
+
+    while todo:
+        scope, selector = todo.pop()
+        if (scope, selector) in seen:
+            continue
+        seen.add((scope, selector))
+        for (s, sel), values in bound.items():
+            if sel == selector and (s == scope or not s):
+                todo += [r for v in values.values() for r in references(v)]
+                todo += [(scope, inner) for _, inner in [r for v in values.values() for r in references(v)] if scope]
+    used = {selector for _, selector in seen if selector != "gin.macro"}
+    macros = {scope for scope, selector in seen if selector == "gin.macro"}
+    for scope, selector in bound:
+        if selector == "gin.macro":
+            if scope not in macros:
+                close = difflib.get_close_matches(scope, sorted(macros), n=1, cutoff=0.5)
+                hint = f"; did you mean {close[0]}?" if close else f"; macros in use: {', '.join(sorted(macros))}"
+                raise ConfigError(f"configuration: nothing reads the macro {scope}{hint}")
+        elif selector not in used:
+            raise ConfigError(
+                f"configuration: {selector} is bound ({', '.join(bound[scope, selector])}), but nothing in main.run.jobs uses it: "
+                "remove the binding, or include the file that uses it"
+            )
+
+
+# --- command line ---------------------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gin_file", action="append", default=[], help="a gin file; may be repeated")
+    parser.add_argument("--gin_bindings", action="append", default=[], metavar="NAME=VALUE", help="or --gin.NAME=VALUE")
+    parser.add_argument("--show_config", action="store_true", help="print what is bound, and stop")
+
+
+def rewritten(argv: Sequence[str]) -> list[str]:
+    """`--gin.NAME=VALUE` (T5X's form) -> `--gin_bindings=NAME=VALUE`."""
+    return [re.sub(r"^--gin\.(?=[A-Za-z_])", "--gin_bindings=", a) for a in argv]
+
+
+def start(args: argparse.Namespace) -> int:
+    """Returns the exit code; every expected failure is one line on stderr."""
+    try:
+        if not args.gin_file:
+            raise ConfigError("give --gin_file=..., such as runs/quickstart.gin")
+        load(args.gin_file, args.gin_bindings)
+        import gin
+
+        if args.show_config:
+            print(gin.config_str())
+            return 0
+        gin.get_configurable(run)()
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except Exception as error:  # noqa: BLE001
+        return report(error)
+    return 0
+
+
+def report(error: Exception) -> int:
+    """One line for what a user can mend; a traceback for what is a bug of ours."""
+    from moe_jax.train import Stopped
+
+    if isinstance(error, Stopped):
+        print(error, file=sys.stderr)
+        return 130
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"{where}{error.strerror or error}", file=sys.stderr)
+        return 2
+    if isinstance(error, (ValueError, FloatingPointError)):
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("MOE_JAX_TRACEBACK"):
+            raise error
+        return 2
+    raise error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m moe_jax.main", description=__doc__.split("\n")[0])
+    add_arguments(parser)
+    return start(parser.parse_args(rewritten(sys.argv[1:] if argv is None else argv)))
+
+
+if __name__ == "__main__":
+    # gin files say `from moe_jax import main`: this must be that module, not a second copy called __main__.
+    from moe_jax import main as _main
+
+    sys.exit(_main.main())

@@ -1,0 +1,192 @@
+"""From hypotheses to corrected text: a checkpoint with its tokeniser, its prompt layout and its guard."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from moe_jax import checkpoint, decode, describe, tree
+from moe_jax.correct import Correction
+from moe_jax.formats import Record
+from moe_jax.layers.param import Rngs
+from moe_jax.text.prompt import Example, encode_example
+from moe_jax.text.tokeniser import Tokeniser
+
+EOS = decode.EOS
+
+
+@dataclasses.dataclass(frozen=True)
+class Proposal:
+    """What the model would write for one record, before the guard.
+
+    Attributes:
+      first: the first hypothesis.
+      text: the model's best text; equal to `first` where `note` says why it could not write one.
+      margin: log p(text) - log p(first), in nats: how much more the model believes its own text.
+      score: log p(text).
+    """
+
+    first: str
+    text: str
+    margin: float
+    score: float
+    note: str | None = None
+
+    def guarded(self, threshold: float) -> Correction:
+        """The correction, or the first pass where the margin is below `threshold`."""
+        if self.text == self.first or self.note:
+            return Correction(self.first, kept=bool(self.note), note=self.note, score=self.score)
+        if self.margin < threshold:
+            return Correction(self.first, kept=True, note="not confident", score=self.score - self.margin)
+        return Correction(self.text, kept=False, score=self.score)
+
+
+@dataclasses.dataclass
+class Pipeline:
+    """A model ready to correct.
+
+    Attributes:
+      guard: the threshold on `Proposal.margin`, tuned on validation data; -inf switches the guard off.
+      beams: width of the beam search (1 is greedy).
+      rescore: let the given hypotheses compete with what the search found, by the model's own score.
+    """
+
+    model: Any
+    tokeniser: Tokeniser
+    families: dict[str, int]
+    layout: str
+    guard: float
+    fingerprint: str
+    beams: int = 1
+    rescore: bool = True
+    alpha: float = 0.6
+    max_length: int = 256
+    max_hypotheses: int = 5
+    batch_size: int = 32
+    task: str | None = None
+
+    @classmethod
+    def load(cls, path: str | Path, **options: Any) -> Pipeline:
+        """From a run folder (its `model.safetensors`) or such a file.
+
+        Raises CheckpointError, in one line, for a checkpoint that is missing, torn or of another shape.
+        """
+        path = Path(path)
+        if path.is_dir():
+            if not (path / "model.safetensors").exists():
+                raise checkpoint.CheckpointError(f"{path}: holds no model.safetensors; train there first, or name the file")
+            path = path / "model.safetensors"
+        params, meta = checkpoint.read_safetensors(path)
+        try:
+            tokeniser = Tokeniser.load(base64.b64decode(meta["tokeniser_model"]))
+            make = describe.configured(meta["model"])
+            empty = jax.eval_shape(lambda: make(rngs=Rngs(params=0)))
+            families, layout, length = dict(meta["families"]), meta["layout"], int(meta["length"])
+            guard = float(meta.get("guard", 0.0))
+        except (KeyError, TypeError, ValueError) as error:
+            raise checkpoint.CheckpointError(f"{path}: its description is incomplete or wrong ({error}); export it again") from error
+        for name, leaf in tree.flatten(empty).items():
+            if name not in params or params[name].shape != leaf.shape:
+                was = tuple(params[name].shape) if name in params else "nothing"
+                raise checkpoint.CheckpointError(f"{path}: {name} is {was}, its description needs {tuple(leaf.shape)}; export it again")
+        fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        if empty.vocab != tokeniser.vocab_size:
+            raise checkpoint.CheckpointError(
+                f"{path}: the tokeniser has {tokeniser.vocab_size} pieces, the embedding {empty.vocab}; export it again"
+            )
+        model = tree.unflatten(empty, params)
+        made = cls(model, tokeniser, families, layout, guard, fingerprint, max_length=length)
+        return dataclasses.replace(made, **{k: v for k, v in options.items() if v is not None})
+
+    def __call__(self, records: Sequence[Record]) -> list[Correction]:
+        return [p.guarded(self.guard) for p in self.propose(records)]
+
+    def propose(self, records: Sequence[Record]) -> list[Proposal]:
+        """Search, let the n-best compete, and weigh the result against the first pass; order is kept."""
+        examples = [self.encode(r) for r in records]
+        # Rows of like length share a batch: padding is wasted work.
+        order = sorted((i for i, e in enumerate(examples) if e), key=lambda i: len(examples[i].tokens))
+        out: list[Proposal | None] = [None] * len(records)
+        for start in range(0, len(order), self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            for i, proposal in zip(chosen, self._batch([records[i] for i in chosen], [examples[i] for i in chosen]), strict=True):
+                out[i] = proposal
+        return [
+            p or Proposal(r.hypotheses[0], r.hypotheses[0], 0.0, 0.0, "empty" if not r.hypotheses[0].strip() else "too long")
+            for p, r in zip(out, records, strict=True)
+        ]
+
+    def encode(self, record: Record) -> Example | None:
+        """The prompt, or None for a first hypothesis that is blank or too long for the model."""
+        if not record.hypotheses[0].strip():
+            return None
+        return encode_example(
+            self.tokeniser,
+            record.hypotheses,
+            record.sources,
+            max_length=self.max_length,
+            layout=self.layout,
+            max_hypotheses=self.max_hypotheses,
+        )
+
+    def _batch(self, records: Sequence[Record], examples: Sequence[Example]) -> list[Proposal]:
+        prompts = [e.tokens for e in examples]
+        tasks = [self.families.get(r.task or self.task or "", 0) if self.task else 0 for r in records]
+        firsts = [r.hypotheses[0] for r in records]
+        pad = self.batch_size - len(prompts)  # a full batch always: one compiled program a bucket
+        full, full_tasks = [*prompts, *[prompts[-1]] * pad], [*tasks, *[tasks[-1]] * pad]
+        limits = [int(1.3 * len(self.tokeniser.encode(f))) + 16 for f in firsts]
+        found = decode.search(
+            self.model, full, tasks=full_tasks, beams=self.beams, max_new=[*limits, *[1] * pad], alpha=self.alpha
+        )[: len(records)]
+        texts = [self.tokeniser.decode([t for t in d.tokens if t != EOS]) if d.ended else None for d in found]
+        candidates = [self._candidates(r, t) for r, t in zip(records, texts, strict=True)]
+        scores = self._scores(prompts, tasks, candidates)
+        return [
+            self._best(first, own, scored) for first, own, scored in zip(firsts, texts, scores, strict=True)
+        ]
+
+    def _candidates(self, record: Record, text: str | None) -> list[str]:
+        given = record.hypotheses[: self.max_hypotheses] if self.rescore else record.hypotheses[:1]
+        own = [text] if text is not None and text.strip() else []
+        return list(dict.fromkeys([*own, *(h for h in given if h.strip())]))
+
+    def _scores(
+        self, prompts: Sequence[list[int]], tasks: Sequence[int], candidates: Sequence[Sequence[str]]
+    ) -> list[dict[str, tuple[float, float]]]:
+        """For each record: candidate -> (log p, log p under the length penalty)."""
+        jobs = [(i, c, [*self.tokeniser.encode(c), EOS]) for i, cs in enumerate(candidates) for c in cs]
+        jobs.sort(key=lambda job: len(prompts[job[0]]) + len(job[2]))
+        out: list[dict[str, tuple[float, float]]] = [{} for _ in prompts]
+        for start in range(0, len(jobs), self.batch_size):
+            batch = jobs[start : start + self.batch_size]
+            padded = [*batch, *[batch[-1]] * (self.batch_size - len(batch))]
+            results = decode.score(
+                self.model, [prompts[i] for i, _, _ in padded], [ids for *_, ids in padded], tasks=[tasks[i] for i, _, _ in padded]
+            )
+            for (i, text, ids), result in zip(batch, results, strict=False):
+                penalised = result.total / float(decode.length_penalty(len(ids), self.alpha))
+                out[i][text] = (result.total, penalised)
+        return out
+
+    def _best(self, first: str, own: str | None, scored: dict[str, tuple[float, float]]) -> Proposal:
+        text = max(scored, key=lambda c: scored[c][1]) if self.rescore or own is None else own
+        note = None if own is not None else "not finished"
+        if text not in scored:
+            return Proposal(first, first, 0.0, 0.0, "not finished")
+        margin = scored[text][0] - scored[first][0]
+        return Proposal(first, text, margin, scored[text][0], note if text == first else None)
+
+
+def export(path: Path | str, params: dict[str, Any], meta: dict[str, Any], **more: Any) -> None:
+    """One safetensors file that `Pipeline.load` and `init_from` read. `meta` is that of a run's checkpoint."""
+    needed = ("model", "families", "layout", "length", "tokeniser", "tokeniser_model")
+    about = {k: meta[k] for k in needed} | {k: meta[k] for k in ("step", "seed") if k in meta} | more
+    checkpoint.write_safetensors(path, params, json.loads(json.dumps(about)))

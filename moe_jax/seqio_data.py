@@ -1,0 +1,239 @@
+"""From seqio mixtures to prepared folders and batches: alone in `moe_jax` to import seqio and TensorFlow.
+
+Training reads prepared folders (`data.py`) and never comes here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from moe_jax.data import write_prepared
+from moe_jax.packing import COLUMNS, Packable, pack, to_batch
+from moe_jax.tasks import correction, mixtures  # noqa: F401  (registers the tasks)
+from moe_jax.tasks.families import FAMILIES
+from moe_jax.tasks.preprocessors import UNFIT
+from moe_jax.tasks.quiet import seqio, tf
+from moe_jax.text.tokeniser import Tokeniser
+from moe_jax.types import Batch
+
+FEATURES = ("tokens", "roles", "tasks")
+GIVE_UP = 10_000  # examples that do not fit, before the first that does
+_INT32 = seqio.FeatureConverter.FeatureSpec(dtype=tf.int32)
+
+
+def find(name: str) -> seqio.Task | seqio.Mixture:
+    """A registered task or mixture. Raises ValueError with the nearest and all known names."""
+    known = sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"unknown task or mixture {name!r}; {hint}known: {', '.join(known)}")
+    return seqio.get_mixture_or_task(name)
+
+
+class CorrectionConverter(seqio.FeatureConverter):
+    """Task features -> the columns of a row, for seqio's own `get_dataset` and `Evaluator`.
+
+    With pack=True and length 8, two examples of families 1 and 3:
+
+        tokens    [3 20 8 20 1] [3 30 8]      ->  [3 20 8 20 1 3 30 8]
+        roles     [1  1 1  2 2] [1  1 1]      ->  [1  1 1  2 2 1  1 1]
+        tasks     [1  1 1  1 1] [3  3 3]      ->  [1  1 1  1 1 3  3 3]
+                                     segments     [1  1 1  1 1 2  2 2]
+    """
+
+    TASK_FEATURES = dict.fromkeys(FEATURES, _INT32)
+    MODEL_FEATURES = dict.fromkeys(COLUMNS, _INT32)
+    PACKING_FEATURE_DTYPES = dict.fromkeys(COLUMNS, tf.int32)
+
+    def _convert_features(
+        self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
+    ) -> tf.data.Dataset:
+        def columns(row: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+            segments = row["tokens_segment_ids"] if self.pack else tf.cast(row["tokens"] > 0, tf.int32)
+            return {**{name: row[name] for name in FEATURES}, "segments": segments}
+
+        return self._pack_or_pad(ds, task_feature_lengths).map(columns, num_parallel_calls=tf.data.AUTOTUNE)
+
+    def get_model_feature_lengths(self, task_feature_lengths: Mapping[str, int]) -> Mapping[str, int]:
+        return {**task_feature_lengths, "segments": task_feature_lengths["tokens"]}
+
+
+def draw(
+    name: str,
+    *,
+    length: int,
+    seed: int,
+    split: str = "train",
+    examples: int | None = None,
+    passes: int | None = None,
+    **settings: Any,
+) -> Iterator[Packable]:
+    """Examples of a task or mixture, shuffled; the same for the same arguments and files.
+
+    Args:
+      name: registered with seqio.
+      length: the most tokens of an example; one that does not fit comes as `UNFIT`.
+      examples: draw so many, by the rates of the mixture; or
+      passes: draw every example of every task so many times, whatever the rates; or neither: without end.
+      settings: of `tasks.correction.Settings`, such as tokeniser and layout.
+
+    Raises ValueError, in one line, for an unknown name, a missing split or file, or a bad line of a file.
+    """
+    provider = find(name)
+    if examples is not None and passes is not None:
+        raise ValueError("give examples or passes, not both")
+    tasks = _tasks_with(provider, split)
+    lengths = dict.fromkeys(FEATURES, length)
+    # A cache in memory would repeat the order of the first epoch.
+    common: dict[str, Any] = {"shuffle": True, "seed": seed, "try_in_mem_cache": False}
+    with _quiet(), correction.using(**settings):
+        if passes is None:
+            ds = provider.get_dataset(lengths, split, num_epochs=None, **common)
+            ds = ds if examples is None else ds.take(examples)
+        else:
+            parts = [task.get_dataset(lengths, split, num_epochs=passes, **common) for task in tasks]
+            sizes = [task.num_input_examples(split) for task in tasks]
+            ds = tf.data.Dataset.sample_from_datasets(parts, sizes, seed, stop_on_empty_dataset=False)
+    with _one_line_errors():
+        for row in ds.as_numpy_iterator():
+            yield Packable(row["tokens"], row["roles"], int(row["tasks"][0]))
+
+
+def seqio_batches(
+    name: str, *, length: int, batch_size: int, seed: int, split: str = "train", **settings: Any
+) -> Iterator[Batch]:
+    """Batches without end, straight from seqio: for trials; it takes the CPU that a prepared folder saves."""
+    skipped: Counter[str] = Counter()
+    stream = pack(_fitting(draw(name, length=length, seed=seed, split=split, **settings), skipped), length)
+    while True:
+        rows = [next(stream) for _ in range(batch_size)]
+        yield to_batch({column: np.stack([row[column] for row in rows]) for column in COLUMNS})
+
+
+def prepare(
+    name: str,
+    tokeniser: Tokeniser | str | os.PathLike,
+    folder: str | os.PathLike,
+    *,
+    length: int,
+    seed: int,
+    examples: int | None = None,
+    passes: int | None = None,
+    layout: str = "aligned",
+    max_hypotheses: int = 5,
+    max_sources: int = 0,
+    split: str = "train",
+) -> Mapping[str, Any]:
+    """Draws from a task or mixture into a prepared folder (see `data.py`), says what came, returns the meta.
+
+    `examples` or `passes` as in `draw`: one of them. Raises ValueError in one line.
+    """
+    if examples is None and passes is None:
+        raise ValueError("say how much to draw: give examples or passes")
+    settings = {"layout": layout, "max_hypotheses": max_hypotheses, "max_sources": max_sources}
+    loaded = tokeniser if isinstance(tokeniser, Tokeniser) else Tokeniser.load(tokeniser)
+    tasks = _tasks_with(find(name), split)
+    total = examples or (passes or 0) * sum(task.num_input_examples(split) for task in tasks)
+    drawn = draw(
+        name,
+        length=length,
+        seed=seed,
+        split=split,
+        examples=examples,
+        passes=passes,
+        tokeniser=loaded,
+        **settings,
+    )
+    skipped: Counter[str] = Counter()
+    progress = tqdm(drawn, total=total, desc=f"{name} {split}", unit=" examples", mininterval=1, disable=None)
+    meta = write_prepared(
+        folder,
+        _fitting(progress, skipped),
+        length=length,
+        tokeniser=loaded,
+        families=FAMILIES,
+        skipped=skipped,
+        mixture=name,
+        split=split,
+        seed=seed,
+        **settings,
+    )
+    sizes: Counter[str] = Counter()
+    for task in tasks:
+        sizes[getattr(task.source, "family", "")] += task.num_input_examples(split)
+    print(summary(meta, sizes), file=sys.stderr)
+    return meta
+
+
+def summary(meta: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
+    """A table of what was drawn by family; `sizes` are the examples that there are."""
+    total = sum(tally["examples"] for tally in meta["tasks"].values())
+    lines = [f"{'family':10} {'examples':>9} {'share':>6} {'epochs':>7} {'tokens':>10} {'too long':>9}"]
+    for family, tally in meta["tasks"].items():
+        skipped = tally.get("skipped", 0)
+        epochs = f"{(tally['examples'] + skipped) / sizes[family]:7.2f}" if sizes.get(family) else f"{'?':>7}"
+        share = tally["examples"] / total
+        lines.append(
+            f"{family:10} {tally['examples']:9,} {share:6.1%} {epochs} {tally['tokens']:10,} {skipped:9,}"
+        )
+    return "\n".join([*lines, f"{meta['rows']:,} rows of {meta['length']} tokens, {meta['fill']:.1%} full"])
+
+
+def _tasks_with(provider: seqio.Task | seqio.Mixture, split: str) -> Sequence[seqio.Task]:
+    """The tasks of a mixture that have the split; their files are looked for now."""
+    tasks = seqio.get_subtasks(provider)
+    found = [task for task in tasks if split in task.splits]
+    if not found:
+        splits = sorted({split for task in tasks for split in task.splits})
+        raise ValueError(f"{provider.name} has no split {split!r}; it has {', '.join(splits)}")
+    for task in found:
+        if not task.num_input_examples(split):
+            raise ValueError(f"{task.name}: its split {split!r} has no examples")
+    return found
+
+
+def _fitting(examples: Iterable[Packable], skipped: Counter[str]) -> Iterator[Packable]:
+    """Leaves out, and counts by family, what does not fit. Raises ValueError if nothing does."""
+    names = {number: name for name, number in FAMILIES.items()}
+    fits = False
+    for example in examples:
+        if len(example.tokens) > len(UNFIT.tokens):
+            fits = True
+            yield example
+        else:
+            skipped[names[example.task]] += 1
+            if not fits and skipped.total() >= GIVE_UP:
+                raise ValueError(f"none of the first {GIVE_UP:,} examples fits the length; take a larger one")
+
+
+@contextlib.contextmanager
+def _quiet() -> Generator[None]:
+    """seqio warns for each task that it counts source lines, as it should."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Generator[None]:
+    """TensorFlow wraps a Python error in its own, with both tracebacks in the message."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        ours = re.search(r"ValueError: (.+)", error.message)
+        raise ValueError(ours[1] if ours else error.message.splitlines()[0]) from None

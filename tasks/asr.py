@@ -1,0 +1,5 @@
+"""`correct_asr`: corrects speech recognition, from n-best lists."""
+
+from moe_jax.tasks import correction
+
+TASK = correction.register("correct_asr", "asr", correction.data_folder, "asr.")

@@ -1,0 +1,5 @@
+"""`correct_gec`: corrects a writer: grammar and spelling."""
+
+from moe_jax.tasks import correction
+
+TASK = correction.register("correct_gec", "gec", correction.data_folder, "gec.")

@@ -1,0 +1,5 @@
+"""`correct_ocr`: corrects text recognition, from one or more readings."""
+
+from moe_jax.tasks import correction
+
+TASK = correction.register("correct_ocr", "ocr", correction.data_folder, "ocr.")
