@@ -1,7 +1,8 @@
 """What every layer promises, in one place.
 
-A `Case` says how to call a layer; each `verify_*` states one promise about it, on packed rows with padding at the end, at the
-start, and everywhere. `verify_contract` is all that hold for evaluation, `verify_training` those that must hold with a key too.
+A `Case` says how to call a layer; each `verify_*` states one promise about it, on packed rows with padding at
+the end, at the start, and everywhere. `verify_contract` is all that hold for evaluation, `verify_training` those
+that must hold with a key too.
 """
 
 from __future__ import annotations
@@ -41,9 +42,13 @@ def part(info: TokenInfo, rows: slice, places: slice) -> TokenInfo:
 
 @dataclasses.dataclass
 class Case:
-    """A layer, how to call it `(layer, x, info, state, key) -> (y, state)`, and how its state begins `(layer, slots) -> state`.
+    """A layer and how it is used.
 
-    `tokens`: the input is token ids instead of vectors.
+    Attributes:
+      make: (rngs) -> layer.
+      call: (layer, x, info, state, key) -> (y, state).
+      empty: (layer, slots) -> the state before the first position.
+      tokens: the input is token ids instead of vectors.
     """
 
     make: Callable[..., Any]
@@ -53,7 +58,7 @@ class Case:
 
     @cached_property
     def layer(self) -> Any:
-        """With every parameter moved at random: zeros and ones that initial values hold would hide mistakes."""
+        """With every parameter moved at random: initial zeros and ones would hide mistakes."""
         layer = self.make(rngs=Rngs(params=0))
         rng = np.random.default_rng(1)
         table = {

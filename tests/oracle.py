@@ -1,4 +1,4 @@
-"""The mixture of experts as it is written in a textbook: one position, one choice at a time. Slow, and obviously right."""
+"""The mixture of experts as in a textbook: one position, one choice at a time. Slow, and obviously right."""
 
 import numpy as np
 
@@ -24,7 +24,7 @@ def expert(x, gate, up, down):
 
 
 def moe(x_BxLxD, valid_BxL, choose, experts, capacity=None):
-    """`choose(b, l)` says (experts, weights); with a capacity an expert takes so many of a row, first come first served."""
+    """`choose(b, l)` says (experts, weights). An expert takes at most `capacity` of a row, in order."""
     y, dropped = np.zeros_like(x_BxLxD), 0
     for b, row in enumerate(x_BxLxD):
         taken = np.zeros(len(experts), int)

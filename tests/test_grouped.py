@@ -1,4 +1,4 @@
-"""The grouped product: equal to a loop over rows for every way that rows can fall to experts, gradients too."""
+"""The grouped product: a loop over rows, however the rows fall to the experts; gradients too."""
 
 import jax
 import jax.numpy as jnp

@@ -78,7 +78,7 @@ def test_convolution_by_hand():
     conv.taps[...] = jnp.array([[0.5], [10.0], [100.0]])
     info = jax.tree.map(lambda a: a[:1, :7], make_info())  # segments 1 1 1 1 1 2 2
     y, _ = conv(jnp.arange(1.0, 8).reshape(1, 7, 1), info)
-    # x + 0.5 x + 10 x(-1) + 100 x(-2) within the segment: 3 -> 3 + 1.5 + 20 + 100; 6 begins anew -> 9; 7 -> 10.5 + 60
+    # x + 0.5 x + 10 x(-1) + 100 x(-2) within the segment: 3 -> 3 + 1.5 + 20 + 100; 6 begins anew -> 9
     np.testing.assert_allclose(
         y[0, :, 0], [1.5, 3 + 10, 4.5 + 20 + 100, 6 + 30 + 200, 7.5 + 40 + 300, 9, 10.5 + 60]
     )
@@ -117,7 +117,7 @@ def test_a_parameter_names_each_of_its_dims():
         param(Rngs(params=0), (2, 3), ("embed",), fan_in())
 
 
-# --- the stack ----------------------------------------------------------------------------------------------------------------
+# --- the stack ----------------------------------------------------------------------------------------------
 
 
 def call_dense(layer, x, info, scale):
