@@ -105,7 +105,7 @@ def draw(
         else:
             parts = [task.get_dataset(lengths, split, num_epochs=passes, **common) for task in tasks]
             sizes = [task.num_input_examples(split) for task in tasks]
-            ds = tf.data.Dataset.sample_from_datasets(parts, sizes, seed, stop_on_empty_dataset=False)
+            ds = tf.data.Dataset.sample_from_datasets(parts, [float(n) for n in sizes], seed, stop_on_empty_dataset=False)
     with _one_line_errors():
         for row in ds.as_numpy_iterator():
             yield Packable(row["tokens"], row["roles"], int(row["tasks"][0]))
@@ -168,6 +168,7 @@ def prepare(
         mixture=name,
         split=split,
         seed=seed,
+        drawn={"examples": examples, "passes": passes},
         **settings,
     )
     sizes: Counter[str] = Counter()
