@@ -30,7 +30,6 @@ def atlas(routing: dict[str, Any]) -> dict[str, Any]:
                                 "text": f"{100 * share:.0f}" if any(row) else "–",
                                 "exact": f"{task}, expert {expert}: {100 * share:.1f} %",
                                 "shade": round(SHADES * share / most),
-                                "dark": share / most > 0.55,
                                 "mapped": mapped.get(task) == e,
                             }
                             for e, (expert, share) in enumerate(zip(experts, row, strict=True))
@@ -46,12 +45,7 @@ def atlas(routing: dict[str, Any]) -> dict[str, Any]:
         "even": f"{100 / len(experts):.0f}" if experts else "–",
         "mapped": mapped,
         "agreement": [
-            {
-                "name": task_name(t),
-                "task": t,
-                "expert": _expert(experts, mapped.get(t)),
-                "share": f"{100 * v:.1f}",
-            }
+            {"task": t, "expert": _expert(experts, mapped.get(t)), "share": f"{100 * v:.1f}"}
             for t, v in routing["agreement"].items()
         ],
     }
@@ -64,9 +58,8 @@ def told_apart(load: list[list[float]]) -> float:
     if len(rows) < 2:
         return 0.0
     mean = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
-    nats = sum(v * math.log(v / m) for row in rows for v, m in zip(row, mean, strict=True) if v > 0) / len(
-        rows
-    )
+    pairs = [(v, m) for row in rows for v, m in zip(row, mean, strict=True) if v > 0]
+    nats = sum(v * math.log(v / m) for v, m in pairs) / len(rows)
     return min(1.0, max(0.0, nats / math.log(len(rows))))
 
 

@@ -9,6 +9,7 @@ from moe_jax.report import svg
 from moe_jax.report.results import task_name
 
 Log = dict[int, dict[str, float]]
+Chart = dict[str, Any]
 
 HEALTH = {
     "load_balance": "Load balance loss",
@@ -38,37 +39,36 @@ def curves(log: Log) -> dict[str, Any] | None:
         key: [chart for chart in charts if chart]
         for key, charts in (("loss", loss), ("health", health), ("other", other))
     }
-    return {**groups, "last": max(log)} if any(groups.values()) else None
+    return {**groups, "last": max(log), "log": _log_scale(common)} if any(groups.values()) else None
 
 
-def _chart(log: Log, title: str, names: list[str], y_range: svg.Point | None = None) -> dict[str, Any] | None:
-    series, notes = [], []
-    for name in names:
-        points = _points(log, name)
-        broken = [step for step, value in points if not math.isfinite(value)]
-        if broken:
-            notes.append(f"{name} is not a finite number at {len(broken):,} steps, first at {broken[0]:,}")
-        if points:
-            valid = name.startswith("valid/")
-            series.append(
-                svg.Series("validation" if valid else "training", "valid" if valid else "train", points)
-            )
-    if not series:
+def _chart(log: Log, title: str, names: list[str], loss_range: svg.Point | None = None) -> Chart | None:
+    """One chart of the named values, on the losses' common scale if that is given. None without any value."""
+    points = {name: found for name in names if (found := _points(log, name))}
+    if not points:
         return None
-    fits = y_range or _range([v for one in series for _, v in one.points])
-    last = ", ".join(
-        f"{one.name} {finite[-1]:.4g}"
-        for one in series
-        if (finite := [v for _, v in one.points if math.isfinite(v)])
-    )
+    series, notes, last = [], [], []
+    for name, found in points.items():
+        label, css_class = ("validation", "valid") if name.startswith("valid/") else ("training", "train")
+        series.append(svg.Series(label if loss_range else "", css_class, found))
+        finite = [value for _, value in found if math.isfinite(value)]
+        last += [f"{label if loss_range else ''} {finite[-1]:.4g}".strip()] if finite else []
+        wrong = [step for step, value in found if not math.isfinite(value)]
+        if wrong:
+            notes.append(f"{name} is not a finite number at {len(wrong):,} steps, first at {wrong[0]:,.0f}")
     chart = svg.line_chart(
         series,
         x_range=(min(log), max(log)),
-        y_range=fits,
-        log_y=_log_scale(fits) and y_range is not None,
-        label=f"{title} by step; at the end {last or 'nothing finite'}",
+        y_range=loss_range or _range([value for found in points.values() for _, value in found]),
+        log_y=loss_range is not None and _log_scale(loss_range),
+        label=f"{title} by step; last value: {', '.join(last) or 'not finite'}",
     )
-    return {"title": title, "svg": chart, "notes": notes, "last": last}
+    return {
+        "title": title,
+        "svg": chart,
+        "notes": notes,
+        "last": "at the end " + ", ".join(last) if last else "",
+    }
 
 
 def _points(log: Log, name: str) -> list[svg.Point]:
@@ -80,10 +80,9 @@ def _range(values: list[float]) -> svg.Point:
     finite = [v for v in values if math.isfinite(v)] or [0.0]
     low, high = min(finite), max(finite)
     air = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
-    return (
-        low / 1.1 if _log_scale((low, high)) else max(low - air, 0.0) if low >= 0 else low - air,
-        high + air,
-    )
+    if _log_scale((low, high)):
+        return low / 1.1, high * 1.1
+    return (max(low - air, 0.0) if low >= 0 else low - air), high + air
 
 
 def _log_scale(span: svg.Point) -> bool:

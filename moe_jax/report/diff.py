@@ -19,8 +19,9 @@ def marked(first: str, corrected: str, reference: str) -> tuple[list[Piece], lis
     """The three texts, cut into plain and marked pieces; each list of pieces joins to its text.
 
     In the correction a new word is FIXED if the reference has it there, else BROKEN; an old word that the
-    reference lacks is MISSED. In the first pass the word that went away carries the mark of its going. In the
-    reference BROKEN is a word that the first pass had right and the correction lost, MISSED one that both lack.
+    reference lacks is MISSED. In the first pass the word that went away carries the mark of its going. In
+    the reference BROKEN is a word that the first pass had right and the correction lost, MISSED one that
+    both lack.
     Words are compared as written, without a metric's normaliser.
     """
     words_f, words_c, words_r = (

@@ -9,21 +9,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+Kinds = dict[str, type]  # key -> the type of its value
+
 METRICS = {"wer": "WER", "cer": "CER", "bleu": "BLEU", "chrf": "chrF", "f0.5": "F0.5"}
 
-_ROW = {"task": str, "set": str, "lines": int, "metric": str, "first_pass": float, "corrected": float}
-_ROW_MAY = {
+_ROW: Kinds = {"task": str, "set": str, "lines": int, "metric": str, "first_pass": float, "corrected": float}
+_ROW_MAY: Kinds = {
     **dict.fromkeys(("oracle_nb", "oracle_cp", "relative_change", "p_value"), float),
     **dict.fromkeys(("fixed", "broken", "untouched", "substitutions", "deletions", "insertions"), int),
     **dict.fromkeys(("normaliser", "signature"), str),
     "ci95": list,
 }
-_EXAMPLE = {
+_EXAMPLE: Kinds = {
     **dict.fromkeys(("task", "set", "correction", "reference"), str),
     **dict.fromkeys(("errors_before", "errors_after"), int),
     "hypotheses": list,
 }
-_KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", list: "a list"}
+_KINDS: dict[type, str] = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,17 +59,13 @@ def read_run(run_dir: Path) -> Run:
     if not scores.is_file():
         raise ValueError(f"{scores}: not found; evaluate the run first, the report is drawn from its scores")
     rows, meta = _scores(scores)
+    routing, log, examples = (run_dir / name for name in ("routing.json", "metrics.jsonl", "examples.jsonl"))
     return Run(
         rows,
         meta,
-        *(
-            reader(run_dir / name) if (run_dir / name).is_file() else None
-            for name, reader in (
-                ("routing.json", _routing),
-                ("metrics.jsonl", _log),
-                ("examples.jsonl", _examples),
-            )
-        ),
+        routing=_routing(routing) if routing.is_file() else None,
+        log=_log(log) if log.is_file() else None,
+        examples=_examples(examples) if examples.is_file() else None,
     )
 
 
@@ -97,18 +101,16 @@ def _routing(path: Path) -> dict[str, Any]:
         {"entropy": list},
         str(path),
     )
-    experts, tasks, layers = (
-        [str(e) for e in whole["experts"]],
-        [str(t) for t in whole["tasks"]],
-        whole["load"],
-    )
+    experts, tasks = ([str(name) for name in whole[key]] for key in ("experts", "tasks"))
+    layers = whole["load"]
     for depth, layer in enumerate(layers):
         where = f"{path}: load, layer {depth}"
         if not isinstance(layer, list) or len(layer) != len(tasks):
             raise ValueError(f"{where}: must hold one list for each of the {len(tasks)} tasks")
         for task, row in zip(tasks, layer, strict=True):
-            shares = [_plain_number(v) for v in row] if isinstance(row, list) else []
-            if len(shares) != len(experts) or any(v is None or v < 0 for v in shares):
+            found = [_plain_number(v) for v in row] if isinstance(row, list) else []
+            shares = [v for v in found if v is not None and v >= 0]
+            if len(shares) != len(experts) or len(found) != len(experts):
                 raise ValueError(f"{where}, task {task}: must hold {len(experts)} numbers from 0 to 1")
             if any(shares) and abs(sum(shares) - 1) > 0.02:
                 raise ValueError(f"{where}, task {task}: the shares add up to {sum(shares):.3g}, not 1")
@@ -178,20 +180,20 @@ def _plain_number(value: object) -> float | None:
         return None
 
 
-def _checked(row: Any, must: dict[str, type], may: dict[str, type], where: str) -> dict[str, Any]:
-    """`row` with the keys of `must` and `may` checked; absent, null and non-finite optional values are None."""
+def _checked(row: Any, must: Kinds, may: Kinds, where: str) -> dict[str, Any]:
+    """A copy of `row` with its values checked; optional ones that are absent, null or not finite are None."""
     if not isinstance(row, dict):
         raise ValueError(f"{where}: must be an object, is {type(row).__name__}")
     row = dict(row)
     for key, kind in (must | may).items():
-        value = row.get(key)
+        value: Any = row.get(key)
         if kind is float and isinstance(value, int | float):
             value = _plain_number(value)
         if value is None and key not in must:
             row[key] = None
         elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise ValueError(f'{where}: "{key}" must be {_KINDS[kind]}, is {json.dumps(row.get(key))[:40]}')
-        elif kind is int and key != "step" and value < 0:
+        elif kind is int and isinstance(value, int) and value < 0:
             raise ValueError(f'{where}: "{key}" must not be negative, is {value}')
         else:
             row[key] = value

@@ -12,6 +12,7 @@ function make(name, attributes, ...children) {
 for (const table of document.querySelectorAll("[data-sortable]")) {
   const heads = [...table.tHead.rows[0].cells];
   heads.forEach((head, column) => {
+    if ("plain" in head.dataset) return;
     const button = make("button", { type: "button" }, ...head.childNodes);
     head.append(button);
     button.addEventListener("click", () => {
@@ -26,6 +27,7 @@ for (const table of document.querySelectorAll("[data-sortable]")) {
         if (absent(x) || absent(y)) return absent(x) - absent(y);
         return up ? compare(x, y) : compare(y, x);
       });
+      table.tBodies[0].classList.add("sorted");
       table.tBodies[0].append(...rows);
     });
   });
@@ -57,7 +59,7 @@ for (const chart of document.querySelectorAll(".chart")) {
     }
     const said = [...near].map(([name, { py }]) => {
       const value = y1 + ((y0 - y1) * (py - top)) / (bottom - top);
-      return `${name} ${(log ? 10 ** value : value).toPrecision(3)}`;
+      return `${name} ${Number((log ? 10 ** value : value).toPrecision(3))}`.trim();
     });
     output.textContent = `step ${Math.round(step).toLocaleString("en")}: ${said.join(", ")}`;
     cursor.setAttribute("x1", x);
@@ -128,8 +130,9 @@ function browse(data, root) {
 
   function example(one) {
     const same = !one.changed;
+    const said = one.outcome === "untouched" && one.changed ? "changed, as many errors" : one.outcome;
     const errors = `${one.before} → ${one.after} ${one.before === 1 && one.after === 1 ? "error" : "errors"}`;
-    const header = make("header", {}, make("b", { class: one.outcome }, one.outcome), errors, one.task, one.set, `#${one.number}`);
+    const header = make("header", {}, make("b", { class: one.outcome }, said), errors, one.task, one.set, `#${one.number}`);
     [...header.childNodes].forEach((node) => node.nodeType === 3 && node.replaceWith(make("span", {}, node.textContent)));
     if (one.kept) header.append(make("span", {}, "guard kept the first pass"));
     const body = make("dl", {});
@@ -139,7 +142,7 @@ function browse(data, root) {
     line(same ? "Unchanged" : "Correction", "correction", ...marked(one.lines[1]));
     line("Reference", "reference", ...marked(one.lines[2]));
     if (one.others.length) {
-      line("Also heard", "others", ...one.others.map((other) => make("div", { dir: "auto" }, other)));
+      line("Other readings", "others", ...one.others.map((other) => make("div", { dir: "auto" }, other)));
     }
     return make("article", { class: "example" }, header, body);
   }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from markupsafe import Markup
+
 from moe_jax.report import svg
 from moe_jax.report.read import METRICS
 
@@ -59,7 +61,7 @@ def headlines(rows: list[Row]) -> list[Row]:
 def cards(rows: list[Row]) -> list[dict[str, Any]]:
     """One card a family; the scale of the intervals is common to all."""
     chosen = headlines(rows)
-    limit = _limit(chosen)
+    scale = _scale(chosen)
     return [
         {
             "row": row,
@@ -70,12 +72,12 @@ def cards(rows: list[Row]) -> list[dict[str, Any]]:
             "from": score(row, "first_pass"),
             "to": score(row, "corrected"),
             "interval": interval(row),
-            "whisker": _whisker(row, limit),
+            "whisker": _whisker(row, scale),
             "p": p_value(row["p_value"]),
             "others": [
-                f"{METRICS[r['metric']]} {score(r, 'first_pass')} → {score(r, 'corrected')} ({change(r)})"
-                for r in rows
-                if r["task"] == row["task"] and r["set"] == row["set"] and r is not row
+                f"{METRICS[other['metric']]} {score(other, 'first_pass')} → {score(other, 'corrected')}"
+                for other in rows
+                if (other["task"], other["set"]) == (row["task"], row["set"]) and other is not row
             ],
         }
         for row in chosen
@@ -105,7 +107,7 @@ def summary(rows: list[Row]) -> list[str]:
 
 def table(rows: list[Row]) -> list[dict[str, Any]]:
     """Every score row, ready for the score table."""
-    limit = _limit(rows)
+    scale = _scale(rows)
     return [
         {
             "row": row,
@@ -114,7 +116,7 @@ def table(rows: list[Row]) -> list[dict[str, Any]]:
             **{k: score(row, k) for k in ("first_pass", "corrected", "oracle_nb", "oracle_cp")},
             "change": change(row),
             "interval": interval(row),
-            "whisker": _whisker(row, limit),
+            "whisker": _whisker(row, scale),
             "p": p_value(row["p_value"]),
             "edits": edits(row),
         }
@@ -152,12 +154,12 @@ def score(row: Row, key: str) -> str:
     return f"{100 * value:.2f}\u202f%" if row["metric"] in FRACTIONS else f"{value:.2f}"
 
 
-def change(row: Row) -> str:
-    """The relative change, or the change in points where the first pass leaves nothing to divide by."""
+def change(row: Row) -> tuple[str, str]:
+    """(number, unit): the relative change, or points where the first pass leaves nothing to divide by."""
     if row["relative_change"] is not None:
-        return signed(100 * row["relative_change"]) + "\u202f%"
+        return signed(100 * row["relative_change"]), "%"
     points = (row["corrected"] - row["first_pass"]) * (100 if row["metric"] in FRACTIONS else 1)
-    return signed(points) + " points"
+    return signed(points), "points"
 
 
 def interval(row: Row) -> str:
@@ -186,21 +188,25 @@ def _gain(row: Row, change: float) -> float:
     return -change if row["metric"] in LOWER_IS_BETTER else change
 
 
-def _limit(rows: list[Row]) -> float:
-    """A common scale that holds every interval, up to a change of 100 %."""
-    ends = [
-        abs(v) for r in rows if r["relative_change"] is not None for v in r["ci95"] or [r["relative_change"]]
+def _scale(rows: list[Row]) -> svg.Point:
+    """A common scale, in gains, that holds zero and every interval, up to a change of 100 % either way."""
+    gains = [
+        _gain(row, v)
+        for row in rows
+        if row["relative_change"] is not None
+        for v in (row["relative_change"], *(row["ci95"] or ()))
     ]
-    return min(1.0, max([*ends, 0.05]) * 1.05)
+    low, high = max(-1.0, min([*gains, -0.02])), min(1.0, max([*gains, 0.02]))
+    return low - 0.15 * (high - low), high
 
 
-def _whisker(row: Row, limit: float):
+def _whisker(row: Row, scale: svg.Point) -> Markup | None:
     if row["relative_change"] is None:
-        return ""
+        return None
     low, high = row["ci95"] or [row["relative_change"]] * 2
     gains = [_gain(row, v) for v in (row["relative_change"], low, high)]
-    label = f"change {change(row)}, 95 % interval {interval(row)}"
-    return svg.whisker(*gains, limit=limit, label=label)
+    label = f"change {' '.join(change(row))}, 95 % interval {interval(row)}"
+    return svg.whisker(*gains, scale=scale, label=label)
 
 
 def _and(names: list[str]) -> str:

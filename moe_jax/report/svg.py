@@ -10,21 +10,22 @@ from markupsafe import Markup, escape
 Point = tuple[float, float]
 
 
-def whisker(value: float, low: float, high: float, *, limit: float, label: str) -> Markup:
-    """A dot with its interval on a scale from -limit to limit, zero in the middle; as wide as its place."""
+def whisker(value: float, low: float, high: float, *, scale: Point, label: str) -> Markup:
+    """A dot with its interval and a mark at zero, on a scale from least to greatest; as wide as its place."""
 
     def at(v: float) -> str:
-        return f"{50 + 48 * max(-1.0, min(1.0, v / limit)):.2f}%"
+        share = (v - scale[0]) / (scale[1] - scale[0])
+        return f"{3 + 94 * max(0.0, min(1.0, share)):.2f}%"
 
     low, high = min(low, high), max(low, high)
     return Markup(
         '<svg class="whisker" role="img" aria-label="{0}"><title>{0}</title>'
-        '<line class="zero" x1="50%" x2="50%" y1="0" y2="16"/>'
+        '<line class="zero" x1="{4}" x2="{4}" y1="0" y2="16"/>'
         '<line class="span" x1="{1}" x2="{2}" y1="8" y2="8"/>'
         '<line class="cap" x1="{1}" x2="{1}" y1="4.5" y2="11.5"/>'
         '<line class="cap" x1="{2}" x2="{2}" y1="4.5" y2="11.5"/>'
         '<circle cx="{3}" cy="8" r="4"/></svg>'
-    ).format(label, at(low), at(high), at(value))
+    ).format(label, at(low), at(high), at(value), at(0))
 
 
 def stacked(parts: list[tuple[str, int]], total: int, *, label: str) -> Markup:
@@ -126,10 +127,12 @@ def _thinned(points: list[Point], most: int = 160) -> tuple[list[Point], list[Po
     """Means, least and greatest of at most `most` runs of neighbouring points."""
     size = math.ceil(len(points) / most)
     groups = [points[i : i + size] for i in range(0, len(points), size)]
-    mid = [sum(x for x, _ in g) / len(g) for g in groups]
-    return tuple(  # type: ignore[return-value]
-        [(x, reduce([y for _, y in g])) for x, g in zip(mid, groups, strict=True)]
-        for reduce in (lambda ys: sum(ys) / len(ys), min, max)
+    mid = [sum(x for x, _ in group) / len(group) for group in groups]
+    values = [[y for _, y in group] for group in groups]
+    return (
+        [(x, sum(ys) / len(ys)) for x, ys in zip(mid, values, strict=True)],
+        [(x, min(ys)) for x, ys in zip(mid, values, strict=True)],
+        [(x, max(ys)) for x, ys in zip(mid, values, strict=True)],
     )
 
 

@@ -24,10 +24,11 @@ HERE = Path(__file__).parent
 def write_report(run_dir: Path, *, title: str) -> Path:
     """Write `report.html` into a run folder and return its path.
 
-    Reads `scores.json` and, where they exist, `routing.json`, `metrics.jsonl` and `examples.jsonl`; the section
-    of an absent file is left out. WER, CER and F0.5 are fractions (0.12 is 12 %), BLEU and chrF run from 0 to
-    100; `relative_change` and `ci95` are fractions of the first pass's score. The first "all" row of a family is
-    the one that its headline tells. A line is fixed if the correction leaves fewer errors, broken if more.
+    Reads `scores.json` and, where they exist, `routing.json`, `metrics.jsonl` and `examples.jsonl`; the
+    section of an absent file is left out. WER, CER and F0.5 are fractions (0.12 is 12 %), BLEU and chrF run
+    from 0 to 100; `relative_change` and `ci95` are fractions of the first pass's score. The first "all" row
+    of a family is the one that its headline tells. A line is fixed if the correction leaves fewer errors,
+    broken if more, untouched if as many.
 
     Raises:
       ValueError: `scores.json` is missing or a file is malformed; the message is one line with the place.
