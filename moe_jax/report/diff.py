@@ -27,12 +27,9 @@ def marked(first: str, corrected: str, reference: str) -> tuple[list[Piece], lis
     words_f, words_c, words_r = (
         [word for _, word in _WORD.findall(text)] for text in (first, corrected, reference)
     )
-    kept, in_first, in_correction = (
-        _matches(words_f, words_c),
-        _matches(words_f, words_r),
-        _matches(words_c, words_r),
-    )
-    swapped = _matches(words_f, words_c, "replace")
+    kept, swapped = _matches(words_f, words_c), _matches(words_f, words_c, "replace")
+    in_first, wrong_in_first = _matches(words_f, words_r), _matches(words_f, words_r, "replace")
+    in_correction = _matches(words_c, words_r)
     old = set(kept.values())
     marks_c = [
         (PLAIN if j in in_correction else MISSED) if j in old else (FIXED if j in in_correction else BROKEN)
@@ -44,8 +41,10 @@ def marked(first: str, corrected: str, reference: str) -> tuple[list[Piece], lis
             marks_f.append(marks_c[kept[i]])
         elif i in in_first:
             marks_f.append(BROKEN)
-        else:  # An error went away: for the good, unless another error took its place.
-            marks_f.append(MISSED if i in swapped and marks_c[swapped[i]] == BROKEN else FIXED)
+        elif i in swapped:  # An error went away: for the good, unless another error took its place.
+            marks_f.append(FIXED if marks_c[swapped[i]] == FIXED else MISSED)
+        else:  # Nothing took its place: for the good, unless the reference has a word there.
+            marks_f.append(MISSED if i in wrong_in_first else FIXED)
     right, was_right = set(in_correction.values()), set(in_first.values())
     marks_r = [PLAIN if k in right else BROKEN if k in was_right else MISSED for k in range(len(words_r))]
     return _pieces(first, marks_f), _pieces(corrected, marks_c), _pieces(reference, marks_r)

@@ -82,7 +82,9 @@ def _scores(path: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
             raise ValueError(f"{where}: unknown metric {row['metric']!r}; known: {', '.join(METRICS)}")
         if row["ci95"] is not None:
             low_high = [_plain_number(v) for v in row["ci95"]]
-            row["ci95"] = None if None in low_high or len(low_high) != 2 else low_high
+            if len(low_high) != 2:
+                raise ValueError(f'{where}: "ci95" must be [low, high], is {json.dumps(row["ci95"])[:40]}')
+            row["ci95"] = None if None in low_high else low_high
         if sum(row[key] or 0 for key in ("fixed", "broken", "untouched")) > row["lines"]:
             raise ValueError(f"{where}: fixed + broken + untouched is more than the {row['lines']} lines")
         checked.append(row)
@@ -193,8 +195,8 @@ def _checked(row: Any, must: Kinds, may: Kinds, where: str) -> dict[str, Any]:
             row[key] = None
         elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise ValueError(f'{where}: "{key}" must be {_KINDS[kind]}, is {json.dumps(row.get(key))[:40]}')
-        elif kind is int and isinstance(value, int) and value < 0:
-            raise ValueError(f'{where}: "{key}" must not be negative, is {value}')
+        elif kind is int and isinstance(value, int) and not 0 <= value < 2**63:
+            raise ValueError(f'{where}: "{key}" must be from 0 to 2^63, is {json.dumps(row.get(key))[:40]}')
         else:
             row[key] = value
     return row
