@@ -55,7 +55,8 @@ def _chart(log: Log, title: str, names: list[str], loss_range: svg.Point | None 
         last += [f"{label if loss_range else ''} {finite[-1]:.4g}".strip()] if finite else []
         wrong = [step for step, value in found if not math.isfinite(value)]
         if wrong:
-            notes.append(f"{name} is not a finite number at {len(wrong):,} steps, first at {wrong[0]:,.0f}")
+            more = f" and {len(wrong) - 1:,} later steps" if wrong[1:] else ""
+            notes.append(f"{name} is not a finite number at step {wrong[0]:,.0f}{more}")
     chart = svg.line_chart(
         series,
         x_range=(min(log), max(log)),
