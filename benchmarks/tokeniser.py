@@ -3,7 +3,7 @@
     python benchmarks/tokeniser.py            # about 1 minute on one core; prints a markdown table
 
 Models are trained on references and hypotheses of the train split (languages by the square root of their
-size) and measured on the valid split, whose sentences they have not seen. The shipped model saw clean text too.
+size) and measured on the valid split, whose sentences they have not seen. The shipped one saw clean text too.
 """
 
 from __future__ import annotations
