@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import gzip
 import os
+import zlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,7 @@ def _count_lines(path: Path, mtime: int) -> int:
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             return sum(bool(line.strip()) for line in file)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: cannot read ({error})") from None
 
 
@@ -181,15 +182,19 @@ def metrics(targets: Sequence[Record], predictions: Sequence[str], *, family: st
 def register(
     name: str, family: str, folder: Callable[[], Path], stem: str, splits: Sequence[str] = SPLITS
 ) -> seqio.Task:
-    """Registers a seqio task. Raises ValueError for a name that is taken or malformed."""
+    """Registers a seqio task. Raises ValueError for a taken or malformed name, or an unknown family."""
     if name in seqio.TaskRegistry.names() or name in seqio.MixtureRegistry.names():
         raise ValueError(f"a task or mixture called {name!r} is registered already; choose another name")
 
     def correction_metrics(targets, predictions):
         return metrics(targets, predictions, family=family)
 
+    try:
+        task_id = family_id(family)
+    except KeyError as error:
+        raise ValueError(error.args[0]) from None
     encode_rows = functools.partial(
-        preprocessors.encode_rows, get_encode=lambda: settings().encode, task_id=family_id(family)
+        preprocessors.encode_rows, get_encode=lambda: settings().encode, task_id=task_id
     )
     return seqio.TaskRegistry.add(
         name,

@@ -298,8 +298,10 @@ def test_bad_requests_are_refused_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("MOE_JAX_DATA", str(tmp_path))
     refused("asr.train.jsonl.gz: no such file", list, seqio_data.draw("correct_asr", **prepare))
     refused("make it with python -m", list, seqio_data.draw("correct_denoise", **prepare))
-    (tmp_path / "asr.train.jsonl.gz").write_bytes(b"not gzip")
-    refused("asr.train.jsonl.gz: cannot read", list, seqio_data.draw("correct_asr", **prepare))
+    whole = gzip.compress(b'{"hypotheses": ["a"], "reference": "a"}' * 9)
+    for damaged in (b"not gzip", whole[:-12], whole[:14] + b"\xff\xff\xff" + whole[17:]):
+        (tmp_path / "asr.train.jsonl.gz").write_bytes(damaged)
+        refused("asr.train.jsonl.gz: cannot read", list, seqio_data.draw("correct_asr", **prepare))
 
 
 def test_a_dataset_keeps_the_tokeniser_that_it_was_built_with():
