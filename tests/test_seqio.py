@@ -280,6 +280,7 @@ def refused(message: str, call, *args, **kwargs) -> None:
 def test_bad_requests_are_refused_in_one_line(tmp_path, monkeypatch):
     write(tmp_path / "train.jsonl", make_rows("asr", 1, "train"))
     prepare: dict[str, Any] = {"length": 64, "seed": 0}
+    refused("unknown task family 'asl'", correction.register_jsonl_task, "test_family", "asl", tmp_path)
     refused("did you mean correct_all", seqio_data.find, "correct_al")
     refused("unknown task or mixture 'zzz'; known:", seqio_data.find, "zzz")
     refused(
