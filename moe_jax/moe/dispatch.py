@@ -103,9 +103,10 @@ def slots(decision: RoutingDecision, num_experts: int, *, factor: float = 1.25) 
 def gathered(decision: RoutingDecision, num_experts: int) -> Dispatch:
     """Dropless for a handful of positions (decoding): read only the chosen experts' matrices."""
     expert_BxLxK = jnp.minimum(decision.expert_BxLxK, num_experts - 1)
+    real_BxLxK = decision.expert_BxLxK < num_experts
 
     def send(x_BxLxD: Array) -> Array:
-        return jnp.broadcast_to(x_BxLxD[:, :, None], (*expert_BxLxK.shape, x_BxLxD.shape[-1]))
+        return jnp.where(real_BxLxK[..., None], x_BxLxD[:, :, None], 0)  # NaN in padding must not reach a gradient
 
     def matmul(rows_BxLxKxI: Array, w_ExIxO: Array) -> Array:
         return jnp.einsum("blki,blkio->blko", rows_BxLxKxI, w_ExIxO[expert_BxLxK])

@@ -1,0 +1,116 @@
+"""The grouped product: equal to a loop over rows for every way that rows can fall to experts, gradients too."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_jax.moe import grouped
+from moe_jax.moe.grouped import block_rows, grouped_matmul
+
+I, O, E = 3, 5, 4
+
+# rows in all, rows of each expert; what is left is padding behind them
+SKEWS = {
+    "even": (16, (4, 4, 4, 4)),
+    "one expert takes all": (16, (0, 16, 0, 0)),
+    "the first takes all": (16, (16, 0, 0, 0)),
+    "the last takes all": (16, (0, 0, 0, 16)),
+    "many take nothing": (16, (0, 5, 0, 3)),
+    "one row": (16, (0, 0, 1, 0)),
+    "one row of one": (1, (0, 0, 1, 0)),
+    "padding everywhere": (16, (0, 0, 0, 0)),
+    "no multiples of a block": (37, (9, 1, 17, 8)),
+    "a block and one more": (19, (8, 9, 1, 1)),
+    "no rows at all": (0, (0, 0, 0, 0)),
+}
+
+
+def operands(rows: int):
+    rng = np.random.default_rng(rows)
+    return (rng.normal(size=shape).astype(np.float32) for shape in ((rows, I), (E, I, O), (rows, O)))
+
+
+def by_rows(x, w, sizes):
+    """y[r] = x[r] @ w[its expert]; zeros where a row has none."""
+    expert = np.repeat(np.arange(E), sizes)
+    y = np.zeros((len(x), O), np.float32)
+    for r, e in enumerate(expert):
+        y[r] = x[r] @ w[e]
+    return y
+
+
+def one_hot(x, w, sizes):
+    """The same as a dense formula that autodiff can take."""
+    expert = jnp.repeat(
+        jnp.arange(E + 1), jnp.append(sizes, len(x) - sizes.sum()), total_repeat_length=len(x)
+    )
+    return jnp.einsum("ri,eio,re->ro", x, w, jax.nn.one_hot(expert, E))
+
+
+@jax.jit
+def both(x, w, dy, sizes):
+    y, back = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes), x, w)
+    y_dense, back_dense = jax.vjp(lambda x, w: one_hot(x, w, sizes), x, w)
+    return (y, *back(dy)), (y_dense, *back_dense(dy))
+
+
+@pytest.mark.parametrize("skew", SKEWS)
+def test_walk_equals_the_loop_and_its_gradients_the_dense_formula(skew):
+    rows, sizes = SKEWS[skew]
+    x, w, dy = operands(rows)
+    fast, dense = both(x, w, dy, jnp.array(sizes))
+    np.testing.assert_allclose(fast[0], by_rows(x, w, sizes), atol=1e-5)
+    for a, b in zip(fast, dense, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 16), min_size=E, max_size=E).filter(lambda sizes: sum(sizes) <= 37))
+def test_any_skew(sizes):
+    x, w, dy = operands(37)
+    fast, dense = both(x, w, dy, jnp.array(sizes))
+    np.testing.assert_allclose(fast[0], by_rows(x, w, sizes), atol=1e-5)
+    for a, b in zip(fast, dense, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("skew", ["many take nothing", "padding everywhere"])
+def test_nan_behind_the_last_row_goes_nowhere(skew):
+    rows, sizes = SKEWS[skew]
+    x, w, dy = operands(rows)
+    clean, _ = both(x, w, dy, jnp.array(sizes))
+    x[sum(sizes) :] = dy[sum(sizes) :] = np.nan
+    dirty, _ = both(x, w, dy, jnp.array(sizes))
+    for a, b in zip(clean, dirty, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not np.any(dirty[1][sum(sizes) :])  # no gradient there either
+
+
+def test_other_backends_take_ragged_dot_and_agree(monkeypatch):
+    rows, sizes = SKEWS["many take nothing"]
+    x, w, dy = operands(rows)
+    walk, _ = both(x, w, dy, jnp.array(sizes))
+    monkeypatch.setattr(grouped.jax, "default_backend", lambda: "tpu")
+    y, back = jax.jit(
+        lambda x, w, dy: (lambda y, back: (y, back(dy)))(
+            *jax.vjp(lambda x, w: grouped_matmul(x, w, jnp.array(sizes)), x, w)
+        )
+    )(x, w, dy)
+    for a, b in zip(walk, (y, *back), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_bfloat16_stays():
+    x, w, _ = operands(16)
+    y = grouped_matmul(jnp.asarray(x, jnp.bfloat16), jnp.asarray(w, jnp.bfloat16), jnp.array((4, 4, 4, 4)))
+    assert y.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("rows", "experts", "block"), [(4096, 8, 128), (8, 8, 8), (0, 4, 8), (1 << 20, 4, 256), (1024, 8, 32)]
+)
+def test_blocks_are_near_a_quarter_of_the_mean_load(rows, experts, block):
+    assert block_rows(rows, experts) == block
