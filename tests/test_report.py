@@ -145,11 +145,11 @@ def test_a_stranger_reads_the_numbers(run):
     [
         ("wer", 0.2, 0.1, 0.01, "helps"),
         ("wer", 0.1, 0.2, 0.01, "hurts"),
-        ("chrf", 40, 50, 0.01, "helps"),
+        ("chrf", 0.40, 0.50, 0.01, "helps"),
         ("f0.5", 0.4, 0.3, 0.049, "hurts"),
         ("cer", 0.2, 0.1, 0.05, "flat"),
-        ("bleu", 30, 30, 0.01, "flat"),
-        ("bleu", 30, 31, None, "untested"),
+        ("bleu", 0.30, 0.30, 0.01, "flat"),
+        ("bleu", 0.30, 0.31, None, "untested"),
     ],
 )
 def test_verdicts_know_which_way_is_better(metric, first, last, p, expected):

@@ -12,7 +12,7 @@ from moe_jax.report.read import METRICS
 Row = dict[str, Any]
 
 LOWER_IS_BETTER = {"wer", "cer"}
-FRACTIONS = {"wer", "cer", "f0.5"}  # shown in per cent; BLEU and chrF already run from 0 to 100
+PERCENT = {"wer", "cer", "f0.5"}  # BLEU and chrF are customarily written without the sign
 SPELLED = {
     "wer": "word error rate",
     "cer": "character error rate",
@@ -151,15 +151,14 @@ def score(row: Row, key: str) -> str:
     value = row[key]
     if value is None:
         return NONE
-    return f"{100 * value:.2f}\u202f%" if row["metric"] in FRACTIONS else f"{value:.2f}"
+    return f"{100 * value:.2f}" + ("\u202f%" if row["metric"] in PERCENT else "")
 
 
 def change(row: Row) -> tuple[str, str]:
     """(number, unit): the relative change, or points where the first pass leaves nothing to divide by."""
     if row["relative_change"] is not None:
         return signed(100 * row["relative_change"]), "%"
-    points = (row["corrected"] - row["first_pass"]) * (100 if row["metric"] in FRACTIONS else 1)
-    return signed(points), "points"
+    return signed(100 * (row["corrected"] - row["first_pass"])), "points"
 
 
 def interval(row: Row) -> str:
