@@ -41,7 +41,7 @@ KNOWN: dict[str, Callable] = {
 def describe(thing: Any) -> Any:
     """A module, a dispatcher or a plain value as JSON."""
     if isinstance(thing, Module):
-        names = [p.name for p in inspect.signature(type(thing)).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        names = [p.name for p in _signature(type(thing)).parameters.values() if p.kind is p.KEYWORD_ONLY]
         args = {n: describe(getattr(thing, n)) for n in names if n != "rngs"}
         return {"class": type(thing).__name__, "args": args}
     if isinstance(thing, partial):
@@ -56,6 +56,14 @@ def describe(thing: Any) -> Any:
     return thing
 
 
+def _signature(make: Callable) -> inspect.Signature:
+    """That of a class's constructor without `self` (a class's own says only *args, **kwargs), or of a function."""
+    if not inspect.isclass(make):
+        return inspect.signature(make)
+    signature = inspect.signature(make.__init__)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
 def configured(data: Any) -> Any:
     """The inverse: a callable with its arguments bound. Raises ValueError for a class that is not `KNOWN`."""
     if isinstance(data, Mapping) and "class" in data:
@@ -63,7 +71,7 @@ def configured(data: Any) -> Any:
             raise ValueError(f"model description names {data['class']!r}; known: {', '.join(KNOWN)}")
         args = {k: configured(v) for k, v in data.get("args", {}).items()}
         try:
-            inspect.signature(KNOWN[data["class"]]).bind_partial(**args)
+            _signature(KNOWN[data["class"]]).bind_partial(**args)
         except TypeError as error:
             raise ValueError(f"model description of {data['class']}: {error}") from None
         return partial(KNOWN[data["class"]], **args) if args else KNOWN[data["class"]]

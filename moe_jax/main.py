@@ -47,12 +47,18 @@ def config() -> dict[str, Any]:
     return json.loads(json.dumps(bound))
 
 
-def data(name: str) -> str:
-    """The path of a file shipped with the package, such as `asr.test.jsonl.gz`. MOE_JAX_DATA names another folder."""
+def shipped(name: str) -> str:
+    """The path of a file shipped with the package, such as `tokeniser.model`."""
     import moe_jax.tasks
 
-    folder = Path(os.environ.get("MOE_JAX_DATA", Path(moe_jax.tasks.__file__).parent / "data"))
-    return str(folder / name)
+    return str(Path(str(moe_jax.tasks.__file__)).parent / "data" / name)
+
+
+def corpus(split: str, families: Sequence[str] = ("asr", "ocr", "mt", "gec")) -> list[str]:
+    """The corpus files of a split, one a family. MOE_JAX_DATA names a folder other than the embedded one."""
+    folder = os.environ.get("MOE_JAX_DATA")
+    names = [f"{family}.{split}.jsonl.gz" for family in families]
+    return [str(Path(folder) / name) if folder else shipped(name) for name in names]
 
 
 # --- gin ----------------------------------------------------------------------------------------------------------------------
@@ -115,40 +121,39 @@ def _check_all_used() -> None:
     """Everything bound must be reachable from the jobs: a binding that nobody reads is a mistake, said at once."""
     import gin
 
-    bound = {key: values for key, values in gin.config._CONFIG.items()}
-    seen: set[tuple[str, str]] = set()
-    todo: list[tuple[str, str]] = [("", s) for s in {s for _, s in bound} if s.endswith("main.run")]
-
-    def references(value: Any) -> list[tuple[str, str]]:
-        if isinstance(value, gin.config.ConfigurableReference):
-            scope, _, _ = value.scoped_selector.rpartition("/")
-            return [(scope, value.selector)]
-        if isinstance(value, dict):
-            value = [*value.keys(), *value.values()]
-        return [r for v in value for r in references(v)] if isinstance(value, (list, tuple)) else []
-
+    bound = dict(gin.config._CONFIG)  # (scope, full selector) -> {parameter: value}
+    used = {key for key in bound if key[1].endswith("main.run")}
+    todo = list(used)
     while todo:
-        scope, selector = todo.pop()
-        if (scope, selector) in seen:
-            continue
-        seen.add((scope, selector))
-        for (s, sel), values in bound.items():
-            if sel == selector and (s == scope or not s):
-                todo += [r for v in values.values() for r in references(v)]
-                todo += [(scope, inner) for _, inner in [r for v in values.values() for r in references(v)] if scope]
-    used = {selector for _, selector in seen if selector != "gin.macro"}
-    macros = {scope for scope, selector in seen if selector == "gin.macro"}
-    for scope, selector in bound:
+        for scope, short in _references(list(bound[todo.pop()].values())):
+            for key in bound:
+                own_scope, selector = key
+                same = selector == short or selector.endswith("." + short)
+                if same and own_scope in ("", scope) and key not in used:
+                    used.add(key)
+                    todo.append(key)
+    macros = sorted(scope for scope, selector in used if selector == "gin.macro")
+    for scope, selector in bound.keys() - used:
         if selector == "gin.macro":
-            if scope not in macros:
-                close = difflib.get_close_matches(scope, sorted(macros), n=1, cutoff=0.5)
-                hint = f"; did you mean {close[0]}?" if close else f"; macros in use: {', '.join(sorted(macros))}"
-                raise ConfigError(f"configuration: nothing reads the macro {scope}{hint}")
-        elif selector not in used:
-            raise ConfigError(
-                f"configuration: {selector} is bound ({', '.join(bound[scope, selector])}), but nothing in main.run.jobs uses it: "
-                "remove the binding, or include the file that uses it"
-            )
+            close = difflib.get_close_matches(scope, macros, n=1, cutoff=0.5)
+            hint = f"; did you mean {close[0]}?" if close else f"; macros in use: {', '.join(macros)}"
+            raise ConfigError(f"configuration: nothing reads the macro {scope}{hint}")
+        name = f"{scope}/{selector}" if scope else selector
+        raise ConfigError(
+            f"configuration: {name} is bound ({', '.join(bound[scope, selector])}), but nothing in main.run.jobs uses it: "
+            "remove the binding, or include the file that uses it"
+        )
+
+
+def _references(value: Any) -> list[tuple[str, str]]:
+    """(scope, selector as written) of every @reference and %macro inside a bound value."""
+    import gin
+
+    if isinstance(value, gin.config.ConfigurableReference):
+        return [(value.scoped_selector.rpartition("/")[0], value.selector)]
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    return [r for v in value for r in _references(v)] if isinstance(value, (list, tuple)) else []
 
 
 # --- command line ---------------------------------------------------------------------------------------------------------------
@@ -197,7 +202,8 @@ def report(error: Exception) -> int:
         print(f"{where}{error.strerror or error}", file=sys.stderr)
         return 2
     if isinstance(error, (ValueError, FloatingPointError)):
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        said = str(error).split("In call to configurable")[0]  # gin adds where it was configured
+        print(f"error: {' '.join(said.split())}", file=sys.stderr)
         if os.environ.get("MOE_JAX_TRACEBACK"):
             raise error
         return 2

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import itertools
 import os
 import re
 import sys
@@ -29,6 +30,7 @@ from moe_jax.types import Batch
 
 FEATURES = ("tokens", "roles", "tasks")
 GIVE_UP = 10_000  # examples that do not fit, before the first that does
+BATCHED = 256  # examples that come over from TensorFlow at a time
 _INT32 = seqio.FeatureConverter.FeatureSpec(dtype=tf.int32)
 
 
@@ -94,21 +96,24 @@ def draw(
     provider = find(name)
     if examples is not None and passes is not None:
         raise ValueError("give examples or passes, not both")
-    tasks = _tasks_with(provider, split)
+    sources = _tasks_with(provider, split)
     lengths = dict.fromkeys(FEATURES, length)
-    # A cache in memory would repeat the order of the first epoch.
     common: dict[str, Any] = {"shuffle": True, "seed": seed, "try_in_mem_cache": False}
     with _quiet(), correction.using(**settings):
         if passes is None:
             ds = provider.get_dataset(lengths, split, num_epochs=None, **common)
             ds = ds if examples is None else ds.take(examples)
         else:
-            parts = [task.get_dataset(lengths, split, num_epochs=passes, **common) for task in tasks]
-            sizes = [task.num_input_examples(split) for task in tasks]
+            parts = [task.get_dataset(lengths, split, num_epochs=passes, **common) for task in sources]
+            sizes = [float(task.num_input_examples(split)) for task in sources]
             ds = tf.data.Dataset.sample_from_datasets(parts, sizes, seed, stop_on_empty_dataset=False)
+    # Many at a time: for each, this thread and TensorFlow's hand Python's lock to each other.
+    ds = ds.map(lambda row: {name: row[name] for name in FEATURES}).ragged_batch(BATCHED)
     with _one_line_errors():
-        for row in ds.as_numpy_iterator():
-            yield Packable(row["tokens"], row["roles"], int(row["tasks"][0]))
+        for batch in ds:
+            tokens, roles, tasks = (batch[name].values.numpy() for name in FEATURES)
+            for start, end in itertools.pairwise(batch["tokens"].row_splits.numpy()):
+                yield Packable(tokens[start:end], roles[start:end], int(tasks[start]))
 
 
 def seqio_batches(
@@ -168,6 +173,7 @@ def prepare(
         mixture=name,
         split=split,
         seed=seed,
+        drawn={"examples": examples, "passes": passes},
         **settings,
     )
     sizes: Counter[str] = Counter()
@@ -235,5 +241,5 @@ def _one_line_errors() -> Generator[None]:
     try:
         yield
     except tf.errors.OpError as error:
-        ours = re.search(r"ValueError: (.+)", error.message)
+        ours = re.search(r"(?:Value|Format)Error: (.+)", error.message)
         raise ValueError(ours[1] if ours else error.message.splitlines()[0]) from None

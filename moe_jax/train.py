@@ -127,7 +127,7 @@ def make_evaluation(model: Any, *, dtype: str, max_targets: int):
 def readable(metrics: Metrics, families: Mapping[str, int]) -> dict[str, float]:
     """Sums over a batch -> named scalars: mean nll in all and of each family, auxiliary losses, expert load, entropy, drops."""
     m = jax.device_get(metrics)
-    out = {k: float(v) for k, v in m.items() if np.ndim(v) == 0}
+    out = {k: float(v) for k, v in m.items() if k != "stats" and np.ndim(v) == 0}
     out["nll"] = float(m["nll_T"].sum() / max(m["weight_T"].sum(), 1))
     for name, i in families.items():
         if m["weight_T"][i] > 0:

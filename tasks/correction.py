@@ -13,10 +13,12 @@ import dataclasses
 import functools
 import gzip
 import os
+import zlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moe_jax.formats.record import Record
 from moe_jax.tasks import preprocessors
 from moe_jax.tasks.families import family_id
 from moe_jax.tasks.quiet import seqio, tf
@@ -42,12 +44,12 @@ class Settings:
     def loaded(self) -> Tokeniser:
         return self.tokeniser if isinstance(self.tokeniser, Tokeniser) else Tokeniser.load(self.tokeniser)
 
-    def encode(self, row: Mapping[str, Any], max_length: int) -> Example | None:
+    def encode(self, record: Record, max_length: int) -> Example | None:
         return encode_example(
             self.loaded,
-            row["hypotheses"],
-            list(row["sources"].values()),
-            row["reference"],
+            record.hypotheses,
+            record.sources,
+            record.reference,
             max_length=max_length,
             layout=self.layout,
             max_hypotheses=self.max_hypotheses,
@@ -65,8 +67,9 @@ def settings() -> Settings:
 def set_tokeniser(tokeniser: Tokeniser | str | os.PathLike) -> None:
     """Datasets built from now on use this tokeniser. Raises ValueError if it cannot be read."""
     global _settings
-    _settings = dataclasses.replace(_settings, tokeniser=tokeniser)
-    _settings.loaded  # noqa: B018  (a bad path is reported here, not while drawing)
+    changed = dataclasses.replace(_settings, tokeniser=tokeniser)
+    if changed.loaded:  # read now, so that a bad path changes nothing and is not reported while drawing
+        _settings = changed
 
 
 @contextlib.contextmanager
@@ -87,7 +90,11 @@ def data_folder() -> Path:
 
 
 class JsonLines(seqio.DataSource):
-    """One `.jsonl` or `.jsonl.gz` file a split, as {"line", "where"}; `where` is path:line, for messages."""
+    """One `.jsonl` or `.jsonl.gz` file a split, as {"line", "path", "number"}: where a line is, for messages.
+
+    Shuffles lines itself, anew in each epoch: cheaper than examples, and over whole files. (seqio's cache in
+    memory keeps the first order; `try_in_mem_cache=False` turns it off.)
+    """
 
     def __init__(self, family: str, folder: Callable[[], Path], stem: str, splits: Sequence[str] = SPLITS):
         """`folder` is asked at use; a file is `stem` + split + suffix in it."""
@@ -124,10 +131,7 @@ class JsonLines(seqio.DataSource):
         path = self.path(split)
         lines = tf.data.TextLineDataset(str(path), compression_type="GZIP" if path.suffix == ".gz" else "")
         rows = lines.enumerate(1).map(
-            lambda number, line: {
-                "line": line,
-                "where": tf.strings.join([f"{path}:", tf.strings.as_string(number)]),
-            }
+            lambda number, line: {"line": line, "path": tf.constant(str(path)), "number": number}
         )
         rows = rows.filter(lambda row: tf.strings.length(tf.strings.strip(row["line"])) > 0)
         if shard_info and shard_info.num_shards > 1:
@@ -143,7 +147,7 @@ def _count_lines(path: Path, mtime: int) -> int:
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             return sum(bool(line.strip()) for line in file)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: cannot read ({error})") from None
 
 
@@ -157,20 +161,20 @@ def features() -> dict[str, seqio.Feature]:
 
 
 def postprocess(output: Any, example: Mapping[str, Any] | None = None, is_target: bool = False) -> Any:
-    """The text of written ids, or, for a target, the row that it was made of."""
-    if is_target:
-        assert example is not None
-        return preprocessors.parse_row(example["line"], example["where"].decode())
+    """The text of written ids, or, for a target, the record that it was made of."""
+    if is_target and example is not None:
+        return preprocessors.parse_row(example["line"], example["path"], example["number"])
     return output if isinstance(output, str) else settings().loaded.decode(output)
 
 
-def metrics(
-    targets: Sequence[Mapping[str, Any]], predictions: Sequence[str], *, family: str
-) -> dict[str, float]:
+def metrics(targets: Sequence[Record], predictions: Sequence[str], *, family: str) -> dict[str, float]:
     """Scores of corrections: {"wer": ..., "cer": ...}, with those of the family (see `moe_jax.metrics`)."""
     from moe_jax.metrics import scoring  # here, so that preparing data does not wait for it
 
-    examples = [{"source_set": "user", **row, "task": family} for row in targets]
+    examples = [
+        {"task": family, "source_set": "", "hypotheses": record.hypotheses, "reference": record.reference}
+        for record in targets
+    ]
     rows = scoring.score(examples, predictions)
     return {row["metric"]: row["corrected"] for row in rows if row["set"] == scoring.ALL}
 
@@ -178,15 +182,19 @@ def metrics(
 def register(
     name: str, family: str, folder: Callable[[], Path], stem: str, splits: Sequence[str] = SPLITS
 ) -> seqio.Task:
-    """Registers a seqio task. Raises ValueError for a taken or malformed name, KeyError for an unknown family."""
+    """Registers a seqio task. Raises ValueError for a taken or malformed name, or an unknown family."""
     if name in seqio.TaskRegistry.names() or name in seqio.MixtureRegistry.names():
         raise ValueError(f"a task or mixture called {name!r} is registered already; choose another name")
 
     def correction_metrics(targets, predictions):
         return metrics(targets, predictions, family=family)
 
+    try:
+        task_id = family_id(family)
+    except KeyError as error:
+        raise ValueError(error.args[0]) from None
     encode_rows = functools.partial(
-        preprocessors.encode_rows, get_encode=lambda: settings().encode, task_id=family_id(family)
+        preprocessors.encode_rows, get_encode=lambda: settings().encode, task_id=task_id
     )
     return seqio.TaskRegistry.add(
         name,
@@ -195,13 +203,15 @@ def register(
         output_features=features(),
         postprocess_fn=postprocess,
         metric_fns=[correction_metrics],
+        shuffle_buffer_size=None,  # the source shuffles
     )
 
 
 def register_jsonl_task(name: str, family: str, folder: str | os.PathLike) -> seqio.Task:
     """A task of the user's own from `train.jsonl`, `valid.jsonl` and `test.jsonl` (or .jsonl.gz) in `folder`.
 
-    Each line is an object with "hypotheses" (a list, best first) and "reference", and "sources" if any.
+    Each line is an object with "hypotheses" (a list, best first) and "reference", and "sources" if any, or
+    with the keys of another tool that `moe_jax.formats` knows (such as HyPoradise's "input" and "output").
     Raises ValueError, in one line, without `train.jsonl`, or if the name cannot be used.
     """
     folder = Path(folder).absolute()

@@ -19,6 +19,7 @@ class Gated(Module):
     """SwiGLU experts; weights are fused over experts (E, in, out)."""
 
     def __init__(self, d: int, num_experts: int, *, hidden: int, rngs: Rngs):
+        self.hidden = hidden
         self.gate = param(rngs, (num_experts, d, hidden), ("expert", "embed", "mlp"), fan_in(1))
         self.up = param(rngs, (num_experts, d, hidden), ("expert", "embed", "mlp"), fan_in(1))
         self.down = param(rngs, (num_experts, hidden, d), ("expert", "mlp", "embed"), fan_in(1))

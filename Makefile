@@ -1,0 +1,34 @@
+# Two commands for newcomers: `make quickstart` and `make test`. Each makes the environment first; PYTHON=python3.12 picks another.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+RUN_DIR ?= runs/quickstart
+ARGS ?=
+
+.PHONY: quickstart test lint clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/python -m moe_jax.main --gin_file=runs/quickstart.gin --gin.RUN_DIR=$(RUN_DIR) $(ARGS)
+
+test: $(VENV)/.installed-test lint
+	$(BIN)/python -m pytest tests $(ARGS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/ty check moe_jax tasks tests
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"moe_jax needs Python 3.11 to 3.13, this is {v[0]}.{v[1]}: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: setup.cfg pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[data]'
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[data,test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,51 @@
+"""`moe-jax`: correct a file, run an experiment, export a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from moe_jax import __version__, correct, main
+
+
+def entry(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="moe-jax", description="Correct what a recogniser wrote.")
+    parser.add_argument("--version", action="version", version=f"moe-jax {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    correct.add_arguments(commands.add_parser("correct", help="correct a file of hypotheses", description=correct.__doc__))
+    main.add_arguments(commands.add_parser("run", help="run the jobs of a gin file: prepare, train, evaluate"))
+    export = commands.add_parser("export", help="write a run's best checkpoint, or a safetensors file, as another dtype")
+    export.add_argument("--checkpoint", required=True, help="a run folder, or a safetensors file")
+    export.add_argument("--output", required=True, help="the safetensors file to write")
+    export.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    args = parser.parse_args(main.rewritten(sys.argv[1:] if argv is None else argv))
+    if args.command == "run":
+        return main.start(args)
+    try:
+        return correct.main(args, _load) if args.command == "correct" else _export(args)
+    except Exception as error:  # noqa: BLE001
+        return main.report(error)
+
+
+def _load(args: argparse.Namespace):
+    """The corrector that the flags of `moe-jax correct` ask for."""
+    from moe_jax.pipeline import Pipeline
+
+    return Pipeline.load(args.checkpoint, beams=args.beam, guard=args.guard, task=args.task)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from moe_jax import checkpoint
+
+    path = Path(args.checkpoint)
+    table, meta = checkpoint.read_safetensors(path / "model.safetensors" if path.is_dir() else path)
+    checkpoint.write_safetensors(args.output, table, meta, dtype=args.dtype)
+    print(f"{args.output}: {sum(x.size for x in table.values()) / 1e6:.2f} M parameters as {args.dtype}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(entry())
