@@ -61,9 +61,7 @@ class Case:
         """With every parameter moved at random: initial zeros and ones would hide mistakes."""
         layer = self.make(rngs=Rngs(params=0))
         rng = np.random.default_rng(1)
-        table = {
-            p: x + 0.2 * rng.normal(size=x.shape).astype(x.dtype) for p, x in tree.flatten(layer).items()
-        }
+        table = {p: x + 0.2 * rng.normal(size=x.shape).astype(x.dtype) for p, x in tree.flatten(layer).items()}
         return tree.unflatten(layer, table)
 
     @cached_property
@@ -104,9 +102,7 @@ class Case:
 
     def other(self, where: np.ndarray) -> Any:
         """x with other values in the places of `where`."""
-        return np.where(where, VOCAB - 1 - self.x if self.tokens else 3 - 2 * self.x, self.x).astype(
-            self.x.dtype
-        )
+        return np.where(where, VOCAB - 1 - self.x if self.tokens else 3 - 2 * self.x, self.x).astype(self.x.dtype)
 
 
 def close(a: Any, b: Any, what: str) -> None:
@@ -153,9 +149,7 @@ def verify_chunks(case: Case) -> None:
         state, pieces = case.empty(case.layer, L), []
         for size, start in zip(sizes, np.cumsum((0, *sizes)), strict=False):
             places = slice(start, start + size)
-            piece, state = call(
-                case.layer, case.x[:, places], part(case.info, slice(None), places), state, None
-            )
+            piece, state = call(case.layer, case.x[:, places], part(case.info, slice(None), places), state, None)
             pieces.append(piece)
         together = np.where(np.asarray(case.info.valid_BxL)[..., None], np.concatenate(pieces, 1), 0)
         close(y, together, f"chunks of {sizes}")

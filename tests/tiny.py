@@ -1,0 +1,47 @@
+"""A model and batches small enough for any test."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.layers.attention import Attention
+from moe_jax.layers.ffn import DenseFfn
+from moe_jax.layers.param import Rngs
+from moe_jax.models.corrector import Corrector
+from moe_jax.moe import dispatch, routers
+from moe_jax.moe.layer import MoeFfn
+from moe_jax.packing import COLUMNS, Packable, pack, to_batch
+from moe_jax.types import Batch
+
+VOCAB, D, E = 40, 16, 4
+
+dense = partial(DenseFfn, hidden=24)
+
+
+def moe(router=routers.TopK, to=dispatch.dropless, **args):
+    return partial(MoeFfn, num_experts=E, hidden=8, router=router, dispatch=to, **args)
+
+
+def configured(ffn=dense, **args):
+    """A `Corrector` of two layers, not yet built: call it with rngs (and a vocabulary)."""
+    args = {"d": D, "layers": 2, "vocab": VOCAB, "attention": partial(Attention, heads=4, kv_heads=2)} | args
+    return partial(Corrector, ffn=ffn, **args)
+
+
+def model(ffn=dense, **args) -> Corrector:
+    return configured(ffn, **args)(rngs=Rngs(params=0))
+
+
+def batch(seed: int = 0, rows: int = 8, length: int = 12) -> Batch:
+    """Packed examples of four families, each a prompt to read and a text to write."""
+    rng = np.random.default_rng(seed)
+    examples = []
+    for _ in range(4 * rows):
+        size = int(rng.integers(3, 8))
+        read = int(rng.integers(1, size))
+        roles = [1] * read + [2] * (size - read)
+        examples.append(Packable(rng.integers(1, VOCAB, size).tolist(), roles, int(rng.integers(1, 5))))
+    packed = list(pack(examples, length))[:rows]
+    return jax.tree.map(jnp.asarray, to_batch({name: np.stack([row[name] for row in packed]) for name in COLUMNS}))
