@@ -207,7 +207,7 @@ def test_padding_changes_no_loss(key):
 
 
 def test_routing_is_free_at_evaluation_and_forced_in_training():
-    """Through the whole model: in training each task's load lies on its mapped expert, at evaluation where the gate says."""
+    """In the whole model: while training a task's load lies on its mapped expert, then where the gate says."""
     router = partial(ROUTERS["TaskMapped"], k=1)
     model = tiny.model(tiny.moe(router))
     run = jax.jit(lambda batch, key: model.loss(batch, key)[1]["stats"].task_load_TxE.sum(0))
