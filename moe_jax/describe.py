@@ -67,8 +67,10 @@ def _signature(make: Callable) -> inspect.Signature:
 def configured(data: Any) -> Any:
     """The inverse: a callable with its arguments bound. Raises ValueError for a class that is not `KNOWN`."""
     if isinstance(data, Mapping) and "class" in data:
-        if data["class"] not in KNOWN:
+        if not isinstance(data["class"], str) or data["class"] not in KNOWN:
             raise ValueError(f"model description names {data['class']!r}; known: {', '.join(KNOWN)}")
+        if not isinstance(data.get("args", {}), Mapping):
+            raise ValueError(f"model description of {data['class']}: args are not an object")
         args = {k: configured(v) for k, v in data.get("args", {}).items()}
         try:
             _signature(KNOWN[data["class"]]).bind_partial(**args)
