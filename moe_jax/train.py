@@ -333,9 +333,10 @@ def _loop(
                 bar.set_postfix_str(f"nll {scalars['nll']:.3f}, {rate:.0f} tokens/s")
                 clock, tokens, waited = time.monotonic(), 0, 0.0
             if state.step % eval_every == 0 or state.step == steps:
+                began = time.monotonic()
                 valid = validate(state.params)
                 logs.metrics(state.step, valid)
-                clock = time.monotonic()
+                clock += time.monotonic() - began  # speed is that of training alone
             if stop.asked or state.step % save_every == 0 or state.step == steps:
                 save()
             if stop.asked:

@@ -1,0 +1,122 @@
+"""Run every arm of an experiment for several seeds, one after another, and leave `results/<experiment>/table.json`.
+
+    python -m benchmarks.arms quickstart --seeds 0 1 2
+
+An arm is a gin file of gin/experiments/<experiment>/. What is finished is not run again, what was interrupted goes on: stop it when you
+like. The table has a row for each arm, seed, task, set and metric: the corrected value, the 95 % interval of its relative change against
+the first pass and the p-value, and besides the arms the rows "first pass", "oracle n-best" and "oracle compositional".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_folder(experiment: str, arm: str, seed: int) -> Path:
+    return Path("runs") / experiment / f"{arm}-{seed}"
+
+
+def run_arm(experiment: str, arm: str, seed: int, extra: list[str]) -> None:
+    """One arm, one seed, in a process of its own; nothing where its scores are there already."""
+    folder = run_folder(experiment, arm, seed)
+    if (ROOT / folder / "scores.json").exists():
+        return
+    print(f"--- {arm}, seed {seed} -> {folder}", flush=True)
+    command = [sys.executable, "-m", "moe_jax.main", f"--gin_file=experiments/{experiment}/{arm}.gin"]
+    command += [f"--gin.RUN_DIR={folder}", f"--gin.SEED={seed}", *extra]
+    done = subprocess.run(command, cwd=ROOT)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def rows_of(arm: str, seed: int, scores: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of `scores.json` in the form of the evidence tables."""
+    return [
+        {
+            "arm": arm,
+            "seed": seed,
+            "task": row["task"],
+            "set": row["set"],
+            "metric": row["metric"],
+            "value": row["corrected"],
+            "relative_change": row["relative_change"],
+            "ci95": row["ci95"],
+            "p_value": row["p_value"],
+            "fixed": row["fixed"],
+            "broken": row["broken"],
+            "lines": row["lines"],
+        }
+        for row in scores["rows"]
+    ]
+
+
+def references_of(scores: dict[str, Any]) -> list[dict[str, Any]]:
+    """First pass and oracles: they belong to the test set, not to an arm or a seed."""
+    names = {"first pass": "first_pass", "oracle n-best": "oracle_nb", "oracle compositional": "oracle_cp"}
+    none = {"relative_change": None, "ci95": None, "p_value": None, "fixed": None, "broken": None}
+    return [
+        {
+            "arm": arm,
+            "seed": None,
+            "task": row["task"],
+            "set": row["set"],
+            "metric": row["metric"],
+            "value": row[key],
+            **none,
+            "lines": row["lines"],
+        }
+        for arm, key in names.items()
+        for row in scores["rows"]
+        if row[key] is not None
+    ]
+
+
+def collect(experiment: str, arms: list[str], seeds: list[int]) -> dict[str, Any]:
+    """The table of all finished runs."""
+    rows: list[dict[str, Any]] = []
+    meta: dict[str, Any] = {}
+    for arm in arms:
+        for seed in seeds:
+            path = ROOT / run_folder(experiment, arm, seed) / "scores.json"
+            if not path.exists():
+                continue
+            scores = json.loads(path.read_text("utf-8"))
+            rows += ([] if rows else references_of(scores)) + rows_of(arm, seed, scores)
+            meta = {k: scores["meta"][k] for k in ("split", "date", "step")}
+    command = f"python -m benchmarks.arms {experiment} --seeds {' '.join(map(str, seeds))}"
+    return {"experiment": experiment, "meta": {**meta, "command": command}, "rows": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("experiment", help="a folder of gin/experiments")
+    parser.add_argument("--arms", nargs="+", help="some of them (default: all)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--collect", action="store_true", help="only make the table, of what is finished")
+    args, extra = parser.parse_known_args()
+    folder = ROOT / "gin" / "experiments" / args.experiment
+    arms = args.arms or sorted(p.stem for p in folder.glob("*.gin"))
+    if not arms:
+        sys.exit(f"{folder}: no such experiment, or no gin file in it")
+    if not args.collect:
+        for seed in args.seeds:  # seed by seed, so that every arm has one first
+            for arm in arms:
+                run_arm(args.experiment, arm, seed, extra)
+    out = ROOT / "results" / args.experiment / "table.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(out.name + ".part")
+    aside.write_text(json.dumps(collect(args.experiment, arms, args.seeds), indent=1) + "\n", "utf-8")
+    os.replace(aside, out)
+    print(f"{out.relative_to(ROOT)} written; now python -m benchmarks.results")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Configuration: every shipped file parses and builds, and a mistake is one line."""
+
+import functools
+from pathlib import Path
+
+import gin
+import jax
+import pytest
+
+from moe_jax import main, train, tree
+from moe_jax.layers.param import Rngs
+
+GIN = Path(main.GIN)
+RUNS = sorted(str(p.relative_to(GIN)) for folder in ("runs", "experiments") for p in (GIN / folder).rglob("*.gin"))
+COMPLETE = [r for r in RUNS if r != "runs/finetune.gin"]
+ROUTERS = sorted(p.stem for p in (GIN / "routers").glob("*.gin") if p.stem != "moe")
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    gin.clear_config()
+    yield
+    gin.clear_config()
+
+
+def shapes(files: list[str], bindings: list[str] = ()) -> str:
+    """The parameter table of the configured model, a line a path; nothing is computed."""
+    main.load(files, bindings)
+    built: dict = {}
+
+    def spy(run_dir, *, model, **rest):
+        built.update(jax.eval_shape(lambda: tree.flatten(model(vocab=4096, rngs=Rngs(params=0)))))
+
+    parameters = dict(gin.config._CONFIG[("", "moe_jax.train.train")])
+    model = parameters["model"]
+    spy("", model=model.configurable.wrapper if not hasattr(model, "__call__") else model)
+    return "".join(f"{path} {'x'.join(map(str, leaf.shape))}\n" for path, leaf in sorted(built.items()))
+
+
+@pytest.mark.parametrize("name", COMPLETE)
+def test_every_run_parses_and_builds_the_parameters_of_its_golden_file(name):
+    golden = GOLDEN / (name.replace("/", "-").removesuffix(".gin") + ".txt")
+    assert shapes([name]) == golden.read_text()
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_every_router_file_makes_an_moe_of_the_tiny_corrector(router):
+    text = (GIN / "runs" / "base.gin").read_text().replace("models/dense.gin", f"routers/{router}.gin")
+    gin.add_config_file_search_path(str(GIN))
+    gin.parse_config(text)
+    model = gin.config._CONFIG[("", "moe_jax.train.train")]["model"]
+    table = jax.eval_shape(lambda: tree.flatten(model(vocab=64, rngs=Rngs(params=0))))
+    assert table["blocks/ffn/experts/gate"].shape == (4, 4, 192, 512)
+    main._check_all_used()
+
+
+def refused(files, bindings) -> str:
+    with pytest.raises(main.ConfigError) as error:
+        main.load(files, bindings)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_misspelt_macro_names_the_right_one():
+    assert "did you mean STEPS?" in refused(["runs/quickstart.gin"], ["STPES=3"])
+
+
+def test_a_misspelt_parameter_names_the_right_one():
+    assert "Did you mean steps" in refused(["runs/quickstart.gin"], ["train.train.stepz=4"])
+
+
+def test_an_unknown_configurable_a_missing_file_and_a_missing_value_are_said():
+    assert "optim.adamww" in refused(["runs/quickstart.gin"], ["optim.adamww.b1=0.3"])
+    assert "nope.gin" in refused(["nope.gin"], [])
+    assert "give it a value" in refused(["runs/quickstart.gin"], ["STEPS"])
+
+
+def test_a_binding_that_nothing_reads_is_an_error(tmp_path):
+    extra = tmp_path / "extra.gin"
+    extra.write_text('include "runs/quickstart.gin"\nfrom __gin__ import dynamic_registration\n'
+                     "from moe_jax import optim\noptim.adamw.b1 = 0.5\n")
+    assert "nothing in main.run.jobs uses it" in refused([str(extra)], [])
+
+
+def test_values_from_the_shell_need_no_quotes():
+    assert main._quoted("RUN_DIR=/tmp/x") == 'RUN_DIR = "/tmp/x"'
+    assert main._quoted("STEPS=100") == "STEPS = 100"
+    assert main._quoted("RATE=1e-3") == "RATE = 1e-3"
+    assert main._quoted("DATA=2024-run") == 'DATA = "2024-run"'
+    assert main._quoted("A=@optim.adamw") == "A = @optim.adamw"
+    assert main.rewritten(["--gin.A=1", "--gin_file=x"]) == ["--gin_bindings=A=1", "--gin_file=x"]
+
+
+def test_the_command_line_says_one_line_and_exits_with_2(capsys):
+    assert main.main(["--gin_file=runs/quickstart.gin", "--gin.STPES=3"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert main.main([]) == 2
+
+
+def test_show_config_prints_what_is_bound(capsys):
+    assert main.main(["--gin_file=runs/quickstart.gin", "--gin.STEPS=7", "--show_config"]) == 0
+    assert "STEPS = 7" in capsys.readouterr().out
+
+
+def test_jobs_run_in_order():
+    seen: list[int] = []
+    main.run([functools.partial(seen.append, 1), functools.partial(seen.append, 2)])
+    assert seen == [1, 2]
+    with pytest.raises(main.ConfigError):
+        main.run([])
+
+
+def test_no_python_file_lives_under_gin():
+    """An __init__.py there would shadow the gin package."""
+    assert not list(GIN.rglob("*.py"))
+    assert train.__name__ == "moe_jax.train"
