@@ -1,7 +1,8 @@
 """Checkpoints: flat tables path -> array on disk, and the rules that start one model from another.
 
-A run keeps Orbax steps (parameters, optimiser, position in the data, model description as separate items; the latest and the best);
-a model to ship is one safetensors file. No pickle anywhere, and no config found beside a checkpoint is ever executed.
+A run keeps Orbax steps (parameters, optimiser, position in the data, model description as separate items; the latest
+and the best); a model to ship is one safetensors file. No pickle anywhere, and no config found beside a checkpoint is
+ever executed.
 """
 
 from __future__ import annotations
@@ -114,13 +115,15 @@ def enumerate_leaves(tree: Any) -> list[tuple[str, Any]]:
     return [(f"{i:05d}", leaf) for i, leaf in enumerate(jax.tree.leaves(tree))]
 
 
-# --- one file to ship -------------------------------------------------------------------------------------------------------
+# --- one file to ship -------------------------------------------------------------------------------------------------
 
 
 def write_safetensors(path: Path | str, params: Table, meta: Mapping[str, Any], dtype: Any = None) -> None:
     """One file: arrays by path and JSON metadata; written aside, then renamed."""
     path = Path(path)
-    arrays = {p: np.ascontiguousarray(np.asarray(x if dtype is None else jnp.asarray(x, dtype))) for p, x in params.items()}
+    arrays = {
+        p: np.ascontiguousarray(np.asarray(x if dtype is None else jnp.asarray(x, dtype))) for p, x in params.items()
+    }
     aside = path.with_name(path.name + ".part")
     save_file(arrays, aside, metadata={"moe_jax": json.dumps(dict(meta))})
     os.replace(aside, path)
@@ -133,13 +136,15 @@ def read_safetensors(path: Path | str) -> tuple[Table, dict[str, Any]]:
             table = {name: jnp.asarray(file.get_tensor(name), jnp.float32) for name in file.keys()}  # noqa: SIM118
             meta = json.loads((file.metadata() or {}).get("moe_jax", "null"))
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: cannot be read as safetensors ({error}); is the path right, the file whole?") from error
+        raise CheckpointError(
+            f"{path}: cannot be read as safetensors ({error}); is the path right, the file whole?"
+        ) from error
     if not isinstance(meta, dict):
         raise CheckpointError(f"{path}: has no moe_jax metadata; export it with `moe-jax export`")
     return table, meta
 
 
-# --- one model from another ---------------------------------------------------------------------------------------------------
+# --- one model from another -------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,12 +183,15 @@ def widen(times: int) -> tuple[Rule, ...]:
 
 
 def transplant(
-    target: Mapping[str, jax.Array], source: Mapping[str, jax.Array], rules: Sequence[Rule], fresh: Sequence[str] = (r"/router/",)
+    target: Mapping[str, jax.Array],
+    source: Mapping[str, jax.Array],
+    rules: Sequence[Rule],
+    fresh: Sequence[str] = (r"/router/",),
 ) -> Table:
     """`target` with its arrays taken from `source` by the first rule that matches each source path.
 
-    Every leaf is accounted for: raises CheckpointError for a source leaf that has no place, a shape that differs, or a target leaf
-    that nothing filled and that does not match `fresh` (those keep their own initial values).
+    Every leaf is accounted for: raises CheckpointError for a source leaf that has no place, a shape that differs, or
+    a target leaf that nothing filled and that does not match `fresh` (those keep their own initial values).
     """
     out: Table = {}
     for path, x in source.items():
@@ -191,9 +199,13 @@ def transplant(
         name = path if rule is None else re.sub(rule.pattern, rule.replacement, path, count=1)
         y = x if rule is None else rule(path, x)
         if name not in target:
-            raise CheckpointError(f"{path} of the source becomes {name}, which this model does not have; mend the rules")
+            raise CheckpointError(
+                f"{path} of the source becomes {name}, which this model does not have; mend the rules"
+            )
         if y.shape != target[name].shape:
-            raise CheckpointError(f"{name}: the source gives {tuple(y.shape)}, this model needs {tuple(target[name].shape)}")
+            raise CheckpointError(
+                f"{name}: the source gives {tuple(y.shape)}, this model needs {tuple(target[name].shape)}"
+            )
         out[name] = y.astype(target[name].dtype)
     unfilled = [p for p in target if p not in out and not any(re.search(f, p) for f in fresh)]
     if unfilled:
