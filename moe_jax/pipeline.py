@@ -55,6 +55,7 @@ class Pipeline:
     Attributes:
       guard: the threshold on `Proposal.margin`, tuned on validation data; -inf switches the guard off.
       beams: width of the beam search (1 is greedy).
+      task: the family of everything that is corrected; None, the default, is unknown: routing is free anyway.
       rescore: let the given hypotheses compete with what the search found, by the model's own score.
     """
 
@@ -109,6 +110,8 @@ class Pipeline:
             )
         model = tree.unflatten(empty, params)
         made = cls(model, tokeniser, families, layout, guard, fingerprint, max_length=length)
+        if (task := options.get("task")) and task not in families:
+            raise ValueError(f"unknown task {task!r}; {path} knows: {', '.join(families)}")
         return dataclasses.replace(made, **{k: v for k, v in options.items() if v is not None})
 
     def __call__(self, records: Sequence[Record]) -> list[Correction]:
@@ -150,7 +153,7 @@ class Pipeline:
 
     def _batch(self, records: Sequence[Record], examples: Sequence[Example]) -> list[Proposal]:
         prompts = [e.tokens for e in examples]
-        tasks = [self.families.get(r.task or self.task or "", 0) if self.task else 0 for r in records]
+        tasks = [self.families[self.task] if self.task else 0] * len(records)
         firsts = [r.hypotheses[0] for r in records]
         pad = self.batch_size - len(prompts)  # a full batch always: one compiled program a bucket
         full, full_tasks = [*prompts, *[prompts[-1]] * pad], [*tasks, *[tasks[-1]] * pad]
