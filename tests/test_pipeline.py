@@ -18,7 +18,7 @@ from moe_jax.layers.param import Rngs
 from moe_jax.models.corrector import Corrector
 from moe_jax.moe import routers
 from moe_jax.moe.layer import MoeFfn
-from moe_jax.pipeline import Pipeline, Proposal, export
+from moe_jax.pipeline import Pipeline, Proposal, export, repeats
 from moe_jax.tasks.families import FAMILIES
 from moe_jax.text.tokeniser import Tokeniser
 
@@ -62,7 +62,13 @@ def test_what_was_exported_is_loaded(shipped, pipeline):
 
 
 def test_order_is_kept_and_a_record_does_not_depend_on_its_neighbours(pipeline):
-    records = [record("the cat sat on a mat"), record("he she", "see he"), record("a b c d e f g h i"), record("x"), record("y z")]
+    records = [
+        record("the cat sat on a mat"),
+        record("he she", "see he"),
+        record("a b c d e f g h i"),
+        record("x"),
+        record("y z"),
+    ]
     together = pipeline.propose(records)
     for r, proposal in zip(records, together, strict=True):
         (alone,) = pipeline.propose([r])
@@ -75,7 +81,10 @@ def test_the_chosen_text_beats_every_given_hypothesis_by_the_models_own_score(pi
     (proposal,) = pipeline.propose([record(*given)])
     prompt = pipeline.encode(record(*given)).tokens
     texts = [[*pipeline.tokeniser.encode(t), decode.EOS] for t in [proposal.text, *given]]
-    penalised = [d.total / decode.length_penalty(len(d.tokens), pipeline.alpha) for d in decode.score(pipeline.model, [prompt] * 4, texts)]
+    penalised = [
+        d.total / decode.length_penalty(len(d.tokens), pipeline.alpha)
+        for d in decode.score(pipeline.model, [prompt] * 4, texts)
+    ]
     assert penalised[0] >= max(penalised) - 1e-4
 
 
@@ -85,6 +94,12 @@ def test_blank_and_too_long_records_keep_their_first_pass_and_say_so(pipeline):
     assert [r.text for r in results[:3]] == ["", "  ", long]
     assert [r.note for r in results[:3]] == ["empty", "empty", "too long"]
     assert all(r.kept for r in results[:3])
+
+
+def test_going_in_circles_is_noticed_unless_the_hypotheses_do_so_too():
+    assert repeats("so that the page so that the page", ["so the page"])
+    assert not repeats("la la la la la", ["la la la la la la"])
+    assert not repeats("the cat and the cat", ["the cat and a cat"])  # two words again, not three
 
 
 def test_the_guard_keeps_the_first_pass_below_its_threshold():
@@ -166,7 +181,10 @@ def test_bad_arguments_are_one_line_and_exit_code_2(shipped, tmp_path, capsys, a
 
 
 def test_export_halves_a_checkpoint(shipped, tmp_path):
-    assert cli.entry(["export", f"--checkpoint={shipped}", f"--output={tmp_path}/half.safetensors", "--dtype=bfloat16"]) == 0
+    assert (
+        cli.entry(["export", f"--checkpoint={shipped}", f"--output={tmp_path}/half.safetensors", "--dtype=bfloat16"])
+        == 0
+    )
     table, meta = checkpoint.read_safetensors(tmp_path / "half.safetensors")
     assert meta["guard"] == 2.5
     whole, _ = checkpoint.read_safetensors(shipped / "model.safetensors")
@@ -185,7 +203,13 @@ def test_the_quickstart_small(name, tmp_path):
     run = tmp_path / "run"
     flags = {"RUN_DIR": run, "DATA": tmp_path / "train", "VALID_DATA": tmp_path / "valid", "STEPS": 2, "EVERY": 1}
     flags |= {"BATCH": 2, "EXAMPLES": 60}
-    command = [sys.executable, "-m", "moe_jax.main", f"--gin_file=runs/{name}.gin", *(f"--gin.{k}={v}" for k, v in flags.items())]
+    command = [
+        sys.executable,
+        "-m",
+        "moe_jax.main",
+        f"--gin_file=runs/{name}.gin",
+        *(f"--gin.{k}={v}" for k, v in flags.items()),
+    ]
     env = {"PATH": "/usr/bin:/bin", "MOE_JAX_DATA": str(tmp_path), "JAX_PLATFORMS": "cpu", "HOME": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
