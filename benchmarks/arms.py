@@ -2,9 +2,10 @@
 
     python -m benchmarks.arms quickstart --seeds 0 1 2
 
-An arm is a gin file of gin/experiments/<experiment>/. What is finished is not run again, what was interrupted goes on: stop it when you
-like. The table has a row for each arm, seed, task, set and metric: the corrected value, the 95 % interval of its relative change against
-the first pass and the p-value, and besides the arms the rows "first pass", "oracle n-best" and "oracle compositional".
+An arm is a gin file of gin/experiments/<experiment>/. What is finished is not run again, what was interrupted goes
+on: stop it when you like. The table has a row for each arm, seed, task, set and metric: the corrected value, the 95 %
+interval of its relative change against the first pass and the p-value, and besides the arms the rows "first pass",
+"oracle n-best" and "oracle compositional".
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """RESULTS.md from results/*/table.json; `--check` says whether it agrees, as CI does.
 
-    python -m benchmarks.results
+python -m benchmarks.results
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 HIGHER = ("bleu", "chrf", "f0.5")
 HEAD = """# Results
 
-Made by `python -m benchmarks.results` from `results/*/table.json`; CI checks that it agrees. Values are percentages. An arm's value is
-the mean over its seeds, ± their standard deviation; the change is relative to the first pass; the interval is the 95 % paired bootstrap
-over lines of the first seed, p its paired randomisation test. Thresholds were tuned on validation text; test text was scored once a run.
+Made by `python -m benchmarks.results` from `results/*/table.json`; CI checks that it agrees. Values are percentages.
+An arm's value is the mean over its seeds, ± their standard deviation; the change is relative to the first pass; the
+interval is the 95 % paired bootstrap over lines of the first seed, p its paired randomisation test. Thresholds were
+tuned on validation text; test text was scored once a run.
 """
 
 
@@ -28,7 +29,10 @@ def table(data: dict[str, Any]) -> str:
     """One experiment: the families, every metric, every arm."""
     rows = [r for r in data["rows"] if r["set"] == "all"]
     meta = data["meta"]
-    out = [f"## {data['experiment']}\n", f"`{meta['command']}` · {meta['split']} · {meta['date']} · {meta['step']} steps\n"]
+    out = [
+        f"## {data['experiment']}\n",
+        f"`{meta['command']}` · {meta['split']} · {meta['date']} · {meta['step']} steps\n",
+    ]
     out.append("| task | metric | arm | value | seeds | change | 95 % interval | p | fixed / broken |")
     out.append("|---|---|---|--:|--:|--:|--:|--:|--:|")
     for task, metric in unique((r["task"], r["metric"]) for r in rows):
@@ -44,12 +48,17 @@ def line(task: str, metric: str, arm: str, rows: list[dict[str, Any]]) -> str:
     first = rows[0]
     changes = [r["relative_change"] for r in rows if r["relative_change"] is not None]
     change = f"{100 * np.mean(changes):+.1f} %" if changes else ""
-    interval = "" if not first["ci95"] or None in first["ci95"] else "{:+.1f} to {:+.1f}".format(*(100 * x for x in first["ci95"]))
+    interval = (
+        ""
+        if not first["ci95"] or None in first["ci95"]
+        else "{:+.1f} to {:+.1f}".format(*(100 * x for x in first["ci95"]))
+    )
     p = "" if first["p_value"] is None else f"{first['p_value']:.4f}"
     counts = "" if first["fixed"] is None else f"{first['fixed']} / {first['broken']}"
     arrow = "↑" if metric in HIGHER else "↓"
     seeds = "" if first["seed"] is None else str(len(rows))
-    return f"| {task} | {metric} {arrow} | {arm} | {values.mean():.2f}{spread} | {seeds} | {change} | {interval} | {p} | {counts} |"
+    cells = (task, f"{metric} {arrow}", arm, f"{values.mean():.2f}{spread}", seeds, change, interval, p, counts)
+    return f"| {' | '.join(cells)} |"
 
 
 def unique(items: Iterable[Any]) -> list[Any]:

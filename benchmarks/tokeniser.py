@@ -66,9 +66,7 @@ def measure(tokeniser: Tokeniser, rows: list[dict[str, Any]]) -> dict[str, float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
     sizes = parser.parse_args().sizes
     texts = defaultdict(list)

@@ -135,7 +135,7 @@ def enumerate_leaves(tree: Any) -> list[tuple[str, Any]]:
     return [(f"{i:05d}", leaf) for i, leaf in enumerate(jax.tree.leaves(tree))]
 
 
-# --- one file to ship ---------------------------------------------------------------------------------------
+# --- one file to ship -------------------------------------------------------------------------------------------------
 
 
 def write_safetensors(path: Path | str, params: Table, meta: Mapping[str, Any], dtype: Any = None) -> None:
@@ -162,7 +162,7 @@ def read_safetensors(path: Path | str) -> tuple[Table, dict[str, Any]]:
     return table, meta
 
 
-# --- one model from another ---------------------------------------------------------------------------------
+# --- one model from another -------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)

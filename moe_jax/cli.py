@@ -13,9 +13,13 @@ def entry(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="moe-jax", description="Correct what a recogniser wrote.")
     parser.add_argument("--version", action="version", version=f"moe-jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    correct.add_arguments(commands.add_parser("correct", help="correct a file of hypotheses", description=correct.__doc__))
+    correct.add_arguments(
+        commands.add_parser("correct", help="correct a file of hypotheses", description=correct.__doc__)
+    )
     main.add_arguments(commands.add_parser("run", help="run the jobs of a gin file: prepare, train, evaluate"))
-    export = commands.add_parser("export", help="write a run's best checkpoint, or a safetensors file, as another dtype")
+    export = commands.add_parser(
+        "export", help="write a run's best checkpoint, or a safetensors file, as another dtype"
+    )
     export.add_argument("--checkpoint", required=True, help="a run folder, or a safetensors file")
     export.add_argument("--output", required=True, help="the safetensors file to write")
     export.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
@@ -24,7 +28,7 @@ def entry(argv: Sequence[str] | None = None) -> int:
         return main.start(args)
     try:
         return correct.main(args, _load) if args.command == "correct" else _export(args)
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         return main.report(error)
 
 

@@ -93,16 +93,12 @@ def check(
             raise Refused(f"{output}: would overwrite the input; give another --output")
         begun = part_paths(output)[1].exists()  # if so, PartFile knows whether it may replace the output
         if output.exists() and not overwrite and not begun:
-            raise Refused(
-                f"{output}: is there already; pass --overwrite to replace it, or give another --output"
-            )
+            raise Refused(f"{output}: is there already; pass --overwrite to replace it, or give another --output")
     except OSError as e:
         raise Refused(f"{output}: cannot be used: {e.strerror}; give another --output") from None
     told = formats.by_extension(output)
     if told not in (None, name, "json" if name == "jsonl" else name):
-        raise Refused(
-            f"{output}: would hold {name}, the format of the input, not {told}; give it another ending"
-        )
+        raise Refused(f"{output}: would hold {name}, the format of the input, not {told}; give it another ending")
     return name
 
 
@@ -185,9 +181,7 @@ class _Job:
             self._note(done)
             todo -= not isinstance(done, str)
         if self.summary.records and (todo or self.summary.digest != self._digest.hexdigest()):
-            what = (
-                f"the first {self.summary.records} records of the input are not those that it was begun with"
-            )
+            what = f"the first {self.summary.records} records of the input are not those that it was begun with"
             raise Refused(f"{part.path}: {what}; give the same input, or pass --overwrite to start anew")
 
     def correct(self, batch: list[Part]) -> bytes:

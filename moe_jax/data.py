@@ -63,9 +63,7 @@ class Prepared:
     def rows(self) -> int:
         return self.meta["rows"]
 
-    def batch(
-        self, step: int, *, seed: int, batch_size: int, process_index: int = 0, process_count: int = 1
-    ) -> Batch:
+    def batch(self, step: int, *, seed: int, batch_size: int, process_index: int = 0, process_count: int = 1) -> Batch:
         """This process's slice of the batch of `step`: [batch_size / process_count, length] arrays.
 
         Steps walk through one permutation of the rows after another; a batch may span two of them.

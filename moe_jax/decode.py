@@ -1,7 +1,7 @@
 """Decoding: one compiled loop of beam search with caches (greedy is one beam), and scoring of given texts.
 
-Prompts are padded on the left, so that every row writes into the same cache slot; positions and masks know the difference.
-Shapes come from short lists of buckets: a new length costs no new compilation beyond those.
+Prompts are padded on the left, so that every row writes into the same cache slot; positions and masks know the
+difference. Shapes come from short lists of buckets: a new length costs no new compilation beyond those.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def bucket(size: int, buckets: Sequence[int] = BUCKETS) -> int:
     raise ValueError(f"{size} tokens are more than the longest bucket ({buckets[-1]})")
 
 
-def length_penalty(length: Array, alpha: float) -> Array:
+def length_penalty(length: Any, alpha: float) -> Any:
     """((5 + length) / 6) ** alpha (Wu et al. 2016); 0 switches it off."""
     return ((5.0 + length) / 6.0) ** alpha
 
@@ -60,7 +60,8 @@ def left_padded(prompts: Sequence[Sequence[int]], tasks: Sequence[int], length: 
     position = np.arange(length)[None] - start
     valid = position >= 0
     task = np.where(valid, np.asarray(tasks, np.int32)[:, None], 0)
-    return tokens, TokenInfo(task, valid, valid.astype(np.int32), np.maximum(position, 0).astype(np.int32))
+    parts = (task, valid, valid.astype(np.int32), np.maximum(position, 0).astype(np.int32))
+    return tokens, TokenInfo(*(jnp.asarray(p) for p in parts))
 
 
 def search(
@@ -85,9 +86,7 @@ def search(
     params, structure = tree.flatten(model), _structure(model)
     out = _search(structure, params, tokens, info, limits, beams=beams, room=room, alpha=alpha)
     written, logprobs, lengths = (np.asarray(a) for a in out)
-    return [
-        Decoded(w[:n].tolist(), p[:n].tolist()) for w, p, n in zip(written, logprobs, lengths, strict=True)
-    ]
+    return [Decoded(w[:n].tolist(), p[:n].tolist()) for w, p, n in zip(written, logprobs, lengths, strict=True)]
 
 
 class _structure:

@@ -1,7 +1,9 @@
-"""A model as data: what class with what arguments, in JSON, so that a checkpoint says how to rebuild itself without running a config.
+"""A model as data: what class with what arguments, in JSON, so that a checkpoint says how to rebuild itself without
+running a config.
 
-Convention: a module keeps every keyword argument of its constructor as an attribute of the same name; an argument that is a
-configured class is kept as the sub-module that it made. Only the classes listed here can be built: a file never names code to run.
+Convention: a module keeps every keyword argument of its constructor as an attribute of the same name; an argument
+that is a configured class is kept as the sub-module that it made. Only the classes listed here can be built: a file
+never names code to run.
 """
 
 from __future__ import annotations

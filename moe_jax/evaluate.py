@@ -22,7 +22,6 @@ from moe_jax.metrics.normalisers import family_normaliser
 from moe_jax.moe.routers import TaskMapped
 from moe_jax.pipeline import Pipeline, Proposal, export
 from moe_jax.report import write_report
-from moe_jax.types import RouterStats
 
 Rows = list[dict[str, Any]]
 THRESHOLDS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 15.0, 1e9)
@@ -94,7 +93,7 @@ def atlas(pipeline: Pipeline, valid_data: str, batches: int = 16, batch_size: in
     data, model = Prepared.open(valid_data), pipeline.model
     batches = max(1, min(batches, data.rows // batch_size))
     step = jax.jit(lambda m, b: m(b.tokens_BxL, b.info)[2])
-    total: RouterStats | None = None
+    total: Any = None
     for i in range(batches):
         stats = step(model, data.batch(i, seed=0, batch_size=batch_size))
         if stats is None:
@@ -133,8 +132,8 @@ def evaluate(
     about: Mapping[str, str] | None = None,
     progress: bool = True,
 ) -> Rows:
-    """Tunes the guard on `valid`, scores `test` once, and writes into the run folder: scores.json, scores.md, examples.jsonl,
-    routing.json, report.html, and the guard into model.safetensors. Returns the score rows.
+    """Tunes the guard on `valid`, scores `test` once, and writes into the run folder: scores.json, scores.md,
+    examples.jsonl, routing.json, report.html, and the guard into model.safetensors. Returns the score rows.
 
     Args:
       valid, test: corpus files with references (`formats`); disjoint.

@@ -1,4 +1,6 @@
-"""Losses: pure functions of logits and of statistics. Layers never know them; the model adds them from one table of weights."""
+"""Losses: pure functions of logits and of statistics. Layers never know them; the model adds them from one table of
+weights.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ def xent(logits_BxLxV: Array, targets_BxL: Array) -> Array:
 def load_balance(stats: RouterStats) -> Array:
     """Switch balance loss E * sum_e f_e P_e (Fedus et al. 2022), the mean over layers; 1 when perfectly balanced.
 
-    f is the share of assignments (no gradient), P the mean probability (gradient to the gate), both over valid positions.
+    f is the share of assignments (no gradient), P the mean probability (gradient to the gate), both over valid
+    positions.
     """
     share = stats.load_E / jnp.maximum(stats.load_E.sum(-1, keepdims=True), 1)
     prob = stats.prob_E / jnp.maximum(stats.count[..., None], 1)

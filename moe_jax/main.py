@@ -2,8 +2,9 @@
 
     python -m moe_jax.main --gin_file=runs/quickstart.gin --gin.STEPS=100 --gin.RUN_DIR=/tmp/try
 
-A gin file binds `main.run.jobs`, a list of configured functions that run in order. Bindings that nothing would read are errors.
-Configuration is the user's own code (a gin file can import modules); one found beside a checkpoint is never parsed.
+A gin file binds `main.run.jobs`, a list of configured functions that run in order. Bindings that nothing would read
+are errors. Configuration is the user's own code (a gin file can import modules); one found beside a checkpoint is
+never parsed.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def config() -> dict[str, Any]:
     bound = {}
     for (scope, selector), values in sorted(gin.config._CONFIG.items()):
         name = f"{scope}/{selector}" if scope else selector
-        bound[name] = {k: v if isinstance(v, (int, float, str, bool, type(None))) else str(v) for k, v in values.items()}
+        bound[name] = {
+            k: v if isinstance(v, (int, float, str, bool, type(None))) else str(v) for k, v in values.items()
+        }
     return json.loads(json.dumps(bound))
 
 
@@ -61,7 +64,7 @@ def corpus(split: str, families: Sequence[str] = ("asr", "ocr", "mt", "gec")) ->
     return [str(Path(folder) / name) if folder else shipped(name) for name in names]
 
 
-# --- gin ----------------------------------------------------------------------------------------------------------------------
+# --- gin --------------------------------------------------------------------------------------------------------------
 
 
 def load(files: Sequence[str], bindings: Sequence[str]) -> None:
@@ -103,9 +106,9 @@ def _explain(error: BaseException) -> str:
 
 
 def _names() -> list[str]:
-    import gin
-
     import inspect
+
+    import gin
 
     names = set()
     for selector, configurable in gin.config._REGISTRY.items():
@@ -140,8 +143,9 @@ def _check_all_used() -> None:
             raise ConfigError(f"configuration: nothing reads the macro {scope}{hint}")
         name = f"{scope}/{selector}" if scope else selector
         raise ConfigError(
-            f"configuration: {name} is bound ({', '.join(bound[scope, selector])}), but nothing in main.run.jobs uses it: "
-            "remove the binding, or include the file that uses it"
+            f"configuration: {name} is bound ({', '.join(bound[scope, selector])}), "
+            "but nothing in main.run.jobs uses it: "
+            "remove it, or include the file that uses it"
         )
 
 
@@ -156,7 +160,7 @@ def _references(value: Any) -> list[tuple[str, str]]:
     return [r for v in value for r in _references(v)] if isinstance(value, (list, tuple)) else []
 
 
-# --- command line ---------------------------------------------------------------------------------------------------------------
+# --- command line -----------------------------------------------------------------------------------------------------
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -185,7 +189,7 @@ def start(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         return report(error)
     return 0
 

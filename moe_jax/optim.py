@@ -38,7 +38,9 @@ def adamw(
     """AdamW with global-norm clipping; matrices decay, vectors do not; paths matching `frozen` stand still."""
     decay = lambda table: {p: p.rsplit("/", 1)[-1] not in ("scale", "taps") for p in table}  # noqa: E731
     return _with_frozen(
-        optax.chain(optax.clip_by_global_norm(clip), optax.adamw(schedule, b1, b2, weight_decay=weight_decay, mask=decay)),
+        optax.chain(
+            optax.clip_by_global_norm(clip), optax.adamw(schedule, b1, b2, weight_decay=weight_decay, mask=decay)
+        ),
         frozen,
     )
 
@@ -51,8 +53,8 @@ def muon_adam(
     clip: float = 1.0,
     frozen: Sequence[str] = FROZEN,
 ) -> optax.GradientTransformation:
-    """Muon (Jordan et al. 2024) for the matrices of the blocks, each layer and each expert on its own; Adam for embeddings,
-    norms, convolutions and router gates, at `adam_scale` times the learning rate."""
+    """Muon (Jordan et al. 2024) for the matrices of the blocks, each layer and each expert on its own; Adam for
+    embeddings, norms, convolutions and router gates, at `adam_scale` times the learning rate."""
 
     def matrices(table):
         is_matrix = re.compile(r"^blocks/.*/(q|k|v|o|gate|up|down)$")

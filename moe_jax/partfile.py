@@ -102,18 +102,11 @@ class PartFile:
         try:
             state = json.loads(self.state.read_text("utf-8"))
             settings, done, offset = state["settings"], state["done"], state["offset"]
-            if not (
-                isinstance(settings, dict)
-                and isinstance(done, dict)
-                and isinstance(offset, int)
-                and offset >= 0
-            ):
+            if not (isinstance(settings, dict) and isinstance(done, dict) and isinstance(offset, int) and offset >= 0):
                 raise ValueError
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise Refused(f"{self.path}: {self.state.name} does not say how far it got; {anew}") from None
-        changed = [
-            k for k in sorted(self.settings.keys() | settings) if self.settings.get(k) != settings.get(k)
-        ]
+        changed = [k for k in sorted(self.settings.keys() | settings) if self.settings.get(k) != settings.get(k)]
         if changed:
             was = ", ".join(f"{k}={settings.get(k)}" for k in changed)
             now = ", ".join(f"{k}={self.settings.get(k)}" for k in changed)
@@ -127,9 +120,7 @@ class PartFile:
         try:
             yield
         except OSError as e:
-            raise Refused(
-                f"{self.path}: cannot be written: {e.strerror}; mend that and {self.again}"
-            ) from None
+            raise Refused(f"{self.path}: cannot be written: {e.strerror}; mend that and {self.again}") from None
 
     def _write(self, data: bytes) -> None:
         self._file.write(data)

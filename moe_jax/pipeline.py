@@ -81,7 +81,9 @@ class Pipeline:
         path = Path(path)
         if path.is_dir():
             if not (path / "model.safetensors").exists():
-                raise checkpoint.CheckpointError(f"{path}: holds no model.safetensors; train there first, or name the file")
+                raise checkpoint.CheckpointError(
+                    f"{path}: holds no model.safetensors; train there first, or name the file"
+                )
             path = path / "model.safetensors"
         params, meta = checkpoint.read_safetensors(path)
         try:
@@ -91,11 +93,15 @@ class Pipeline:
             families, layout, length = dict(meta["families"]), meta["layout"], int(meta["length"])
             guard = float(meta.get("guard", 0.0))
         except (KeyError, TypeError, ValueError) as error:
-            raise checkpoint.CheckpointError(f"{path}: its description is incomplete or wrong ({error}); export it again") from error
+            raise checkpoint.CheckpointError(
+                f"{path}: its description is incomplete or wrong ({error}); export it again"
+            ) from error
         for name, leaf in tree.flatten(empty).items():
             if name not in params or params[name].shape != leaf.shape:
                 was = tuple(params[name].shape) if name in params else "nothing"
-                raise checkpoint.CheckpointError(f"{path}: {name} is {was}, its description needs {tuple(leaf.shape)}; export it again")
+                raise checkpoint.CheckpointError(
+                    f"{path}: {name} is {was}, its description needs {tuple(leaf.shape)}; export it again"
+                )
         fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
         if empty.vocab != tokeniser.vocab_size:
             raise checkpoint.CheckpointError(
@@ -112,14 +118,20 @@ class Pipeline:
         """Search, let the n-best compete, and weigh the result against the first pass; order is kept."""
         examples = [self.encode(r) for r in records]
         # Rows of like length share a batch: padding is wasted work.
-        order = sorted((i for i, e in enumerate(examples) if e), key=lambda i: len(examples[i].tokens))
+        fitting = {i: e for i, e in enumerate(examples) if e is not None}
+        order = sorted(fitting, key=lambda i: len(fitting[i].tokens))
         out: list[Proposal | None] = [None] * len(records)
         for start in range(0, len(order), self.batch_size):
             chosen = order[start : start + self.batch_size]
-            for i, proposal in zip(chosen, self._batch([records[i] for i in chosen], [examples[i] for i in chosen]), strict=True):
+            for i, proposal in zip(
+                chosen, self._batch([records[i] for i in chosen], [fitting[i] for i in chosen]), strict=True
+            ):
                 out[i] = proposal
         return [
-            p or Proposal(r.hypotheses[0], r.hypotheses[0], 0.0, 0.0, "empty" if not r.hypotheses[0].strip() else "too long")
+            p
+            or Proposal(
+                r.hypotheses[0], r.hypotheses[0], 0.0, 0.0, "empty" if not r.hypotheses[0].strip() else "too long"
+            )
             for p, r in zip(out, records, strict=True)
         ]
 
@@ -149,9 +161,7 @@ class Pipeline:
         texts = [self.tokeniser.decode([t for t in d.tokens if t != EOS]) if d.ended else None for d in found]
         candidates = [self._candidates(r, t) for r, t in zip(records, texts, strict=True)]
         scores = self._scores(prompts, tasks, candidates)
-        return [
-            self._best(first, own, scored) for first, own, scored in zip(firsts, texts, scores, strict=True)
-        ]
+        return [self._best(first, own, scored) for first, own, scored in zip(firsts, texts, scores, strict=True)]
 
     def _candidates(self, record: Record, text: str | None) -> list[str]:
         given = record.hypotheses[: self.max_hypotheses] if self.rescore else record.hypotheses[:1]
@@ -169,7 +179,10 @@ class Pipeline:
             batch = jobs[start : start + self.batch_size]
             padded = [*batch, *[batch[-1]] * (self.batch_size - len(batch))]
             results = decode.score(
-                self.model, [prompts[i] for i, _, _ in padded], [ids for *_, ids in padded], tasks=[tasks[i] for i, _, _ in padded]
+                self.model,
+                [prompts[i] for i, _, _ in padded],
+                [ids for *_, ids in padded],
+                tasks=[tasks[i] for i, _, _ in padded],
             )
             for (i, text, ids), result in zip(batch, results, strict=False):
                 penalised = result.total / float(decode.length_penalty(len(ids), self.alpha))

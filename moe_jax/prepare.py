@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from moe_jax.data import Prepared
 from moe_jax.text.tokeniser import Tokeniser
@@ -22,7 +23,8 @@ def prepare(
     max_hypotheses: int = 5,
     max_sources: int = 0,
 ) -> None:
-    """Draws from a seqio mixture into `folder` (`seqio_data.prepare`); what is there already must be what was asked for.
+    """Draws from a seqio mixture into `folder` (`seqio_data.prepare`); what is there already must be what was asked
+    for.
 
     Raises ValueError where `folder` holds something else.
     """
@@ -42,11 +44,12 @@ def prepare(
         for key, value in wanted.items():
             if there.get(key) != value:
                 raise ValueError(
-                    f"{folder} was prepared with {key}={there.get(key)!r}, not {value!r}: remove it, or choose another folder"
+                    f"{folder} was prepared with {key}={there.get(key)!r}, not {value!r}: "
+                    "remove it, or choose another folder"
                 )
         return
     from moe_jax import seqio_data
 
-    about = {k: v for k, v in wanted.items() if k not in ("mixture", "tokeniser", "drawn")}
+    about: dict[str, Any] = {k: v for k, v in wanted.items() if k not in ("mixture", "tokeniser", "drawn")}
     Path(folder).parent.mkdir(parents=True, exist_ok=True)
     seqio_data.prepare(mixture, tokeniser, folder, examples=examples, passes=passes, **about)

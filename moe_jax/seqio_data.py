@@ -59,9 +59,7 @@ class CorrectionConverter(seqio.FeatureConverter):
     MODEL_FEATURES = dict.fromkeys(COLUMNS, _INT32)
     PACKING_FEATURE_DTYPES = dict.fromkeys(COLUMNS, tf.int32)
 
-    def _convert_features(
-        self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
-    ) -> tf.data.Dataset:
+    def _convert_features(self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]) -> tf.data.Dataset:
         def columns(row: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
             segments = row["tokens_segment_ids"] if self.pack else tf.cast(row["tokens"] > 0, tf.int32)
             return {**{name: row[name] for name in FEATURES}, "segments": segments}
@@ -191,9 +189,7 @@ def summary(meta: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
         skipped = tally.get("skipped", 0)
         epochs = f"{(tally['examples'] + skipped) / sizes[family]:7.2f}" if sizes.get(family) else f"{'?':>7}"
         share = tally["examples"] / total
-        lines.append(
-            f"{family:10} {tally['examples']:9,} {share:6.1%} {epochs} {tally['tokens']:10,} {skipped:9,}"
-        )
+        lines.append(f"{family:10} {tally['examples']:9,} {share:6.1%} {epochs} {tally['tokens']:10,} {skipped:9,}")
     return "\n".join([*lines, f"{meta['rows']:,} rows of {meta['length']} tokens, {meta['fill']:.1%} full"])
 
 

@@ -1,14 +1,16 @@
 """The only file that knows a mesh.
 
-Arrays name their dims in words (`embed`, `mlp`, `expert`, ... ; activations: `batch`); one table says on which mesh axis a
-word lies. A word without a rule, a missing mesh axis, or a size that the axis does not divide means: replicated.
+Arrays name their dims in words (`embed`, `mlp`, `expert`, ... ; activations: `batch`); one table says on which mesh
+axis a word lies. A word without a rule, a missing mesh axis, or a size that the axis does not divide means:
+replicated.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -45,7 +47,7 @@ def make_mesh(data: int = -1, expert: int = 1, model: int = 1) -> Mesh:
 
 
 @contextlib.contextmanager
-def use(mesh: Mesh | None, rules: Mapping = RULES) -> Iterator[None]:
+def use(mesh: Mesh | None, rules: Mapping = RULES) -> Generator[None]:
     """Within the block `constrain` acts; without a mesh it is the identity."""
     token = _context.set(None if mesh is None else (mesh, rules))
     try:
@@ -79,7 +81,7 @@ def constrain(x: jax.Array, *words: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(words, x.shape, mesh, rules)))
 
 
-def shardings(axes: Mapping[str, Sequence[str | None]], shapes: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh):
+def shardings(axes: Mapping[str, Sequence[str | None]], shapes: Mapping[str, Any], mesh: Mesh):
     """path -> NamedSharding for parameters whose `axes` name their dims."""
     return {path: NamedSharding(mesh, spec(axes.get(path, ()), leaf.shape, mesh)) for path, leaf in shapes.items()}
 

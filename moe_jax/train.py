@@ -1,7 +1,8 @@
 """Training: build, step, loop. Reads top to bottom; takes callables and knows no model.
 
-A run folder holds: checkpoints/ (Orbax), metrics.jsonl (deterministic), speed.jsonl (wall-clock), tensorboard/, config.json.
-Everything that a step does depends on (configuration, seed, step) alone, so a resumed run goes on to the same bits.
+A run folder holds: checkpoints/ (Orbax), metrics.jsonl (deterministic), speed.jsonl (wall-clock), tensorboard/,
+config.json. Everything that a step does depends on (configuration, seed, step) alone, so a resumed run goes on to the
+same bits.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,7 @@ class Stopped(Exception):
     """Training was asked to stop, and everything is saved."""
 
 
-# --- build ------------------------------------------------------------------------------------------------------------------
+# --- build ------------------------------------------------------------------------------------------------------------
 
 
 def build(model: Callable, *, vocab: int, seed: int) -> Any:
@@ -67,10 +68,12 @@ def start(model: Any, optimizer: optax.GradientTransformation, mesh) -> State:
     return State(params, opt, 0)
 
 
-# --- step -------------------------------------------------------------------------------------------------------------------
+# --- step -------------------------------------------------------------------------------------------------------------
 
 
-def make_step(model: Any, optimizer: optax.GradientTransformation, *, seed: int, micro: int, dtype: str, max_targets: int):
+def make_step(
+    model: Any, optimizer: optax.GradientTransformation, *, seed: int, micro: int, dtype: str, max_targets: int
+):
     """(params, opt, step, batch) -> (params, opt, metrics); gradients are summed over `micro` slices of the batch."""
 
     def loss_fn(params: Table, batch: Batch, key: Array, normaliser: Array):
@@ -94,8 +97,7 @@ def make_step(model: Any, optimizer: optax.GradientTransformation, *, seed: int,
             (loss, metrics, grads), _ = jax.lax.scan(add, zero, (slices, keys))
         grads = jax.tree.map(lambda g: g / micro, grads)
         updates, opt = optimizer.update(grads, opt, params)
-        params = optax.apply_updates(params, updates)
-        params = after_step(model, params, metrics)
+        params = after_step(model, cast(Table, optax.apply_updates(params, updates)), metrics)
         return params, opt, metrics | {"loss": loss / micro, "grad_norm": optax.global_norm(grads)}
 
     return jax.jit(step_fn, donate_argnums=(0, 1))
@@ -121,11 +123,13 @@ def make_evaluation(model: Any, *, dtype: str, max_targets: int):
     return jax.jit(lambda params, batch: compute(model, params, dtype).loss(batch, max_targets=max_targets)[1])
 
 
-# --- what is logged ---------------------------------------------------------------------------------------------------------
+# --- what is logged ---------------------------------------------------------------------------------------------------
 
 
 def readable(metrics: Metrics, families: Mapping[str, int]) -> dict[str, float]:
-    """Sums over a batch -> named scalars: mean nll in all and of each family, auxiliary losses, expert load, entropy, drops."""
+    """Sums over a batch -> named scalars: mean nll in all and of each family, auxiliary losses, expert load,
+    entropy, drops.
+    """
     m = jax.device_get(metrics)
     out = {k: float(v) for k, v in m.items() if k != "stats" and np.ndim(v) == 0}
     out["nll"] = float(m["nll_T"].sum() / max(m["weight_T"].sum(), 1))
@@ -145,7 +149,9 @@ def readable(metrics: Metrics, families: Mapping[str, int]) -> dict[str, float]:
 
 
 def active_params(model: Any) -> int:
-    """Matrix parameters that one token is multiplied with: an expert counts k / E; of a tied embedding, the output product."""
+    """Matrix parameters that one token is multiplied with: an expert counts k / E; of a tied embedding, the output
+    product.
+    """
     total = 0
     for path, x in tree.flatten(model).items():
         if path == "embedding" and not model.tied:
@@ -155,7 +161,7 @@ def active_params(model: Any) -> int:
     return total
 
 
-# --- loop -------------------------------------------------------------------------------------------------------------------
+# --- loop -------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -186,7 +192,7 @@ def train(
     seed: int = 0,
     dtype: str = "float32",
     init_from: str | None = None,
-    init_rules: Callable[[], tuple] | tuple = (),
+    init_rules: Sequence[checkpoint.Rule] = (),
     config: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Run:
@@ -215,11 +221,12 @@ def train(
     devices = mesh()
     network = build(model, vocab=train_set.tokeniser.vocab_size, seed=seed)
     if init_from:
-        rules = init_rules() if callable(init_rules) else init_rules
         source, about = checkpoint.read_safetensors(init_from)
         if about.get("tokeniser") != train_set.meta["tokeniser"]:
-            raise ValueError(f"{init_from} was trained with another tokeniser than {data}: prepare the data with its own")
-        network = tree.unflatten(network, checkpoint.transplant(tree.flatten(network), source, rules))
+            raise ValueError(
+                f"{init_from} was trained with another tokeniser than {data}: prepare the data with its own"
+            )
+        network = tree.unflatten(network, checkpoint.transplant(tree.flatten(network), source, init_rules))
     transform = optimizer()
     about = {
         "model": describe.describe(network),
@@ -274,6 +281,7 @@ def _export_best(folder: Path, model: Any) -> None:
     """The best checkpoint as `model.safetensors`, to correct with and to start other runs from."""
     store = checkpoint.Run(folder)
     step = store.best()
+    assert step is not None, "a finished run has a checkpoint"
     like = {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in tree.flatten(model).items()}
     if jax.process_index() == 0:
         export(folder / "model.safetensors", jax.device_get(store.params(step, like)), store.meta(step))
@@ -322,7 +330,8 @@ def _loop(
                 scalars = readable(metrics, families)
                 if not math.isfinite(scalars["loss"]):
                     raise FloatingPointError(
-                        f"loss is {scalars['loss']} at step {state.step}; the last checkpoint is step {store.latest()}: "
+                        f"loss is {scalars['loss']} at step {state.step}; "
+                        f"the last checkpoint is step {store.latest()}: "
                         "lower the learning rate or look at the data"
                     )
                 seconds = time.monotonic() - clock
@@ -353,13 +362,15 @@ def _rows(data: Prepared, step: int, seed: int, batch_size: int) -> Batch:
     )
 
 
-def _validate(evaluate, data: Prepared, batch_size: int, batches: int, families, mesh, params: Table) -> dict[str, float]:
+def _validate(
+    evaluate, data: Prepared, batch_size: int, batches: int, families, mesh, params: Table
+) -> dict[str, float]:
     """Mean nll over the first rows of the validation set: the same rows at every call."""
     batches = max(1, min(batches, data.rows // batch_size))
-    total = None
+    total: Metrics = {}
     for i in range(batches):
         metrics = evaluate(params, sharding.put_batch(_rows(data, i, 0, batch_size), mesh))
-        total = metrics if total is None else jax.tree.map(jnp.add, total, metrics)
+        total = metrics if not total else jax.tree.map(jnp.add, total, metrics)
     scalars = readable(total, families)
     kept = {k: v for k, v in scalars.items() if k.startswith(("loss/", "load/")) or k == "router/entropy"}
     return {"valid/loss": scalars["nll"], **{f"valid/{k}": v for k, v in kept.items()}}

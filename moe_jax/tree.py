@@ -1,4 +1,6 @@
-"""A model as a flat table: path -> array. Optimisers, checkpoints, merging and sharding work on this, never on architectures."""
+"""A model as a flat table: path -> array. Optimisers, checkpoints, merging and sharding work on this, never on
+architectures.
+"""
 
 from __future__ import annotations
 

@@ -9,15 +9,17 @@ Letters name dims once, here, and suffix every array (`x_BxLxD`):
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar, dataclass_transform
 
 import jax
 
 Array = jax.Array
+T = TypeVar("T")
 Metrics = dict[str, Any]  # name -> scalar or small array; sums that the caller divides (see `losses.py`)
 
 
-def value(cls):
+@dataclass_transform(frozen_default=True)
+def value(cls: type[T]) -> type[T]:
     """A frozen dataclass that is a JAX pytree."""
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 

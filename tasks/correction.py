@@ -193,9 +193,7 @@ def register(
         task_id = family_id(family)
     except KeyError as error:
         raise ValueError(error.args[0]) from None
-    encode_rows = functools.partial(
-        preprocessors.encode_rows, get_encode=lambda: settings().encode, task_id=task_id
-    )
+    encode_rows = functools.partial(preprocessors.encode_rows, get_encode=lambda: settings().encode, task_id=task_id)
     return seqio.TaskRegistry.add(
         name,
         source=JsonLines(family, folder, stem, splits),
@@ -216,7 +214,5 @@ def register_jsonl_task(name: str, family: str, folder: str | os.PathLike) -> se
     """
     folder = Path(folder).absolute()
     JsonLines(family, lambda: folder, "").path("train")
-    splits = [
-        split for split in SPLITS if any((folder / f"{split}.jsonl{end}").is_file() for end in ("", ".gz"))
-    ]
+    splits = [split for split in SPLITS if any((folder / f"{split}.jsonl{end}").is_file() for end in ("", ".gz"))]
     return register(name, family, lambda: folder, "", splits)

@@ -14,9 +14,7 @@ def denoise_folder() -> Path:
     folder = Path(os.environ.get("MOE_JAX_DENOISE") or correction.data_folder())
     if not any(folder.glob("denoise.train.jsonl*")):
         make = "python -m moe_jax.tasks.builders.denoise FOLDER"
-        raise ValueError(
-            f"{folder}: no denoise.train.jsonl.gz; make it with {make}, then MOE_JAX_DENOISE=FOLDER"
-        )
+        raise ValueError(f"{folder}: no denoise.train.jsonl.gz; make it with {make}, then MOE_JAX_DENOISE=FOLDER")
     return folder
 
 

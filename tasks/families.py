@@ -18,7 +18,5 @@ FAMILIES = {
 def family_id(name: str) -> int:
     """The id of a family. Raises KeyError with the known names."""
     if name not in FAMILIES:
-        raise KeyError(
-            f"unknown task family {name!r}; known: {', '.join(FAMILIES)} (add it to tasks/families.py)"
-        )
+        raise KeyError(f"unknown task family {name!r}; known: {', '.join(FAMILIES)} (add it to tasks/families.py)")
     return FAMILIES[name]

@@ -61,9 +61,7 @@ def encode_rows(
             example = encode(record, max_length) or UNFIT
         except ValueError as error:
             raise ValueError(f"{path.decode()}:{number}: {error}") from None
-        return np.stack([example.tokens, example.roles, np.full(len(example.tokens), task_id)]).astype(
-            np.int32
-        )
+        return np.stack([example.tokens, example.roles, np.full(len(example.tokens), task_id)]).astype(np.int32)
 
     def features(row: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         # Declared stateless: TensorFlow cannot save the state of an iterator over stateful functions.

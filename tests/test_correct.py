@@ -70,10 +70,7 @@ def test_all_records_are_corrected_and_counted(tmp_path, name):
     out = output.read_bytes().decode()
     assert all(f"LINE {n} É" in out for n in range(50))
     assert left(tmp_path) == sorted([name, output.name])
-    assert (
-        "".join(p if isinstance(p, str) else p.raw for p in formats.parts(source))
-        == source.read_bytes().decode()
-    )
+    assert "".join(p if isinstance(p, str) else p.raw for p in formats.parts(source)) == source.read_bytes().decode()
 
 
 @pytest.mark.parametrize("name", ["x.json", "x.jsonl", "x.txt", "x.tsv", "x.txt.gz", "x.txt.xz"])
@@ -148,9 +145,7 @@ def test_a_signal_loses_nothing(tmp_path, signum):
 def test_a_signal_lets_the_batch_finish(tmp_path):
     source, output = write(tmp_path / "x.txt"), tmp_path / "out.txt"
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(
-        Stopped, match=r"stopped after 16 records, saved in .*out\.txt\.part; run the same"
-    ) as caught:
+    with pytest.raises(Stopped, match=r"stopped after 16 records, saved in .*out\.txt\.part; run the same") as caught:
         run(source, output, Dies(1, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     assert caught.value.code == 143
     assert signal.getsignal(signal.SIGTERM) is before
@@ -247,15 +242,11 @@ def test_another_input_does_not_resume(tmp_path):
     source, output = begun(tmp_path)
     for rows in (ROWS[:5], [{"hypotheses": ["other"]}, *ROWS[1:]]):
         write(source, rows)
-        with pytest.raises(
-            Refused, match="the first 16 records of the input are not those that it was begun with"
-        ):
+        with pytest.raises(Refused, match="the first 16 records of the input are not those that it was begun with"):
             run(source, output)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"settings": 1, "done": {}, "offset": 0}', '{"settings": {}}']
-)
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"settings": 1, "done": {}, "offset": 0}', '{"settings": {}}'])
 def test_a_damaged_state_is_refused(tmp_path, text):
     source, output = begun(tmp_path)
     Path(f"{output}.part.json").write_text(text)
@@ -362,10 +353,7 @@ def test_main_exit_codes(tmp_path, capsys):
         raise KeyboardInterrupt
 
     assert main(source, output, load=lambda args: Dies(0, interrupted)) == 130
-    assert (
-        "stopped at once; run the same command again to go on after the last whole batch"
-        in capsys.readouterr().err
-    )
+    assert "stopped at once; run the same command again to go on after the last whole batch" in capsys.readouterr().err
     assert main(source, output) == 0
     assert f"{output}: 50 records, 50 corrected, 0 kept by the guard, " in capsys.readouterr().out
 

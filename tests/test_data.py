@@ -52,9 +52,7 @@ def test_packing_neither_loses_nor_mixes_examples(seed, count, longest):
     for row in rows:
         padding = row["segments"] == 0
         assert not any(row[name][padding].any() for name in COLUMNS)
-        assert all(
-            row[name].dtype == dtype and row[name].shape == (LENGTH,) for name, dtype in COLUMNS.items()
-        )
+        assert all(row[name].dtype == dtype and row[name].shape == (LENGTH,) for name, dtype in COLUMNS.items())
 
 
 def test_rows_are_full():

@@ -50,9 +50,7 @@ def test_rows_are_well_formed(task, split):
         assert 1 <= len(row["hypotheses"]) <= 5
         texts = [*row["hypotheses"], row["reference"], row["source_set"], row["lang"]]
         assert all(isinstance(text, str) and text.strip() and "\n" not in text for text in texts)
-        assert set(row) <= {
-            *("task", "source_set", "hypotheses", "reference", "lang", "reference_written", "sources")
-        }
+        assert set(row) <= {*("task", "source_set", "hypotheses", "reference", "lang", "reference_written", "sources")}
         assert ("sources" in row) == (task == "mt")
 
 
@@ -79,9 +77,7 @@ def test_gzip_bytes_are_reproducible(path):
 
 
 def test_no_reference_is_in_two_splits():
-    by_split = {
-        split: {letters(row["reference"]) for task in TASKS for row in rows(task, split)} for split in SPLITS
-    }
+    by_split = {split: {letters(row["reference"]) for task in TASKS for row in rows(task, split)} for split in SPLITS}
     by_split["train"] |= set(map(letters, clean_sentences()))
     assert not by_split["train"] & by_split["valid"]
     assert not by_split["train"] & by_split["test"]
@@ -119,10 +115,7 @@ def test_held_out_sees_equal_containing_and_contained():
 
 
 def test_sentences_of_a_novel():
-    novel = (
-        "CHAPTER I\n\nSorrow came--a _gentle_\nsorrow.--Mr. Weston came. "
-        '"Oh!\nyes," said he. "I am\n\nglad."\n'
-    )
+    novel = 'CHAPTER I\n\nSorrow came--a _gentle_\nsorrow.--Mr. Weston came. "Oh!\nyes," said he. "I am\n\nglad."\n'
     assert [list(clean_text.sentences(p)) for p in clean_text.austen_passages(novel)][1:] == [
         ["Sorrow came—a gentle sorrow.", "Mr. Weston came.", '"Oh! yes," said he.', "I am"],
         ["glad."],
@@ -188,9 +181,7 @@ def test_speech_style_is_that_of_the_references():
 @pytest.mark.parametrize("task", ["asr", "ocr", "gec"])
 def test_noise_is_deterministic_and_never_empty(task):
     sentences = [*clean_sentences()[:100], "Oh.", "It", "x y"]
-    first, second = (
-        [model(task).nbest(s, rng) for s in sentences] for rng in map(np.random.default_rng, (1, 1))
-    )
+    first, second = ([model(task).nbest(s, rng) for s in sentences] for rng in map(np.random.default_rng, (1, 1)))
     assert first == second
     for lines in first:
         assert len(set(lines)) == len(lines) >= 1

@@ -107,5 +107,5 @@ def test_new_lengths_within_a_bucket_do_not_compile_again():
     model = corrector(5)
     decode.search(model, PROMPTS, max_new=7)
     compiled = decode._search._cache_size()
-    decode.search(model, [p + [4] for p in PROMPTS], max_new=9)
+    decode.search(model, [[*p, 4] for p in PROMPTS], max_new=9)
     assert decode._search._cache_size() == compiled

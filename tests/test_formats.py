@@ -18,9 +18,7 @@ from moe_jax.formats import Bad, FormatError, Record, json_list, objects
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\n\r\t\ufeff"), max_size=12)
 WORDS = TEXTS.filter(lambda text: text and not text.isspace())
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXTS
-EXTRAS = st.dictionaries(
-    st.sampled_from(["id", "score", "Meta", "weiß"]), SCALARS | st.lists(SCALARS, max_size=2)
-)
+EXTRAS = st.dictionaries(st.sampled_from(["id", "score", "Meta", "weiß"]), SCALARS | st.lists(SCALARS, max_size=2))
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -126,9 +124,7 @@ def damaged(draw) -> bytes:
     data = bytearray(draw(st.sampled_from(SEEDS)))
     for _ in range(draw(st.integers(0, 4))):
         at = draw(st.integers(0, len(data)))
-        data[at : at + draw(st.integers(0, 3))] = draw(
-            st.binary(max_size=3) | st.sampled_from([b'"', b"[", b"}"])
-        )
+        data[at : at + draw(st.integers(0, 3))] = draw(st.binary(max_size=3) | st.sampled_from([b'"', b"[", b"}"]))
     return bytes(data[: draw(st.integers(1, len(data) + 1))])
 
 
@@ -349,9 +345,7 @@ def test_what_cannot_be_passed_by_stops(tmp_path, name, data, line):
 
 
 def test_missing_files_and_unknown_formats(tmp_path):
-    with pytest.raises(
-        FormatError, match=r"none\.json: cannot be read: No such file or directory; check the path"
-    ):
+    with pytest.raises(FormatError, match=r"none\.json: cannot be read: No such file or directory; check the path"):
         list(formats.read(tmp_path / "none.json"))
     with pytest.raises(FormatError, match="unknown format 'csv'; choose one of: json jsonl text tsv"):
         formats.detect(tmp_path / "x.csv", "csv")

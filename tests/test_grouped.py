@@ -44,9 +44,7 @@ def by_rows(x, w, sizes):
 
 def one_hot(x, w, sizes):
     """The same as a dense formula that autodiff can take."""
-    expert = jnp.repeat(
-        jnp.arange(E + 1), jnp.append(sizes, len(x) - sizes.sum()), total_repeat_length=len(x)
-    )
+    expert = jnp.repeat(jnp.arange(E + 1), jnp.append(sizes, len(x) - sizes.sum()), total_repeat_length=len(x))
     return jnp.einsum("ri,eio,re->ro", x, w, jax.nn.one_hot(expert, E))
 
 

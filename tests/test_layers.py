@@ -24,9 +24,7 @@ def without_state(layer, x, info, state, key):
 
 
 CASES = {
-    "attention": Case(
-        partial(Attention, D, heads=4, kv_heads=2), with_state, lambda a, slots: a.cache(B, slots)
-    ),
+    "attention": Case(partial(Attention, D, heads=4, kv_heads=2), with_state, lambda a, slots: a.cache(B, slots)),
     "conv": Case(partial(CausalConv, D), with_state, lambda c, slots: c.state(B, D)),
     "conv of one tap": Case(partial(CausalConv, D, width=1), with_state, lambda c, slots: c.state(B, D)),
     "dense ffn": Case(partial(DenseFfn, D, hidden=24), without_state),
@@ -79,9 +77,7 @@ def test_convolution_by_hand():
     info = jax.tree.map(lambda a: a[:1, :7], make_info())  # segments 1 1 1 1 1 2 2
     y, _ = conv(jnp.arange(1.0, 8).reshape(1, 7, 1), info)
     # x + 0.5 x + 10 x(-1) + 100 x(-2) within the segment: 3 -> 3 + 1.5 + 20 + 100; 6 begins anew -> 9
-    np.testing.assert_allclose(
-        y[0, :, 0], [1.5, 3 + 10, 4.5 + 20 + 100, 6 + 30 + 200, 7.5 + 40 + 300, 9, 10.5 + 60]
-    )
+    np.testing.assert_allclose(y[0, :, 0], [1.5, 3 + 10, 4.5 + 20 + 100, 6 + 30 + 200, 7.5 + 40 + 300, 9, 10.5 + 60])
 
 
 def test_convolution_begins_as_the_identity():
@@ -142,14 +138,10 @@ def test_a_stack_is_its_layers_one_after_the_other(remat):
 
     def run(f):
         return jax.jit(
-            jax.value_and_grad(
-                lambda layers: (lambda out: ((out[0] ** 2).sum(), out[1]))(f(layers)), has_aux=True
-            )
+            jax.value_and_grad(lambda layers: (lambda out: ((out[0] ** 2).sum(), out[1]))(f(layers)), has_aux=True)
         )(layers)
 
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), run(stacked), run(unrolled)
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), run(stacked), run(unrolled))
 
 
 def test_layers_of_a_stack_differ():

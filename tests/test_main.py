@@ -1,5 +1,6 @@
 """Configuration: every shipped file parses and builds, and a mistake is one line."""
 
+import copy
 import functools
 from pathlib import Path
 
@@ -24,17 +25,16 @@ def clean():
     gin.clear_config()
 
 
+def configured_model():
+    """What gin hands to `train` as its model: a copy of a reference is the configured class."""
+    return copy.deepcopy(gin.config._CONFIG[("", "moe_jax.train.train")]["model"])
+
+
 def shapes(files: list[str], bindings: list[str] = ()) -> str:
     """The parameter table of the configured model, a line a path; nothing is computed."""
     main.load(files, bindings)
-    built: dict = {}
-
-    def spy(run_dir, *, model, **rest):
-        built.update(jax.eval_shape(lambda: tree.flatten(model(vocab=4096, rngs=Rngs(params=0)))))
-
-    parameters = dict(gin.config._CONFIG[("", "moe_jax.train.train")])
-    model = parameters["model"]
-    spy("", model=model.configurable.wrapper if not hasattr(model, "__call__") else model)
+    model = configured_model()
+    built = jax.eval_shape(lambda: tree.flatten(model(vocab=4096, rngs=Rngs(params=0))))
     return "".join(f"{path} {'x'.join(map(str, leaf.shape))}\n" for path, leaf in sorted(built.items()))
 
 
@@ -49,7 +49,7 @@ def test_every_router_file_makes_an_moe_of_the_tiny_corrector(router):
     text = (GIN / "runs" / "base.gin").read_text().replace("models/dense.gin", f"routers/{router}.gin")
     gin.add_config_file_search_path(str(GIN))
     gin.parse_config(text)
-    model = gin.config._CONFIG[("", "moe_jax.train.train")]["model"]
+    model = configured_model()
     table = jax.eval_shape(lambda: tree.flatten(model(vocab=64, rngs=Rngs(params=0))))
     assert table["blocks/ffn/experts/gate"].shape == (4, 4, 192, 512)
     main._check_all_used()
@@ -78,8 +78,10 @@ def test_an_unknown_configurable_a_missing_file_and_a_missing_value_are_said():
 
 def test_a_binding_that_nothing_reads_is_an_error(tmp_path):
     extra = tmp_path / "extra.gin"
-    extra.write_text('include "runs/quickstart.gin"\nfrom __gin__ import dynamic_registration\n'
-                     "from moe_jax import optim\noptim.adamw.b1 = 0.5\n")
+    extra.write_text(
+        'include "runs/quickstart.gin"\nfrom __gin__ import dynamic_registration\n'
+        "from moe_jax import optim\noptim.adamw.b1 = 0.5\n"
+    )
     assert "nothing in main.run.jobs uses it" in refused([str(extra)], [])
 
 

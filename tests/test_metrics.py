@@ -300,10 +300,7 @@ def test_rows_by_hand():
 def test_metrics_of_each_family():
     families = ("asr", "mt", "gec", "itn")
     rows = score([example("A b.", "A c.", task=task) for task in families], ["A b."] * 4)
-    found = {
-        task: [row["metric"] for row in rows if (row["task"], row["set"]) == (task, "all")]
-        for task in families
-    }
+    found = {task: [row["metric"] for row in rows if (row["task"], row["set"]) == (task, "all")] for task in families}
     assert found == {
         "asr": ["wer", "cer"],
         "mt": ["wer", "cer", "bleu", "chrf"],
@@ -330,9 +327,7 @@ def test_gec_row_by_hand():
 
 
 def test_translation_oracle_takes_the_better_hypothesis():
-    examples = [
-        example("The old man went home late.", "Old man go home.", "The old man went home.", task="mt")
-    ]
+    examples = [example("The old man went home late.", "Old man go home.", "The old man went home.", task="mt")]
     rows = score(examples, ["The old man went home late."])
     for metric in ("bleu", "chrf"):
         row = find(rows, metric)
@@ -419,9 +414,7 @@ def test_markdown_shows_the_families():
     ]
     table = to_markdown(score(examples, ["a b c d", "a x"])).splitlines()
     assert len(table) == 2 + 2 + 3  # header, wer and cer, wer and cer and f0.5; no source sets
-    assert table[2].startswith(
-        r"| asr\|1 | wer ↓ | 1 | 25.00 | 0.00 | 25.00 | 25.00 | -100.0 % (– to –) | 1.0000 |"
-    )
+    assert table[2].startswith(r"| asr\|1 | wer ↓ | 1 | 25.00 | 0.00 | 25.00 | 25.00 | -100.0 % (– to –) | 1.0000 |")
     assert table[2].endswith(r"| 1 / 0 / 0 | written\|v1 |")
     assert table[4].startswith("| gec | wer ↓ | 1 | 0.00 | 50.00 | 0.00 | 0.00 | – |")
     columns = {row.replace(r"\|", "").count("|") for row in table}

@@ -35,10 +35,7 @@ KEY = jax.random.key(3)
 ROUTERS = {
     name: cls
     for name, cls in vars(routers).items()
-    if inspect.isclass(cls)
-    and issubclass(cls, Module)
-    and cls.__module__ == routers.__name__
-    and name == cls.__name__
+    if inspect.isclass(cls) and issubclass(cls, Module) and cls.__module__ == routers.__name__ and name == cls.__name__
 }
 DISPATCHES = {
     name: f
@@ -88,10 +85,7 @@ def router_case(router: str) -> Case:
 
 
 def experts_of(layer) -> list:
-    return [
-        [np.asarray(w[e]) for w in (layer.experts.gate, layer.experts.up, layer.experts.down)]
-        for e in range(E)
-    ]
+    return [[np.asarray(w[e]) for w in (layer.experts.gate, layer.experts.up, layer.experts.down)] for e in range(E)]
 
 
 def test_what_there_is():
@@ -177,9 +171,7 @@ def test_slots_over_the_expert_axis_exchange_rows_and_gather_nothing_of_them():
     params = {path: jax.device_put(x, layout[path]) for path, x in params.items()}
     with sharding.use(mesh):
         x, info = sharding.put_batch((case.x, case.info), mesh)
-        call = jax.jit(
-            lambda params, x, info: case.call(tree.unflatten(case.layer, params), x, info, None, KEY)[0]
-        )
+        call = jax.jit(lambda params, x, info: case.call(tree.unflatten(case.layer, params), x, info, None, KEY)[0])
         text = call.lower(params, x, info).compile().as_text()
     assert text.count(" all-to-all(") == 2
     assert re.findall(r"= f32\[([\d,]+)\]\S* all-gather\(", text) == [f"8,12,{E}"]
@@ -229,14 +221,9 @@ def test_router_contract(router):
 def test_decisions_are_well_formed(router, training):
     valid, d = np.asarray(make_info().valid_BxL), decide(router, training)
     k = d.expert_BxLxK.shape[-1]
-    assert (
-        (d.expert_BxLxK[~valid] == E).all()
-        and not d.weight_BxLxK[~valid].any()
-        and not d.logits_BxLxE[~valid].any()
-    )
+    assert (d.expert_BxLxK[~valid] == E).all() and not d.weight_BxLxK[~valid].any() and not d.logits_BxLxE[~valid].any()
     assert all(
-        len(set(chosen)) == k and 0 <= min(chosen) <= max(chosen) < E
-        for chosen in d.expert_BxLxK[valid].tolist()
+        len(set(chosen)) == k and 0 <= min(chosen) <= max(chosen) < E for chosen in d.expert_BxLxK[valid].tolist()
     )
     assert (d.weight_BxLxK[valid] > 0).all()
     assert d.weight_BxLxK.dtype == d.logits_BxLxE.dtype == np.float32 and d.expert_BxLxK.dtype == np.int32
@@ -292,13 +279,10 @@ def test_task_mapped_forces_while_training_and_is_free_at_inference():
     )
     np.testing.assert_array_equal(trained.expert_BxLxK[valid][:, 0], (task[valid] - 1) % E)
     np.testing.assert_array_equal(free.expert_BxLxK[valid], np.argsort(-free.logits_BxLxE[valid], -1)[:, :2])
-    np.testing.assert_array_equal(
-        free.logits_BxLxE, trained.logits_BxLxE
-    )  # the logits are not what is forced
+    np.testing.assert_array_equal(free.logits_BxLxE, trained.logits_BxLxE)  # the logits are not what is forced
     mapped = (task[valid] - 1) % E
     best_other = [
-        next(e for e in np.argsort(-row) if e != m)
-        for row, m in zip(free.logits_BxLxE[valid], mapped, strict=True)
+        next(e for e in np.argsort(-row) if e != m) for row, m in zip(free.logits_BxLxE[valid], mapped, strict=True)
     ]
     np.testing.assert_array_equal(trained.expert_BxLxK[valid][:, 1], best_other)
     chosen = np.take_along_axis(free.logits_BxLxE, np.minimum(trained.expert_BxLxK, E - 1), -1)[valid]
@@ -343,9 +327,7 @@ def test_a_wrong_task_map_is_refused(experts, message):
 def test_by_task_sends_every_position_to_its_expert_with_weight_1():
     info = jax.device_get(make_info())
     d = decide("ByTask", training=False)
-    np.testing.assert_array_equal(
-        d.expert_BxLxK[info.valid_BxL][:, 0], (info.task_BxL[info.valid_BxL] - 1) % E
-    )
+    np.testing.assert_array_equal(d.expert_BxLxK[info.valid_BxL][:, 0], (info.task_BxL[info.valid_BxL] - 1) % E)
     np.testing.assert_array_equal(d.weight_BxLxK[info.valid_BxL], 1)
 
 
@@ -364,8 +346,7 @@ def test_task_biased_adds_a_bias_of_the_task_and_hides_some_tasks_while_training
     for i in range(40):
         logits = np.asarray(call(case.x, case.info, jax.random.key(i)).logits_BxLxE)
         with_task, without = (
-            np.abs(logits - np.where(info.valid_BxL[..., None], z, 0)).max((1, 2))
-            for z in (plain + bias, plain)
+            np.abs(logits - np.where(info.valid_BxL[..., None], z, 0)).max((1, 2)) for z in (plain + bias, plain)
         )
         assert ((with_task < 1e-4) | (without < 1e-4)).all()  # a row is hidden whole, or not at all
         hidden += (without[rows] < 1e-4).sum() / rows.sum() / 40
@@ -407,9 +388,7 @@ def test_after_step_works_on_stacked_layers(router):
     case = layer_case(router)
     one = case.layer.router
     stats = jax.jit(case.layer)(case.x, case.info, KEY)[1]
-    two = jax.tree.map(lambda a: jnp.stack([a, a]), one).after_step(
-        jax.tree.map(lambda a: jnp.stack([a, a]), stats)
-    )
+    two = jax.tree.map(lambda a: jnp.stack([a, a]), one).after_step(jax.tree.map(lambda a: jnp.stack([a, a]), stats))
     expected = one.after_step(stats)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, jnp.stack([b, b])), two, expected)
 

@@ -170,9 +170,7 @@ def test_better_is_to_the_right_for_every_measure(run):
 
 def test_rows_with_nothing_optional(run):
     bare = {key: ROW[key] for key in ("task", "set", "lines", "metric", "first_pass", "corrected")}
-    page = run(
-        [bare, {**bare, "task": "gec", "metric": "f0.5", "first_pass": 0.0, "relative_change": math.inf}]
-    )
+    page = run([bare, {**bare, "task": "gec", "metric": "f0.5", "first_pass": 0.0, "relative_change": math.inf}])
     assert "not tested" in page.text and "−5.0" in page.text and "+15.0" in page.text
     assert not page.with_class("whisker") and "cost" not in page.ids()
 
@@ -259,9 +257,7 @@ def test_nothing_from_the_files_becomes_markup(run):
     )
     assert not page.named("img")
     assert [a.get("type") for a in page.named("script")] == ["application/json", None]
-    assert not [
-        key for _, attributes in page.tags for key in attributes if key.startswith("on") or key == "style"
-    ]
+    assert not [key for _, attributes in page.tags for key in attributes if key.startswith("on") or key == "style"]
     assert NASTY in page.text
     shown = page.examples()[0]
     assert shown["others"] == [NASTY] and shown["task"] == NASTY
@@ -271,18 +267,14 @@ def test_nothing_from_the_files_becomes_markup(run):
 
 def test_the_page_asks_nothing_of_the_network_and_runs_only_its_own_code(run):
     page = run(routing=ROUTING, log=loss_log(), examples=[EXAMPLE])
-    policy = next(
-        a["content"] for a in page.named("meta") if a.get("http-equiv") == "Content-Security-Policy"
-    )
+    policy = next(a["content"] for a in page.named("meta") if a.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'; ") and "unsafe" not in policy and "http" not in policy
     code = [(tag, data) for tag, a, data in page.raw if a.get("id") != "data"]
     assert sorted(tag for tag, _ in code) == ["script", "style"]
     for tag, data in code:
         digest = base64.b64encode(hashlib.sha256(data.encode()).digest()).decode()
         assert f"{tag}-src 'sha256-{digest}'" in policy
-        assert not re.search(
-            r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|url\((?!#)|@import", data
-        )
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|url\((?!#)|@import", data)
     for tag, a in page.tags:
         assert "src" not in a and a.get("href", "#")[:1] in "#d", (tag, a)
 

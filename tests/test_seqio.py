@@ -132,9 +132,7 @@ def test_sources_and_layout_are_settings_of_the_draw():
 
 def test_prepare_writes_what_was_drawn(tmp_path, capsys):
     model = correction.settings().tokeniser
-    meta = seqio_data.prepare(
-        "correct_all", model, tmp_path / "p", length=64, seed=0, split="valid", passes=1
-    )
+    meta = seqio_data.prepare("correct_all", model, tmp_path / "p", length=64, seed=0, split="valid", passes=1)
     prepared = Prepared.open(tmp_path / "p")
     assert prepared.meta == json.loads(json.dumps(meta))
     assert meta["mixture"] == "correct_all" and meta["layout"] == "aligned" and meta["split"] == "valid"
@@ -231,9 +229,7 @@ def test_seqio_evaluates_a_task():
         async_compute_metrics=False,
     )
 
-    def predict(
-        dataset, model_feature_shapes=None
-    ):  # what a model would write that copies the first hypothesis
+    def predict(dataset, model_feature_shapes=None):  # what a model would write that copies the first hypothesis
         rows = [(index, row["tokens"]) for index, row in dataset.as_numpy_iterator()]
         return [(index, tokeniser().encode(Prompt.decode(tokeniser(), ids).first)) for index, ids in rows]
 
@@ -289,13 +285,9 @@ def test_bad_requests_are_refused_in_one_line(tmp_path, monkeypatch):
         seqio_data.draw("correct_all", split="dev", **prepare),
     )
     refused("not both", list, seqio_data.draw("correct_all", examples=1, passes=1, **prepare))
-    refused(
-        "give examples or passes", seqio_data.prepare, "correct_all", tokeniser(), tmp_path / "p", **prepare
-    )
+    refused("give examples or passes", seqio_data.prepare, "correct_all", tokeniser(), tmp_path / "p", **prepare)
     refused("registered already", correction.register_jsonl_task, "correct_asr", "asr", tmp_path)
-    refused(
-        "train.jsonl.gz: no such file", correction.register_jsonl_task, "test_none", "asr", tmp_path / "no"
-    )
+    refused("train.jsonl.gz: no such file", correction.register_jsonl_task, "test_none", "asr", tmp_path / "no")
     monkeypatch.setenv("MOE_JAX_DATA", str(tmp_path))
     refused("asr.train.jsonl.gz: no such file", list, seqio_data.draw("correct_asr", **prepare))
     refused("make it with python -m", list, seqio_data.draw("correct_denoise", **prepare))

@@ -125,9 +125,7 @@ def test_prompts_read_back(hypotheses, sources, layout):
 
 
 def test_the_aligned_layout_by_hand():
-    prompt = Prompt.build(
-        ["mitch cal wrestles now", "mitch cal rascals now", "a mitch cal wrestles now", "no way"]
-    )
+    prompt = Prompt.build(["mitch cal wrestles now", "mitch cal rascals now", "a mitch cal wrestles now", "no way"])
     network, apart = prompt.strands
     assert network == (
         ((), ("a",)),
@@ -174,9 +172,7 @@ def test_bad_arguments_are_refused():
 
 
 def test_examples_end_with_the_reference_and_eos():
-    example = encode_example(
-        tokeniser(), ["the cat", "the cat"], ["el gato"], "the mat", max_length=99, max_sources=1
-    )
+    example = encode_example(tokeniser(), ["the cat", "the cat"], ["el gato"], "the mat", max_length=99, max_sources=1)
     prompt = Prompt.build(["the cat"], ["el gato"]).encode(tokeniser())
     target = [*tokeniser().encode("the mat"), tk.EOS]
     assert example is not None
@@ -191,9 +187,7 @@ def test_too_long_drops_hypotheses_then_sources_then_gives_none(layout, referenc
     words = SENTENCES[0].split()
     hypotheses = [" ".join(rng.choices(words, k=6)) for _ in range(5)]
     sources = [SENTENCES[3], SENTENCES[2]]
-    make = functools.partial(
-        encode_example, tokeniser(), hypotheses, sources, reference, layout=layout, max_sources=2
-    )
+    make = functools.partial(encode_example, tokeniser(), hypotheses, sources, reference, layout=layout, max_sources=2)
     kept = []
     for max_length in range(300, 0, -1):
         example = make(max_length=max_length)

@@ -81,9 +81,7 @@ def detect(path: PathLike, fmt: str | None = None) -> str:
         raise FormatError(path, None, f"unknown format {fmt!r}", f"choose one of: {known}")
     name = fmt or by_extension(path)
     if name is None:
-        raise FormatError(
-            path, None, "cannot tell its format from its name", f"pass --format, one of: {known}"
-        )
+        raise FormatError(path, None, "cannot tell its format from its name", f"pass --format, one of: {known}")
     if Path(path).exists() and not Path(path).is_file():
         raise FormatError(path, None, "not a regular file", "save what it holds to one first")
     with _opened(path) as stream:
@@ -122,10 +120,6 @@ def _opened(path: PathLike) -> Generator[TextIO]:
         with opener(path, "rt", encoding="utf-8", errors="surrogateescape", newline="\n") as stream:
             yield stream
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as e:
-        raise FormatError(
-            path, None, f"torn or not compressed: {e}", "compress it again, or mend its name"
-        ) from None
+        raise FormatError(path, None, f"torn or not compressed: {e}", "compress it again, or mend its name") from None
     except OSError as e:
-        raise FormatError(
-            path, None, f"cannot be read: {e.strerror}", "check the path and its permissions"
-        ) from None
+        raise FormatError(path, None, f"cannot be read: {e.strerror}", "check the path and its permissions") from None

@@ -95,9 +95,7 @@ def read(stream: TextIO, path: object, field: str | None) -> Iterator[Part]:
         gap += window.char() + window.blank()
     gap += window.char() + window.blank()
     if window.peek():
-        raise FormatError(
-            path, window.line, 'text after the closing "]"', "remove it, or pass --format=jsonl"
-        )
+        raise FormatError(path, window.line, 'text after the closing "]"', "remove it, or pass --format=jsonl")
     yield gap
 
 

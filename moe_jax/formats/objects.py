@@ -99,9 +99,7 @@ def _record(value: dict, raw: str, place: Place) -> Record:
     sources = _sources(value.get("sources"), place)
     for text in (*hypotheses, *sources):
         if not _encodable(text):
-            raise place.error(
-                "a lone surrogate escape such as \\ud800 is not text", "write the character itself"
-            )
+            raise place.error("a lone surrogate escape such as \\ud800 is not text", "write the character itself")
     return Record(place.line, tuple(hypotheses), sources, task, reference, raw)
 
 
@@ -130,13 +128,7 @@ def _text(hypothesis: object) -> object:
 
 def _sources(given: object, place: Place) -> tuple[str, ...]:
     """Texts, from a list, a mapping language -> text, one string, or nothing."""
-    texts = (
-        list(given.values())
-        if isinstance(given, dict)
-        else [given]
-        if isinstance(given, str)
-        else given or []
-    )
+    texts = list(given.values()) if isinstance(given, dict) else [given] if isinstance(given, str) else given or []
     if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
         raise place.error('"sources" is not a list of strings', "give a list, or an object of language: text")
     return tuple(texts)

@@ -23,9 +23,7 @@ class Place:
     number: int | None = None
 
     def error(self, what: str, fix: str) -> FormatError:
-        return FormatError(
-            self.path, self.line, f"record {self.number}: {what}" if self.number else what, fix
-        )
+        return FormatError(self.path, self.line, f"record {self.number}: {what}" if self.number else what, fix)
 
 
 @dataclasses.dataclass(frozen=True)

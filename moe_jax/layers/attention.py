@@ -1,7 +1,8 @@
 """Causal self-attention with rotary positions; the cache is an input and an output.
 
-A call with `state=None` sees the whole sequence. A call with a `KvCache` sees what went before and adds itself: chunked and
-whole agree for every chunking. Positions of two segments never attend to each other; padding (segment 0) attends to nothing.
+A call with `state=None` sees the whole sequence. A call with a `KvCache` sees what went before and adds itself:
+chunked and whole agree for every chunking. Positions of two segments never attend to each other; padding (segment 0)
+attends to nothing.
 """
 
 from __future__ import annotations
@@ -40,9 +41,7 @@ def rotate(x_BxLxNxH: Array, position_BxL: Array, base: float) -> Array:
 
 
 class Attention(Module):
-    def __init__(
-        self, d: int, *, heads: int = 4, kv_heads: int | None = None, rope_base: float = 10_000.0, rngs: Rngs
-    ):
+    def __init__(self, d: int, *, heads: int = 4, kv_heads: int | None = None, rope_base: float = 10_000.0, rngs: Rngs):
         kv_heads = kv_heads or heads
         if d % heads or heads % kv_heads:
             raise ValueError(f"d={d} must be a multiple of heads={heads}, and heads of kv_heads={kv_heads}")
@@ -62,9 +61,7 @@ class Attention(Module):
             jnp.zeros((), jnp.int32),
         )
 
-    def __call__(
-        self, x_BxLxD: Array, info: TokenInfo, state: KvCache | None = None
-    ) -> tuple[Array, KvCache | None]:
+    def __call__(self, x_BxLxD: Array, info: TokenInfo, state: KvCache | None = None) -> tuple[Array, KvCache | None]:
         B, L, _ = x_BxLxD.shape
         # Garbage in padding must not reach a valid position: a weight of 0 does not stop NaN, forward or backward.
         x_BxLxD = jnp.where(info.valid_BxL[..., None], x_BxLxD, 0)
@@ -78,9 +75,7 @@ class Attention(Module):
         if state is not None:
             start = state.index
             k = jax.lax.dynamic_update_slice(state.key_BxSxNxH, k.astype(state.key_BxSxNxH.dtype), (0, start, 0, 0))
-            v = jax.lax.dynamic_update_slice(
-                state.value_BxSxNxH, v.astype(state.value_BxSxNxH.dtype), (0, start, 0, 0)
-            )
+            v = jax.lax.dynamic_update_slice(state.value_BxSxNxH, v.astype(state.value_BxSxNxH.dtype), (0, start, 0, 0))
             keys = jax.lax.dynamic_update_slice(state.segment_BxS, segment, (0, start))
             state = KvCache(k, v, keys, start + L)
         else:

@@ -1,7 +1,8 @@
 """Short causal depthwise convolution over the sequence: state in, state out.
 
-A residual convolution of a few taps before attention lets a small model see its neighbours, so that copying (an induction head needs "what followed this token") is learnt in one layer rather than two
-(Primer, So et al. 2021; "Canon layers", Allen-Zhu 2025).
+A residual convolution of a few taps before attention lets a small model see its neighbours, so that copying (an
+induction head needs "what followed this token") is learnt in one layer rather than two (Primer, So et al. 2021;
+"Canon layers", Allen-Zhu 2025).
 """
 
 from __future__ import annotations

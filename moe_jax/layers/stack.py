@@ -1,7 +1,7 @@
 """Layers of one kind, stacked on a leading axis: built by `vmap`, run by `scan`.
 
-One traced layer instead of N: compile time does not grow with depth, and side results (router statistics, caches) come back
-stacked, by value.
+One traced layer instead of N: compile time does not grow with depth, and side results (router statistics, caches)
+come back stacked, by value.
 """
 
 from __future__ import annotations

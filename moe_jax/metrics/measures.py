@@ -45,10 +45,7 @@ def measures(family: str, examples: Sequence[Mapping[str, Any]], corrections: Se
     normaliser = family_normaliser(family)
     found = [_error_rate(metric, references, n_bests, corrections, normaliser) for metric in ("wer", "cer")]
     if family == "mt":
-        found += [
-            _translation(m, references, n_bests, corrections)
-            for m in (translation.bleu(), translation.chrf())
-        ]
+        found += [_translation(m, references, n_bests, corrections) for m in (translation.bleu(), translation.chrf())]
     if family == "gec":
         found.append(_edit_f(references, n_bests, corrections))
     return found
@@ -112,9 +109,7 @@ def _translation(
     )
 
 
-def _edit_f(
-    references: Sequence[str], n_bests: Sequence[Sequence[str]], corrections: Sequence[str]
-) -> Measure:
+def _edit_f(references: Sequence[str], n_bests: Sequence[Sequence[str]], corrections: Sequence[str]) -> Measure:
     """The first hypothesis is the source text, so the first pass edits nothing; a line's errors are its
     wrong and missed edits."""
     first, corrected, best = [], [], []

@@ -25,6 +25,4 @@ def compositional(reference: Units, hypotheses: Sequence[Units]) -> ErrorCounts:
     The union is a set, as in the authors' code: a word heard once serves whenever the reference says it.
     """
     heard = set().union(*hypotheses)
-    return ErrorCounts(
-        deletions=sum(unit not in heard for unit in reference), reference_length=len(reference)
-    )
+    return ErrorCounts(deletions=sum(unit not in heard for unit in reference), reference_length=len(reference))

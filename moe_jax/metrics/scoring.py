@@ -56,9 +56,7 @@ def score(
         found = measures(family, of_family, [corrections[line] for line in lines])
         sets = {ALL: list(range(len(lines)))} | _groups(of_family, range(len(lines)), "source_set")
         rows += [
-            _row(family, name, measure, chosen, seed, resamples)
-            for name, chosen in sets.items()
-            for measure in found
+            _row(family, name, measure, chosen, seed, resamples) for name, chosen in sets.items() for measure in found
         ]
     return rows
 
@@ -81,9 +79,7 @@ def _check(examples: Sequence[Mapping[str, Any]], corrections: Sequence[str]) ->
         if not hypotheses:
             raise ValueError(f"example {index}: 'hypotheses' is empty; give at least the first pass")
         if example["source_set"] == ALL:
-            raise ValueError(
-                f"example {index}: a source set cannot be called {ALL!r}, the name of a family's total"
-            )
+            raise ValueError(f"example {index}: a source set cannot be called {ALL!r}, the name of a family's total")
         if not isinstance(correction, str):
             raise ValueError(f"correction {index} is not a string: {correction!r:.60}")
 

@@ -69,9 +69,7 @@ def compare(
     depends on nothing but the arguments. Raises ValueError when the shapes differ or there is no line.
     """
     if first_NxK.shape != corrected_NxK.shape or first_NxK.ndim != 2 or not len(first_NxK):
-        raise ValueError(
-            f"need two equal, non-empty NxK arrays, got {first_NxK.shape} and {corrected_NxK.shape}"
-        )
+        raise ValueError(f"need two equal, non-empty NxK arrays, got {first_NxK.shape} and {corrected_NxK.shape}")
     first_NxK, corrected_NxK = first_NxK.astype(np.float64), corrected_NxK.astype(np.float64)
     rng = np.random.default_rng(seed)
     observed = score(np.stack([first_NxK.sum(0), corrected_NxK.sum(0)]))
@@ -80,9 +78,7 @@ def compare(
         relative_change=float(relative_change(observed[:1], observed[1:])[0]),
         ci95=ci95,
         corrected_ci95=corrected_ci95,
-        p_value=_randomisation(
-            first_NxK, corrected_NxK, score, resamples, rng, abs(observed[1] - observed[0])
-        ),
+        p_value=_randomisation(first_NxK, corrected_NxK, score, resamples, rng, abs(observed[1] - observed[0])),
     )
 
 
@@ -93,9 +89,7 @@ def _bootstrap(first_NxK, corrected_NxK, score: Score, resamples: int, rng: np.r
     changes, corrected = [], []
     for rows in _chunks(resamples, lines):
         drawn = rng.integers(lines, size=(rows, lines)) + lines * np.arange(rows)[:, None]
-        weights_RxN = (
-            np.bincount(drawn.ravel(), minlength=rows * lines).reshape(rows, lines).astype(np.float64)
-        )
+        weights_RxN = np.bincount(drawn.ravel(), minlength=rows * lines).reshape(rows, lines).astype(np.float64)
         corrected.append(score(weights_RxN @ corrected_NxK))
         changes.append(relative_change(score(weights_RxN @ first_NxK), corrected[-1]))
     return _interval(changes), _interval(corrected)

@@ -26,9 +26,7 @@ class TranslationMetric:
         self.name = name
         self._corpus = corpus
         self._sentence = sentence  # BLEU of one line needs the effective order
-        self.signature = self.corpus([""], [""])[
-            1
-        ]  # sacreBLEU knows the number of references after a first score
+        self.signature = self.corpus([""], [""])[1]  # sacreBLEU knows the number of references after a first score
 
     def corpus(self, hypotheses: Sequence[str], references: Sequence[str]) -> tuple[float, str]:
         """The corpus score and sacreBLEU's signature of it."""

@@ -6,6 +6,7 @@ Pre-norm blocks: a short causal convolution, rotary attention, a gated feed-forw
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from moe_jax.types import Array, Batch, Metrics, RouterStats, TokenInfo, value
 @value
 class BlockState:
     attention: KvCache
-    conv: ConvState
+    conv: ConvState | None
 
 
 class Block(Module):
@@ -75,7 +76,7 @@ class Corrector(Module):
     ):
         self.d, self.layers, self.vocab, self.conv_width, self.tied = d, layers, vocab, conv_width, tied
         self.embedding = param(rngs, (vocab, d), ("vocab", "embed"), normal(d**-0.5))
-        self.blocks = stack.build(
+        self.blocks: Any = stack.build(
             lambda rngs: Block(d, attention=attention, ffn=ffn, conv_width=conv_width, rngs=rngs), layers, rngs
         )
         self.norm = RMSNorm(d, rngs=rngs)
@@ -84,11 +85,11 @@ class Corrector(Module):
         self.remat = remat
 
     @property
-    def attention(self) -> Module:
+    def attention(self) -> Any:
         return self.blocks.attention
 
     @property
-    def ffn(self) -> Module:
+    def ffn(self) -> Any:
         return self.blocks.ffn
 
     def state(self, batch: int, slots: int, dtype=jnp.float32) -> BlockState:

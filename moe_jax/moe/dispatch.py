@@ -4,8 +4,9 @@
     rows = dispatch.matmul(rows, w)    # each row times its own expert's matrix
     y    = dispatch.recv(rows)         # the weighted sum of a position's experts
 
-Experts know neither capacity nor raggedness; all dispatches that drop nothing agree to rounding. Everything is by index: a one-hot
-product would leak NaN out of padding and build a [B, L, K, E, C] tensor. `Dispatcher` is (decision, num_experts) -> Dispatch.
+Experts know neither capacity nor raggedness; all dispatches that drop nothing agree to rounding. Everything is by
+index: a one-hot product would leak NaN out of padding and build a [B, L, K, E, C] tensor. `Dispatcher` is (decision,
+num_experts) -> Dispatch.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ Dispatcher = Callable[[RoutingDecision, int], Dispatch]
 
 @jax.custom_vjp
 def _permute(x: Array, index: Array, inverse: Array) -> Array:
-    """x[index] for a permutation: its transpose is a gather by the inverse, where autodiff would write a slow scatter."""
+    """x[index] for a permutation: its transpose is a gather by the inverse, where autodiff would write a slow
+    scatter.
+    """
     return x[index]
 
 
@@ -44,7 +47,9 @@ _permute.defvjp(lambda x, i, j: (x[i], j), lambda j, dy: (dy[j], None, None))
 
 
 def ragged(decision: RoutingDecision, num_experts: int) -> Dispatch:
-    """Dropless: assignments sorted by expert, one grouped matrix product. Padding sorts behind everyone and is not computed."""
+    """Dropless: assignments sorted by expert, one grouped matrix product. Padding sorts behind everyone and is not
+    computed.
+    """
     B, L, K = decision.expert_BxLxK.shape
     expert_R = decision.expert_BxLxK.reshape(-1)
     order_R = jnp.argsort(expert_R, stable=True)
@@ -63,10 +68,12 @@ def ragged(decision: RoutingDecision, num_experts: int) -> Dispatch:
 
 
 def slots(decision: RoutingDecision, num_experts: int, *, factor: float = 1.25) -> Dispatch:
-    """Capacity: each expert takes at most C = ceil(factor * L * K / E) assignments of a row of the batch; later ones are dropped.
+    """Capacity: each expert takes at most C = ceil(factor * L * K / E) assignments of a row of the batch; later ones
+    are dropped.
 
-    Priority is by position, then by choice. (Choice first, as GShard has it, lets a later token push out an earlier one: it
-    leaks the future in a causal model.) Fixed shapes, so it shards by all-to-all: rows lie by batch before, by expert between.
+    Priority is by position, then by choice. (Choice first, as GShard has it, lets a later token push out an earlier
+    one: it leaks the future in a causal model.) Fixed shapes, so it shards by all-to-all: rows lie by batch before,
+    by expert between.
     """
     B, L, K = decision.expert_BxLxK.shape
     E = num_experts

@@ -1,8 +1,8 @@
 """Grouped matrix product: rows sorted by expert, each block of rows times its own expert's matrix.
 
-`jax.lax.ragged_dot` is this on GPU and TPU. XLA:CPU lowers it to computing every expert for every row, so on CPU we walk over
-blocks: each touches one expert, writes in place, and the garbage that its tail leaves is overwritten by the next expert's first
-block. Work is (rows + half a block an expert) instead of rows x experts.
+`jax.lax.ragged_dot` is this on GPU and TPU. XLA:CPU lowers it to computing every expert for every row, so on CPU we
+walk over blocks: each touches one expert, writes in place, and the garbage that its tail leaves is overwritten by the
+next expert's first block. Work is (rows + half a block an expert) instead of rows x experts.
 """
 
 from __future__ import annotations

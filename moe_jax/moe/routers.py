@@ -1,7 +1,7 @@
 """Routers decide which experts a position goes to. Most override `logits` or `select` alone.
 
-`key=None` is evaluation and decoding; a key is training. Selection, softmax, masking and jitter are shared. Losses never live
-here: the decision carries its logits, `moe.layer` turns them into statistics, `losses.py` into losses.
+`key=None` is evaluation and decoding; a key is training. Selection, softmax, masking and jitter are shared. Losses
+never live here: the decision carries its logits, `moe.layer` turns them into statistics, `losses.py` into losses.
 """
 
 from __future__ import annotations
@@ -98,11 +98,11 @@ def task_table(experts: TaskMap, num_experts: int) -> tuple[int, ...]:
 
 
 class TaskMapped(Router):
-    """NeKo (arXiv 2411.05945): in training the task's mapped expert takes one slot, the router's best other experts the rest;
-    at inference the task is unknown and routing is free.
+    """NeKo (arXiv 2411.05945): in training the task's mapped expert takes one slot, the router's best other experts
+    the rest; at inference the task is unknown and routing is free.
 
-    The weights are the softmax over the chosen logits (our reading; the paper leaves it open), so the gate learns to score the
-    mapped expert high, which is what makes free routing find it.
+    The weights are the softmax over the chosen logits (our reading; the paper leaves it open), so the gate learns to
+    score the mapped expert high, which is what makes free routing find it.
 
     Args:
       experts: task id -> expert; default (id - 1) mod E.
@@ -163,19 +163,15 @@ class TaskBiased(Router):
         if key is not None and self.unknown_rate:
             key, hide = jax.random.split(key)
             hidden = jax.random.bernoulli(hide, self.unknown_rate, (x_BxLxD.shape[0], 1))
-            info = TokenInfo(
-                jnp.where(hidden, 0, info.task_BxL), info.valid_BxL, info.segment_BxL, info.position_BxL
-            )
+            info = TokenInfo(jnp.where(hidden, 0, info.task_BxL), info.valid_BxL, info.segment_BxL, info.position_BxL)
         return super().__call__(x_BxLxD, info, key)
 
 
 class ByTask(Module):
-    """Static: every position of a task goes to the task's expert, with weight 1. Nothing is learnt; the task must be known
-    (an unknown one goes to expert 0). A router without parameters is also how a task adapter is chosen."""
+    """Static: every position of a task goes to the task's expert, with weight 1. Nothing is learnt; the task must be
+    known (an unknown one goes to expert 0). A router without parameters is also how a task adapter is chosen."""
 
-    def __init__(
-        self, d: int, num_experts: int, *, experts: TaskMap = None, rngs: Rngs | None = None
-    ):
+    def __init__(self, d: int, num_experts: int, *, experts: TaskMap = None, rngs: Rngs | None = None):
         self.num_experts, self.k = num_experts, 1
         self.experts = task_table(experts, num_experts)
 
@@ -198,12 +194,10 @@ class Balance(nnx.Variable):
 
 
 class BiasBalanced(Router):
-    """Balance without a loss (DeepSeek, arXiv 2408.15664): a bias enters the choice, never the weight; after each step it
-    moves by `rate` towards the experts that had too few tokens."""
+    """Balance without a loss (DeepSeek, arXiv 2408.15664): a bias enters the choice, never the weight; after each
+    step it moves by `rate` towards the experts that had too few tokens."""
 
-    def __init__(
-        self, d: int, num_experts: int, *, k: int = 2, jitter: float = 0.0, rate: float = 1e-3, rngs: Rngs
-    ):
+    def __init__(self, d: int, num_experts: int, *, k: int = 2, jitter: float = 0.0, rate: float = 1e-3, rngs: Rngs):
         super().__init__(d, num_experts, k=k, jitter=jitter, rngs=rngs)
         self.rate = rate
         self.bias = Balance(jnp.zeros((num_experts,), jnp.float32), axes=(None,))

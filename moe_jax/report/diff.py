@@ -24,9 +24,7 @@ def marked(first: str, corrected: str, reference: str) -> tuple[list[Piece], lis
     both lack.
     Words are compared as written, without a metric's normaliser.
     """
-    words_f, words_c, words_r = (
-        [word for _, word in _WORD.findall(text)] for text in (first, corrected, reference)
-    )
+    words_f, words_c, words_r = ([word for _, word in _WORD.findall(text)] for text in (first, corrected, reference))
     kept, swapped = _matches(words_f, words_c), _matches(words_f, words_c, "replace")
     in_first, wrong_in_first = _matches(words_f, words_r), _matches(words_f, words_r, "replace")
     in_correction = _matches(words_c, words_r)

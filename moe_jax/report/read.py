@@ -91,9 +91,7 @@ def _scores(path: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
     meta = whole.get("meta", {})
     if not isinstance(meta, dict):
         raise ValueError(f'{path}: "meta" must be an object of name: text')
-    return checked, {
-        k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in meta.items()
-    }
+    return checked, {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in meta.items()}
 
 
 def _routing(path: Path) -> dict[str, Any]:

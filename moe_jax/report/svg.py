@@ -36,9 +36,7 @@ def stacked(parts: list[tuple[str, int]], total: int, *, label: str) -> Markup:
             css_class, 100 * left / max(total, 1), 100 * count / max(total, 1)
         )
         left += count
-    return Markup('<svg class="stack" role="img" aria-label="{0}"><title>{0}</title>{1}</svg>').format(
-        label, bars
-    )
+    return Markup('<svg class="stack" role="img" aria-label="{0}"><title>{0}</title>{1}</svg>').format(label, bars)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +76,7 @@ def line_chart(series: list[Series], *, x_range: Point, y_range: Point, log_y: b
         )
     for one in series:
         body += _line(one, place)
-    return Markup(
-        '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}" data-frame="{}">{}</svg>'
-    ).format(
+    return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}" data-frame="{}">{}</svg>').format(
         WIDTH,
         HEIGHT,
         label,

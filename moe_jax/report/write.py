@@ -68,9 +68,7 @@ def render(run: Run, title: str) -> str:
         cards=results.cards(run.rows),
         table=results.table(run.rows),
         bars=results.bars(run.rows),
-        measures=list(
-            dict.fromkeys(_measure(row) for row in run.rows if row["normaliser"] or row["signature"])
-        ),
+        measures=list(dict.fromkeys(_measure(row) for row in run.rows if row["normaliser"] or row["signature"])),
         shades=range(1, SHADES + 1),
         verdicts=results.VERDICTS,
         icons=results.ICONS,

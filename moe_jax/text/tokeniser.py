@@ -77,7 +77,7 @@ class Tokeniser:
         try:  # one call a part: a call for a list of them starts threads, 40 times slower
             first, *rest = (self._sp.encode(part.encode()) for part in spaced.split(_SPACE_MARK))
         except UnicodeEncodeError:
-            raise ValueError(f"not valid Unicode text: {ascii(spaced[:60])}") from None
+            raise ValueError(f"not valid Unicode text: {spaced[:60]!a}") from None
         return first + [i for ids in rest for i in (*_SPACE_MARK_IDS, *ids)]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -129,9 +129,7 @@ def train(sentences: Iterable[str], vocab_size: int, seed: int = 0) -> Tokeniser
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise ValueError(
-            f"cannot train {vocab_size} pieces: {str(error).rpartition('] ')[2].strip()}"
-        ) from None
+        raise ValueError(f"cannot train {vocab_size} pieces: {str(error).rpartition('] ')[2].strip()}") from None
     return Tokeniser(model.getvalue())
 
 

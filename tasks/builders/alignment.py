@@ -46,9 +46,7 @@ def align(reference: str, hypotheses: Sequence[str]) -> AlignedList:
             spans.append([start, end])
     readings: list[list[str]] = [[] for _ in spans]
     for words, of_one in zip(lines, edits, strict=True):
-        shift = done = (
-            0  # how far this hypothesis lies ahead of the reference; how many of its edits are used
-        )
+        shift = done = 0  # how far this hypothesis lies ahead of the reference; how many of its edits are used
         for (start, end), here in zip(spans, readings, strict=True):
             begin = start + shift
             while done < len(of_one) and start <= of_one[done][0] <= of_one[done][1] <= end:

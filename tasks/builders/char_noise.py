@@ -101,9 +101,7 @@ class CharNoise:
     def _find_places(self, text: str) -> Draw:
         """Where `text` can be edited, weighted by the rate of edits there."""
         rates = self._rate_in_context
-        found = [
-            (place, rates.get(place[1]) or self._rate.get(place[1][1:-1], 0.0)) for place in _spans(text)
-        ]
+        found = [(place, rates.get(place[1]) or self._rate.get(place[1][1:-1], 0.0)) for place in _spans(text)]
         return Draw((place, rate) for place, rate in found if rate)
 
 

@@ -111,10 +111,7 @@ def held_out_sentences(path: Path) -> list[str]:
     except (OSError, EOFError, lzma.LZMAError, zlib.error, ValueError) as error:
         sys.exit(f"{path}: cannot be read as JSON lines or a JSON list ({error}); give files of records")
     found = [
-        row[key]
-        for row in rows
-        for key in SENTENCE_KEYS
-        if isinstance(row, dict) and isinstance(row.get(key), str)
+        row[key] for row in rows for key in SENTENCE_KEYS if isinstance(row, dict) and isinstance(row.get(key), str)
     ]
     if not found:
         sys.exit(f"{path}: no sentence under {', '.join(SENTENCE_KEYS)}; give files of records")
@@ -138,9 +135,7 @@ def write_gz(path: Path, text: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--held-out", type=Path, nargs="+", required=True)
     args = parser.parse_args()

@@ -65,18 +65,12 @@ def fit_models(rows: Sequence[Row]) -> dict[tuple[str, str], NoiseModel]:
     }
 
 
-def noisy_rows(
-    clean: Sequence[str], rows: Sequence[Row], models: Models, rng: np.random.Generator
-) -> Iterator[Row]:
+def noisy_rows(clean: Sequence[str], rows: Sequence[Row], models: Models, rng: np.random.Generator) -> Iterator[Row]:
     """One pass, in random order."""
     families, shares = zip(*SHARES.items(), strict=True)
     drawn = rng.choice(families, size=len(clean), p=shares)
     jobs = [(str(family), "en", "clean", sentence) for family, sentence in zip(drawn, clean, strict=True)]
-    jobs += [
-        (r["task"], r["lang"], r["source_set"], r["reference"])
-        for r in rows
-        if (r["task"], r["lang"]) in models
-    ]
+    jobs += [(r["task"], r["lang"], r["source_set"], r["reference"]) for r in rows if (r["task"], r["lang"]) in models]
     for i in rng.permutation(len(jobs)):
         family, lang, source_set, sentence = jobs[i]
         model = models[family, lang]
@@ -127,15 +121,11 @@ def compare(rows: Sequence[Row], models: Models, rng: np.random.Generator) -> st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to write to; made if there is none")
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--data", type=Path, default=DATA, help="folder of the corpus (default: the embedded one)"
-    )
+    parser.add_argument("--data", type=Path, default=DATA, help="folder of the corpus (default: the embedded one)")
     args = parser.parse_args()
     if args.passes < 1:
         parser.error(f"--passes must be at least 1, got {args.passes}")

@@ -27,9 +27,7 @@ class Misreadings:
     """How likely a word is misread (`rate`), and as what (`misread`)."""
 
     def __init__(self, lists: Sequence[AlignedList]):
-        readings: dict[str, Counter[str]] = defaultdict(
-            Counter
-        )  # span of the reference -> its wrong readings
+        readings: dict[str, Counter[str]] = defaultdict(Counter)  # span of the reference -> its wrong readings
         misread: dict[str, float] = defaultdict(float)  # word -> share of hypotheses that misread it, summed
         seen: Counter[str] = Counter()  # word -> times in references
         for aligned in lists:
@@ -100,9 +98,7 @@ class Misreadings:
         """Edit distance -> words of the references that far away."""
         near = self._about_as_long.get(len(word), [])
         reach = len(word) // 2 + 1
-        found = process.extract(
-            word, near, scorer=Levenshtein.distance, score_cutoff=reach, limit=SIMILAR_WORDS
-        )
+        found = process.extract(word, near, scorer=Levenshtein.distance, score_cutoff=reach, limit=SIMILAR_WORDS)
         by_distance: dict[int, list[tuple[str, float]]] = defaultdict(list)
         for other, distance, _ in found:
             if distance:

@@ -54,9 +54,7 @@ class HeldOut:
             return False
         if any(text in held for held in self._windows.get(windows[0], ())):
             return True
-        return any(
-            text.startswith(held, i) for i, w in enumerate(windows) for held in self._by_start.get(w, ())
-        )
+        return any(text.startswith(held, i) for i, w in enumerate(windows) for held in self._by_start.get(w, ()))
 
 
 def _windows(text: str) -> list[str]:
