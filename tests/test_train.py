@@ -52,19 +52,19 @@ def read_log(folder) -> list[dict]:
 
 def test_a_copy_task_is_learnt(data, tmp_path):
     """Guessing among six letters costs log 6 = 1.79 nats; below that it copies."""
-    schedule = optim.warmup_cosine(0.02, steps=150, warmup=10)
+    schedule = optim.warmup_cosine(0.02, steps=60, warmup=10)
     done = child.run(
         tmp_path,
         data,
         model=child.configured(d=32),
         optimizer=partial(optim.adamw, schedule),
-        steps=150,
+        steps=60,
         batch_size=32,
-        log_every=50,
-        eval_every=150,
-        save_every=150,
+        log_every=10,
+        eval_every=60,
+        save_every=60,
     )
-    assert done.step == 150
+    assert done.step == 60
     first, *_, last = (line for line in read_log(tmp_path) if "nll" in line)
     assert last["nll"] < 1.0 < first["nll"]
     valid = read_log(tmp_path)[-1]
@@ -99,10 +99,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     _, whole, metrics = one_step(tiny.batch(), model=plain)
     _, summed, metrics_summed = one_step(tiny.batch(), model=plain, micro=4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), whole, summed)
-    for name in ("loss", "grad_norm", "nll_T", "weight_T", "tokens"):
-        np.testing.assert_allclose(metrics_summed[name], metrics[name], rtol=1e-3, err_msg=name)
-    for name in ("load_balance", "router_z", "task_balance"):  # a mean over micro batches: near, not equal
-        np.testing.assert_allclose(metrics_summed[name], metrics[name], rtol=0.3, err_msg=name)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), metrics, metrics_summed)
 
 
 @pytest.mark.parametrize("sizes", [{"data": 2, "expert": 4}, {"data": 4, "expert": 2}])
@@ -150,13 +147,12 @@ def unbroken(data, tmp_path_factory):
     return everything(folder)
 
 
-@pytest.mark.parametrize("at", [9])
-def test_a_run_killed_in_the_middle_goes_on_to_the_same_bits(data, tmp_path, unbroken, at):
-    command = [sys.executable, child.__file__, str(tmp_path), str(data), str(at)]
+def test_a_run_killed_in_the_middle_goes_on_to_the_same_bits(data, tmp_path, unbroken):
+    command = [sys.executable, child.__file__, str(tmp_path), str(data), "9"]
     path = os.pathsep.join([str(Path(train.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     killed = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, timeout=300)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
-    assert read_log(tmp_path)[-1]["step"] == at  # it logged more than it saved
+    assert read_log(tmp_path)[-1]["step"] == 9  # it logged more than it saved
     assert not (tmp_path / "model.safetensors").exists()
     done = child.run(tmp_path, data)
     assert done.step == child.STEPS
@@ -164,10 +160,9 @@ def test_a_run_killed_in_the_middle_goes_on_to_the_same_bits(data, tmp_path, unb
     assert all(p.name.isdigit() for p in (tmp_path / "checkpoints").iterdir())  # nothing half written is left
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(data, tmp_path, unbroken, number, monkeypatch):
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(data, tmp_path, unbroken, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(train, "Logs", child.signal_at(5, number))
+        patch.setattr(train, "Logs", child.signal_at(5, signal.SIGTERM))
         with pytest.raises(train.Stopped, match="stopped at step 5 of 12; the same command goes on from there"):
             child.run(tmp_path, data)
     store = checkpoint.Run(tmp_path)
@@ -175,6 +170,18 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(data, tm
     store.close()
     child.run(tmp_path, data)
     assert everything(tmp_path) == unbroken
+
+
+def test_the_second_interrupt_stops_at_once():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with train.StopSignal() as stop:
+        assert not stop.asked
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)  # a scheduler may repeat itself
+        assert stop.asked
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +219,7 @@ def test_a_finished_run_stays_as_it_is(data, tmp_path, stopped):
 @pytest.mark.parametrize("often", [{"log_every": 1, "save_every": 4}, {"log_every": 12, "save_every": 1}])
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(data, tmp_path, often):
     explode = partial(optim.adamw, lambda step: jnp.where(step < 5, 0.01, 1e30), clip=1e9)
-    with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) at step \d+; the last checkpoint is step [45]:"):
+    with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) at step \d+; the last checkpoint is step [4-6]:"):
         child.run(tmp_path, data, optimizer=explode, **often)
     store = checkpoint.Run(tmp_path)
     model = train.build(child.configured(), vocab=282, seed=0)
@@ -229,7 +236,7 @@ def test_a_run_starts_from_an_exported_dense_model(data, tmp_path, tokeniser):
     source = tmp_path / "dense" / "model.safetensors"
     moe = partial(dense, ffn=tiny.moe(hidden=24))
     still = lambda: optim.adamw(lambda step: 0.0)  # noqa: E731
-    rules = partial(checkpoint.upcycle, tiny.E)
+    rules = checkpoint.upcycle(tiny.E)
     child.run(tmp_path / "moe", data, model=moe, steps=1, optimizer=still, init_from=str(source), init_rules=rules)
     (valid,) = (line["valid/loss"] for line in read_log(tmp_path / "moe") if "valid/loss" in line)
     np.testing.assert_allclose(valid, read_log(tmp_path / "dense")[-1]["valid/loss"], rtol=1e-5)
@@ -247,7 +254,7 @@ def test_a_run_starts_from_an_exported_dense_model(data, tmp_path, tokeniser):
     ("changes", "message"),
     [
         ({"micro_batches": 3}, "batch_size=8 does not divide into micro_batches=3"),
-        ({"batch_size": 4, "mesh": sharding.make_mesh}, "batch_size=4"),
+        ({"batch_size": 4, "mesh": sharding.make_mesh}, "4 rows do not divide over 8 devices"),
         (
             {"mesh": partial(sharding.make_mesh, data=3)},
             "data=3 x expert=1 x model=1 needs 3 devices, this host sees 8",
