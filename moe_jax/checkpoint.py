@@ -38,6 +38,11 @@ def _slashes(table: Mapping[str, Any]) -> Table:
     return {path.replace(".", "/"): leaf for path, leaf in table.items()}
 
 
+def _shapes(table: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(table)
+    return {"/".join(str(k.key) for k in path).replace(".", "/"): tuple(leaf.shape) for path, leaf in leaves}
+
+
 class Run:
     """The Orbax steps of one training run; keeps the latest and the best (lowest `valid/loss`)."""
 
@@ -84,7 +89,10 @@ class Run:
             raise CheckpointError(f"{self.folder}/{step} exists already: choose another run folder")
 
     def meta(self, step: int) -> dict[str, Any]:
-        return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        try:
+            return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            raise CheckpointError(f"{self.folder}/{step}: meta is missing or damaged; remove this step") from error
 
     def params(self, step: int, like: Table) -> Table:
         """Parameters in the shapes and shardings of `like` (arrays or ShapeDtypeStructs)."""
@@ -99,12 +107,24 @@ class Run:
         try:
             out = self.manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(like)}))
         except (ValueError, KeyError, FileNotFoundError) as error:
-            first = str(error).strip().splitlines()[0][:300]
             raise CheckpointError(
-                f"{self.folder}/{step}: {item} does not fit this model ({first}); "
+                f"{self.folder}/{step}: {item} does not fit this model ({self._why(step, item, like, error)}); "
                 "use the configuration that made the checkpoint, or another run folder"
             ) from error
         return then(out[item])
+
+    def _why(self, step: int, item: str, like: Table, error: Exception) -> str:
+        """Which arrays differ: Orbax says that some do."""
+        try:
+            was, need = _shapes(self.manager.item_metadata(step)[item].tree), _shapes(like)
+        except (ValueError, KeyError, AttributeError, FileNotFoundError):  # damaged, so that not even this can be read
+            was = need = {}
+        misfits = [
+            f"{path} is {was.get(path, 'missing')} there, {need.get(path, 'missing')} in this model"
+            for path in sorted(was | need)
+            if was.get(path) != need.get(path)
+        ]
+        return misfits[0] if misfits else str(error).strip().splitlines()[0][:300]
 
     def close(self) -> None:
         self.manager.wait_until_finished()
@@ -121,9 +141,7 @@ def enumerate_leaves(tree: Any) -> list[tuple[str, Any]]:
 def write_safetensors(path: Path | str, params: Table, meta: Mapping[str, Any], dtype: Any = None) -> None:
     """One file: arrays by path and JSON metadata; written aside, then renamed."""
     path = Path(path)
-    arrays = {
-        p: np.ascontiguousarray(np.asarray(x if dtype is None else jnp.asarray(x, dtype))) for p, x in params.items()
-    }
+    arrays = {p: np.asarray(x if dtype is None else jnp.asarray(x, dtype), order="C") for p, x in params.items()}
     aside = path.with_name(path.name + ".part")
     save_file(arrays, aside, metadata={"moe_jax": json.dumps(dict(meta))})
     os.replace(aside, path)
@@ -135,7 +153,7 @@ def read_safetensors(path: Path | str) -> tuple[Table, dict[str, Any]]:
         with safe_open(path, framework="flax") as file:
             table = {name: jnp.asarray(file.get_tensor(name), jnp.float32) for name in file.keys()}  # noqa: SIM118
             meta = json.loads((file.metadata() or {}).get("moe_jax", "null"))
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: cannot be read as safetensors ({error}); is the path right, the file whole?"
         ) from error
@@ -190,14 +208,17 @@ def transplant(
 ) -> Table:
     """`target` with its arrays taken from `source` by the first rule that matches each source path.
 
-    Every leaf is accounted for: raises CheckpointError for a source leaf that has no place, a shape that differs, or
-    a target leaf that nothing filled and that does not match `fresh` (those keep their own initial values).
+    Every leaf is accounted for: raises CheckpointError for a source leaf that has no place of its own, a shape that
+    differs, or a target leaf that nothing filled and that does not match `fresh` (those keep their initial values).
     """
     out: Table = {}
+    origin: dict[str, str] = {}
     for path, x in source.items():
         rule = next((r for r in rules if re.search(r.pattern, path)), None)
         name = path if rule is None else re.sub(rule.pattern, rule.replacement, path, count=1)
         y = x if rule is None else rule(path, x)
+        if (other := origin.setdefault(name, path)) != path:
+            raise CheckpointError(f"{other} and {path} of the source both become {name}; mend the rules")
         if name not in target:
             raise CheckpointError(
                 f"{path} of the source becomes {name}, which this model does not have; mend the rules"

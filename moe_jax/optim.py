@@ -60,7 +60,7 @@ def muon_adam(
         is_matrix = re.compile(r"^blocks/.*/(q|k|v|o|gate|up|down)$")
         return {
             p: MuonDimensionNumbers((x.ndim - 2,), (x.ndim - 1,))
-            if is_matrix.search(p) and "router" not in p and x.ndim >= 2
+            if is_matrix.search(p) and "router" not in p and getattr(x, "ndim", 0) >= 2  # a frozen leaf has no dims
             else None
             for p, x in table.items()
         }

@@ -95,6 +95,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def put_batch(batch, mesh: Mesh):
-    """Host rows -> one global array a leaf; every process brings its own rows."""
+    """Host rows -> one global array a leaf; every process brings its own rows.
+
+    Raises ValueError where the rows do not divide over the devices that share a batch.
+    """
     sharding = batch_sharding(mesh)
+    rows, devices = len(jax.tree.leaves(batch)[0]) * jax.process_count(), mesh.shape["data"] * mesh.shape["expert"]
+    if rows % devices:
+        raise ValueError(
+            f"{rows} rows do not divide over {devices} devices (data x expert): change batch_size or the mesh"
+        )
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)

@@ -24,7 +24,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from moe_jax import checkpoint, describe, sharding, tree
+from moe_jax import checkpoint, describe, losses, sharding, tree
 from moe_jax.data import Prepared
 from moe_jax.layers.param import Rngs
 from moe_jax.logs import Logs
@@ -98,6 +98,8 @@ def make_step(
         grads = jax.tree.map(lambda g: g / micro, grads)
         updates, opt = optimizer.update(grads, opt, params)
         params = after_step(model, cast(Table, optax.apply_updates(params, updates)), metrics)
+        if "stats" in metrics:  # the statistics of slices add up, the losses made of them do not
+            metrics |= {name: loss_of(metrics["stats"]) for name, loss_of in losses.AUXILIARY.items()}
         return params, opt, metrics | {"loss": loss / micro, "grad_norm": optax.global_norm(grads)}
 
     return jax.jit(step_fn, donate_argnums=(0, 1))
@@ -211,6 +213,8 @@ def train(
       ValueError (also `checkpoint.CheckpointError`): one line on data, model or checkpoint that do not fit.
       FloatingPointError: the loss is not finite; the last checkpoint is untouched.
     """
+    if batch_size % micro_batches:
+        raise ValueError(f"batch_size={batch_size} does not divide into micro_batches={micro_batches}")
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     train_set, valid_set = Prepared.open(data), Prepared.open(valid_data)
@@ -309,9 +313,17 @@ def _loop(
         return
     valid: dict[str, float] = {}
 
+    def finite(name: str, x: float) -> None:
+        if not math.isfinite(x):
+            raise FloatingPointError(
+                f"{name} is {x} at step {state.step}; the last checkpoint is step {store.latest()}: "
+                "lower the learning rate or look at the data"
+            )
+
     def save() -> None:
         nonlocal valid
         valid = valid or validate(state.params)
+        finite("validation loss", valid["valid/loss"])
         store.save(state.step, state.params, state.opt, {**about, "step": state.step}, valid["valid/loss"])
 
     bar = tqdm(total=steps, initial=state.step, unit="step", disable=None if progress else True, mininterval=1)
@@ -328,12 +340,7 @@ def _loop(
             bar.update()
             if state.step % log_every == 0 or state.step == steps:
                 scalars = readable(metrics, families)
-                if not math.isfinite(scalars["loss"]):
-                    raise FloatingPointError(
-                        f"loss is {scalars['loss']} at step {state.step}; "
-                        f"the last checkpoint is step {store.latest()}: "
-                        "lower the learning rate or look at the data"
-                    )
+                finite("loss", scalars["loss"])
                 seconds = time.monotonic() - clock
                 rate = float(tokens) / seconds
                 logs.metrics(state.step, scalars)

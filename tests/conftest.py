@@ -2,7 +2,9 @@
 
 import importlib.metadata
 import os
+import shutil
 import sys
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # also of child processes; must precede the first import of jax
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
@@ -10,6 +12,9 @@ os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+# What is compiled twice, also by a child process, is compiled once.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache = tempfile.mkdtemp(prefix="jax-cache-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import pytest
 from absl import flags
@@ -23,3 +28,7 @@ def _no_configuration():
     yield
     if gin := sys.modules.get("gin"):
         gin.clear_config()
+
+
+def pytest_sessionfinish():
+    shutil.rmtree(_cache, ignore_errors=True)

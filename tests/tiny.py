@@ -20,8 +20,8 @@ VOCAB, D, E = 40, 16, 4
 dense = partial(DenseFfn, hidden=24)
 
 
-def moe(router=routers.TopK, to=dispatch.dropless, **args):
-    return partial(MoeFfn, num_experts=E, hidden=8, router=router, dispatch=to, **args)
+def moe(router=routers.TopK, to=dispatch.dropless, *, hidden: int = 8):
+    return partial(MoeFfn, num_experts=E, hidden=hidden, router=router, dispatch=to)
 
 
 def configured(ffn=dense, **args):

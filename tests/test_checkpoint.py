@@ -1,0 +1,298 @@
+"""Checkpoints: bit for bit, from mesh to mesh, refused in one line, and one model from another."""
+
+import json
+import pickle
+import shutil
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from safetensors.numpy import save_file
+
+from moe_jax import checkpoint, optim, sharding, train, tree
+from moe_jax.checkpoint import CheckpointError, Rule, read_safetensors, transplant, write_safetensors
+from moe_jax.moe import routers
+
+META = {"model": {"class": "Corrector"}, "families": {"asr": 1}, "step": 3, "text": "naïve “quotes”"}
+
+
+def one_line(error) -> str:
+    text = str(error.value)
+    assert text and "\n" not in text and len(text) < 400, text
+    return text
+
+
+# --- steps of a run -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.model(tiny.moe(routers.BiasBalanced))
+
+
+@pytest.fixture(scope="module")
+def transform():
+    return optim.muon_adam(lambda step: 0.01)
+
+
+def state_on(mesh, model, transform) -> train.State:
+    """After one step, so that no leaf of the optimiser is what it began as."""
+    with sharding.use(mesh):
+        state = train.start(model, transform, mesh)
+
+        @partial(jax.jit, out_shardings=jax.tree.map(lambda x: x.sharding, (state.params, state.opt)))
+        def step(params, opt):
+            grads = {path: jnp.sin(7 * x + 1) for path, x in params.items()}
+            updates, opt = transform.update(grads, opt, params)
+            return jax.tree.map(jnp.add, params, updates), opt
+
+        return train.State(*step(state.params, state.opt), 3)
+
+
+def abstract(t):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), t)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, model, transform):
+    """(folder, state) of a step that was saved from a 2 x 4 mesh; the folder is not to be changed."""
+    folder = tmp_path_factory.mktemp("run")
+    state = state_on(sharding.make_mesh(data=2, expert=4), model, transform)
+    store = checkpoint.Run(folder)
+    store.save(3, state.params, state.opt, META, 0.5)
+    store.close()
+    return folder, state
+
+
+@pytest.fixture
+def store(saved, tmp_path):
+    """A copy, opened."""
+    shutil.copytree(saved[0] / "checkpoints", tmp_path / "checkpoints")
+    store = checkpoint.Run(tmp_path)
+    yield store
+    store.close()
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2, "expert": 4}, {"data": 4, "expert": 2}, {"data": 2, "model": 4}])
+def test_a_step_comes_back_bit_for_bit_on_any_mesh(store, saved, model, transform, sizes, monkeypatch):
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, None)  # nothing is ever unpickled
+    _, state = saved
+    like = train.start(model, transform, sharding.make_mesh(**sizes))
+    assert store.latest() == store.best() == 3 and store.meta(3) == META
+    back = store.params(3, abstract(like.params)), store.opt(3, abstract(like.opt))
+    jax.tree.map(np.testing.assert_array_equal, back, (state.params, state.opt))
+    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves((like.params, like.opt)), strict=True):
+        assert a.dtype == b.dtype and a.sharding.is_equivalent_to(b.sharding, a.ndim)
+    if sizes["data"] != 4:
+        axis = "expert" if "expert" in sizes else "model"
+        assert axis in str(back[0]["blocks/ffn/experts/up"].sharding.spec)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t | {"embedding": jnp.ones((41, 16))}, r"embedding is \(40, 16\) there, \(41, 16\) in this model"),
+        (lambda t: t | {"output": jnp.ones((16, 40))}, r"output is missing there, \(16, 40\) in this model"),
+        (lambda t: {p: x for p, x in t.items() if p != "norm/scale"}, r"norm/scale is \(16,\) there, missing in this"),
+    ],
+)
+def test_parameters_of_another_model_are_refused(store, saved, change, message):
+    with pytest.raises(CheckpointError, match=message) as error:
+        store.params(3, change(saved[1].params))
+    assert str(store.folder / "3") in one_line(error)
+
+
+def test_the_state_of_another_optimiser_is_refused(store, saved):
+    _, state = saved
+    with pytest.raises(CheckpointError, match="opt does not fit") as error:
+        store.opt(3, optim.adamw(lambda step: 0.01).init(state.params))
+    one_line(error)
+
+
+def empty_files(folder):
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+
+
+def halve_files(folder):
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage", [shutil.rmtree, empty_files, halve_files])
+@pytest.mark.parametrize("item", ["params", "opt", "meta"])
+def test_a_damaged_step_is_refused(store, saved, item, damage):
+    _, state = saved
+    damage(store.folder / "3" / item)
+    read = {
+        "params": lambda: store.params(3, state.params),
+        "opt": lambda: store.opt(3, state.opt),
+        "meta": lambda: store.meta(3),
+    }
+    with pytest.raises(CheckpointError, match=item) as error:
+        read[item]()
+    one_line(error)
+
+
+def test_a_step_is_never_overwritten(store, saved):
+    _, state = saved
+    with pytest.raises(CheckpointError, match="3 exists already: choose another run folder"):
+        store.save(3, state.params, state.opt, META, 0.1)
+
+
+def test_the_latest_and_the_best_are_kept(tmp_path):
+    store = checkpoint.Run(tmp_path)
+    assert store.latest() is None and store.best() is None
+    for step, loss in enumerate([3.0, 1.0, 2.0, 4.0, 5.0], start=1):
+        store.save(step, {"w": jnp.full(2, step)}, {}, {"step": step}, loss)
+    store.close()
+    store = checkpoint.Run(tmp_path)
+    assert (store.best(), store.latest()) == (2, 5)
+    assert sorted(p.name for p in store.folder.iterdir() if p.name.isdigit()) == ["2", "5"]
+    np.testing.assert_array_equal(store.params(2, {"w": jnp.zeros(2)})["w"], [2, 2])
+    store.close()
+
+
+def test_what_a_crash_left_half_written_is_no_step(tmp_path, store, saved):
+    store.close()
+    half = store.folder / "4.orbax-checkpoint-tmp"
+    shutil.copytree(store.folder / "3", half)
+    (half / "commit_success.txt").unlink()
+    again = checkpoint.Run(tmp_path)
+    assert again.latest() == 3
+    again.save(4, saved[1].params, saved[1].opt, META, 0.7)
+    again.close()
+    assert sorted(p.name for p in store.folder.iterdir()) == ["3", "4"]
+
+
+# --- one file to ship ---------------------------------------------------------------------------------------
+
+TABLE = {
+    "embedding": jnp.arange(6.0).reshape(2, 3),
+    "blocks/ffn/up": jnp.full((1, 2, 2), 1 / 3),
+    "scalar": jnp.array(2.0),
+}
+
+
+def test_safetensors_round_trip(tmp_path, monkeypatch):
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, None)
+    write_safetensors(tmp_path / "m.safetensors", TABLE, META)
+    table, meta = read_safetensors(tmp_path / "m.safetensors")
+    assert meta == META
+    jax.tree.map(np.testing.assert_array_equal, table, TABLE)
+    assert {p: x.shape for p, x in table.items()} == {p: x.shape for p, x in TABLE.items()}
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]  # nothing left aside
+
+
+def test_safetensors_in_bfloat16(tmp_path):
+    write_safetensors(tmp_path / "m.safetensors", TABLE, META, jnp.bfloat16)
+    table, _ = read_safetensors(tmp_path / "m.safetensors")
+    for path, x in TABLE.items():
+        np.testing.assert_array_equal(table[path], x.astype(jnp.bfloat16).astype(jnp.float32))
+        assert table[path].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("kept", [0, 4, 8, 60, -1])
+def test_a_torn_file_is_refused(tmp_path, kept):
+    path = tmp_path / "m.safetensors"
+    write_safetensors(path, TABLE, META)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(CheckpointError, match="cannot be read as safetensors") as error:
+        read_safetensors(path)
+    assert str(path) in one_line(error)
+
+
+def test_what_is_no_safetensors_file_is_refused(tmp_path):
+    (tmp_path / "pickled").write_bytes(pickle.dumps({"w": 1}))
+    for name in ("missing", "pickled", "."):
+        with pytest.raises(CheckpointError, match="cannot be read as safetensors") as error:
+            read_safetensors(tmp_path / name)
+        one_line(error)
+
+
+@pytest.mark.parametrize(
+    "metadata", [None, {"format": "pt"}, {"moe_jax": "[1]"}, {"moe_jax": "{torn"}, {"moe_jax": "[" * 100_000}]
+)
+def test_a_file_without_our_metadata_is_refused(tmp_path, metadata):
+    save_file({"w": np.ones(2, np.float32)}, tmp_path / "m.safetensors", metadata)
+    with pytest.raises(CheckpointError) as error:
+        read_safetensors(tmp_path / "m.safetensors")
+    one_line(error)
+
+
+# --- one model from another ---------------------------------------------------------------------------------
+
+
+def outputs(model, key=None):
+    batch = tiny.batch()
+    return jax.jit(lambda model: model.logits(model(batch.tokens_BxL, batch.info, key=key)[0]))(model)
+
+
+def start_from(source, ffn, rules):
+    target = tiny.model(ffn)
+    return tree.unflatten(target, transplant(tree.flatten(target), tree.flatten(source), rules))
+
+
+@pytest.mark.parametrize("key", [None, jax.random.key(0)], ids=["evaluation", "training"])
+@pytest.mark.parametrize("k", [1, 2])
+def test_an_upcycled_model_begins_as_the_dense_one(k, key):
+    dense = tiny.model()
+    ffn = tiny.moe(partial(routers.TopK, k=k), hidden=24)
+    upcycled = start_from(dense, ffn, checkpoint.upcycle(tiny.E))
+    np.testing.assert_allclose(outputs(upcycled, key), outputs(dense), atol=1e-5)
+    gate = tree.flatten(upcycled)["blocks/ffn/router/gate"]
+    assert float(jnp.abs(gate).max()) > 0  # the router is fresh, not zero
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_a_widened_model_begins_as_the_narrow_one(times):
+    dense = tiny.model()
+    wide = start_from(dense, partial(tiny.dense, hidden=24 * times), checkpoint.widen(times))
+    assert wide.ffn.gate.shape == (2, tiny.D, 24 * times)
+    np.testing.assert_allclose(outputs(wide), outputs(dense), atol=1e-5)
+
+
+SOURCE = {"a": jnp.ones((2, 3)), "b": jnp.ones(4)}
+
+
+@pytest.mark.parametrize(
+    ("target", "rules", "message"),
+    [
+        ({"a": (2, 3)}, (), "b of the source becomes b, which this model does not have"),
+        ({"a": (2, 3), "b": (5,)}, (), r"b: the source gives \(4,\), this model needs \(5,\)"),
+        ({"a": (2, 3), "b": (4,), "c": (1,)}, (), r"nothing fills \['c'\]: add a rule, or name them in `fresh`"),
+        ({"a": (2, 3), "b": (4,)}, (Rule("a", "b"),), r"b: the source gives \(2, 3\), this model needs \(4,\)"),
+        ({"a": (2, 3), "b": (4,)}, (Rule("a", "a", "halve"),), "unknown rule 'halve'; known: copy, upcycle, widen"),
+    ],
+)
+def test_every_array_is_accounted_for(target, rules, message):
+    with pytest.raises(CheckpointError, match=message):
+        transplant({p: jnp.zeros(shape) for p, shape in target.items()}, SOURCE, rules)
+
+
+def test_two_arrays_for_one_place_are_refused():
+    source = {"a": jnp.zeros(4), "b": jnp.ones(4)}
+    with pytest.raises(CheckpointError, match="a and b of the source both become b"):
+        transplant({"b": jnp.zeros(4)}, source, (Rule("a", "b"),))
+
+
+def test_fresh_arrays_keep_their_own_values_and_the_dtype_is_the_target_s():
+    target = {"a": jnp.zeros((2, 3), jnp.bfloat16), "b": jnp.zeros(4), "ffn/router/gate": jnp.full(2, 7.0)}
+    out = transplant(target, SOURCE, ())
+    assert list(out) == list(target) and out["a"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(out["ffn/router/gate"], [7, 7])
+    np.testing.assert_array_equal(out["b"], 1)
+
+
+def test_metadata_is_json_that_others_can_read(tmp_path):
+    write_safetensors(tmp_path / "m.safetensors", TABLE, META)
+    raw = (tmp_path / "m.safetensors").read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    assert json.loads(header["__metadata__"]["moe_jax"]) == META

@@ -1,0 +1,103 @@
+"""Optimisers: schedules by hand, what stands still, and that stacked matrices are stepped one by one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from moe_jax import optim, tree
+from moe_jax.moe import routers
+
+RATE = 0.1
+
+
+def constant(step):
+    return RATE
+
+
+def step(transform, params, times: int = 2):
+    """Parameters after steps along gradients that depend on the path and the parameters alone."""
+
+    def one(carry, _):
+        params, state = carry
+        grads = {path: jnp.sin(9 * x + len(path)) for path, x in params.items()}
+        updates, state = transform.update(grads, state, params)
+        return ({path: x + updates[path] for path, x in params.items()}, state), None
+
+    return jax.jit(lambda params: jax.lax.scan(one, (params, transform.init(params)), None, times)[0][0])(params)
+
+
+@pytest.fixture(scope="module")
+def table():
+    return tree.flatten(tiny.model(tiny.moe(routers.BiasBalanced)))
+
+
+@pytest.mark.parametrize("make", [optim.adamw, optim.muon_adam])
+def test_frozen_paths_stand_still_and_all_others_move(make, table):
+    for frozen in (optim.FROZEN, (r"/bias$", r"^embedding$", r"/experts/", "norm")):
+        after = step(make(constant, frozen=frozen), table)
+        for path, x in table.items():
+            still = any(word in path for word in ("bias", "embedding", "experts", "norm")) and (
+                frozen is not optim.FROZEN or path.endswith("/bias")
+            )
+            assert (after[path] == x).all() == still, path
+
+
+@pytest.mark.parametrize("make", [optim.adamw, optim.muon_adam])
+def test_every_matrix_of_a_stack_is_stepped_as_it_would_be_alone(make):
+    """Layers and experts do not know of each other: [2 layers, 3 experts, 4, 6] is six matrices."""
+    stacked = {"blocks/ffn/experts/up": jax.random.normal(jax.random.key(0), (2, 3, 4, 6))}
+    together = step(make(constant, clip=1e9), stacked)["blocks/ffn/experts/up"]
+    for layer in range(2):
+        for expert in range(3):
+            alone = {path: x[layer, expert] for path, x in stacked.items()}
+            one = step(make(constant, clip=1e9), alone)["blocks/ffn/experts/up"]
+            np.testing.assert_allclose(together[layer, expert], one, atol=1e-5)
+
+
+def test_muon_makes_the_update_of_a_matrix_orthogonal_and_leaves_the_rest_to_adam():
+    params = {
+        "blocks/attention/q": jnp.eye(8),
+        "blocks/ffn/router/gate": jnp.ones((8, 4)),
+        "embedding": jnp.ones((9, 8)),
+    }
+    plain = {"weight_decay": 0.0, "clip": 1e9}
+    adam = optax.nadamw(0.3 * RATE, b2=0.95, weight_decay=0.0)  # Muon's Adam is Nesterov's too
+    after, by_adam = step(optim.muon_adam(constant, **plain), params), step(adam, params)
+    for path in ("blocks/ffn/router/gate", "embedding"):
+        np.testing.assert_allclose(after[path], by_adam[path], atol=1e-5)
+    after = step(optim.muon_adam(constant, **plain), params, 1)
+    singular = np.linalg.svd(after["blocks/attention/q"] - params["blocks/attention/q"], compute_uv=False)
+    assert singular.max() / singular.min() < 2.5
+    np.testing.assert_allclose(
+        np.sqrt((singular**2).sum() / 64), 0.2 * RATE, rtol=0.3
+    )  # the root mean square of Adam's
+
+
+def test_matrices_decay_and_scales_do_not():
+    params = {
+        "blocks/ffn/up": jnp.full((2, 4, 4), 5.0),
+        "norm/scale": jnp.full(4, 5.0),
+        "blocks/conv/taps": jnp.full((4, 4), 5.0),
+    }
+    zero = {path: jnp.zeros_like(x) for path, x in params.items()}
+    transform = optim.adamw(constant, weight_decay=0.05)
+    updates, _ = transform.update(zero, transform.init(params), params)
+    np.testing.assert_allclose(updates["blocks/ffn/up"], -RATE * 0.05 * 5, rtol=1e-5)
+    assert not updates["norm/scale"].any() and not updates["blocks/conv/taps"].any()
+
+
+def test_schedules_by_hand():
+    linear = optim.warmup_linear(1.0, steps=100, warmup=10, final=0.2)
+    np.testing.assert_allclose([linear(s) for s in (0, 5, 10, 55, 100, 200)], [0, 0.5, 1, 0.6, 0.2, 0.2], atol=1e-6)
+    cosine = optim.warmup_cosine(1.0, steps=110, warmup=10, final=0.2)
+    np.testing.assert_allclose([cosine(s) for s in (0, 5, 10, 60, 110, 200)], [0, 0.5, 1, 0.6, 0.2, 0.2], atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", [optim.warmup_linear, optim.warmup_cosine])
+@pytest.mark.parametrize("steps", [1, 2, 10])
+def test_short_runs_warm_up_for_half_of_their_steps_at_most(schedule, steps):
+    rates = [float(schedule(1.0, steps=steps, warmup=100)(s)) for s in range(steps + 1)]
+    assert np.isfinite(rates).all() and max(rates) == pytest.approx(1.0)

@@ -1,0 +1,288 @@
+"""Training: it learns; a resumed run is the unbroken one bit for bit; what does not fit is refused in one line."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import child
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from moe_jax import checkpoint, logs, optim, sharding, train, tree
+from moe_jax.checkpoint import CheckpointError
+from moe_jax.data import write_prepared
+from moe_jax.packing import Packable
+from moe_jax.text import tokeniser as tk
+
+FAMILIES = {"asr": 1, "ocr": 2}
+
+
+@pytest.fixture(scope="module")
+def tokeniser():
+    return tk.train(["the cat sat on the mat and looked at a bird"] * 3, 282)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, tokeniser):
+    """Copying: four letters, a mark of the task, the four letters again (for the second task: backwards)."""
+    rng = np.random.default_rng(0)
+    examples = []
+    for i in range(512):
+        task, letters = 1 + i % 2, rng.integers(20, 26, 4).tolist()
+        examples.append(Packable([*letters, task + 8, *letters[:: 3 - 2 * task]], [1] * 5 + [2] * 4, task))
+    folder = tmp_path_factory.mktemp("data") / "copy"
+    write_prepared(folder, examples, length=18, tokeniser=tokeniser, families=FAMILIES)
+    return folder
+
+
+def read_log(folder) -> list[dict]:
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- it learns ----------------------------------------------------------------------------------------------
+
+
+def test_a_copy_task_is_learnt(data, tmp_path):
+    """Guessing among six letters costs log 6 = 1.79 nats; below that it copies."""
+    schedule = optim.warmup_cosine(0.02, steps=60, warmup=10)
+    done = child.run(
+        tmp_path,
+        data,
+        model=child.configured(d=32),
+        optimizer=partial(optim.adamw, schedule),
+        steps=60,
+        batch_size=32,
+        log_every=10,
+        eval_every=60,
+        save_every=60,
+    )
+    assert done.step == 60
+    first, *_, last = (line for line in read_log(tmp_path) if "nll" in line)
+    assert last["nll"] < 1.0 < first["nll"]
+    valid = read_log(tmp_path)[-1]
+    assert valid["valid/loss"] < 1.0 and valid["valid/loss/asr"] < 1.0 and valid["valid/loss/ocr"] < 1.0
+    loads = [valid[f"valid/load/asr/{e}"] for e in range(tiny.E)]
+    np.testing.assert_allclose(sum(loads), 1, rtol=1e-5)
+
+
+# --- one step -----------------------------------------------------------------------------------------------
+
+
+def one_step(batch, *, mesh=None, micro=1, model=None, transform=None, dtype="float32"):
+    """(parameters before, after, metrics) of one step on a mesh, all on the host."""
+    mesh = mesh or child.one_device()
+    network = train.build(model or child.configured(partial(tiny.routers.TopK, k=2)), vocab=tiny.VOCAB, seed=0)
+    transform = transform or optim.adamw(lambda step: 0.01)
+    with sharding.use(mesh):
+        state = train.start(network, transform, mesh)
+        before = jax.device_get(state.params)
+        step = train.make_step(network, transform, seed=0, micro=micro, dtype=dtype, max_targets=12)
+        params, _, metrics = step(state.params, state.opt, np.int32(0), sharding.put_batch(batch, mesh))
+    return before, jax.device_get(params), jax.device_get(metrics)
+
+
+@pytest.fixture(scope="module")
+def single():
+    return one_step(tiny.batch())
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    plain = partial(tiny.configured(tiny.moe()))
+    _, whole, metrics = one_step(tiny.batch(), model=plain)
+    _, summed, metrics_summed = one_step(tiny.batch(), model=plain, micro=4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), whole, summed)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), metrics, metrics_summed)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2, "expert": 4}, {"data": 4, "expert": 2}])
+def test_a_step_on_a_mesh_is_that_of_one_device(single, sizes):
+    _, params, metrics = single
+    _, params_mesh, metrics_mesh = one_step(tiny.batch(), mesh=sharding.make_mesh(**sizes))
+    np.testing.assert_allclose(metrics_mesh["loss"], metrics["loss"], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), metrics, metrics_mesh)
+    close = [np.isclose(params[p], params_mesh[p], atol=1e-4).mean() for p in params]
+    assert min(close) > 0.99, close  # Adam's first step is a sign: where a gradient is zero to rounding, it may differ
+
+
+def test_a_step_in_bfloat16_is_near_and_the_parameters_stay_float32(single):
+    before, _, metrics = single
+    _, half, metrics_half = one_step(tiny.batch(), dtype="bfloat16")
+    np.testing.assert_allclose(metrics_half["loss"], metrics["loss"], rtol=0.02)
+    assert all(x.dtype == np.float32 for x in half.values())
+    assert all((half[path] != before[path]).any() for path in half)
+
+
+def test_the_step_moves_a_balance_state_by_the_load(single):
+    before, after, metrics = one_step(tiny.batch(), model=child.configured())
+    load = metrics["stats"].load_E
+    moved = after["blocks/ffn/router/bias"] - before["blocks/ffn/router/bias"]
+    np.testing.assert_allclose(moved, 1e-3 * np.sign(load.mean(-1, keepdims=True) - load), atol=1e-7)
+
+
+# --- a run and its end --------------------------------------------------------------------------------------
+
+
+def everything(folder) -> tuple:
+    """Parameters and optimiser state by their bits, with the log and the exported model."""
+    store = checkpoint.Run(folder)
+    step = store.latest()
+    raw = [store.manager.restore(step)[item] for item in ("params", "opt")]
+    store.close()
+    bits = jax.tree.map(lambda x: np.asarray(x).tobytes(), raw)
+    return step, bits, (folder / "metrics.jsonl").read_bytes(), (folder / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def unbroken(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    child.run(folder, data)
+    return everything(folder)
+
+
+def test_a_run_killed_in_the_middle_goes_on_to_the_same_bits(data, tmp_path, unbroken):
+    command = [sys.executable, child.__file__, str(tmp_path), str(data), "9"]
+    path = os.pathsep.join([str(Path(train.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    killed = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, timeout=300)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+    assert read_log(tmp_path)[-1]["step"] == 9  # it logged more than it saved
+    assert not (tmp_path / "model.safetensors").exists()
+    done = child.run(tmp_path, data)
+    assert done.step == child.STEPS
+    assert everything(tmp_path) == unbroken
+    assert all(p.name.isdigit() for p in (tmp_path / "checkpoints").iterdir())  # nothing half written is left
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(data, tmp_path, unbroken, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "Logs", child.signal_at(5, signal.SIGTERM))
+        with pytest.raises(train.Stopped, match="stopped at step 5 of 12; the same command goes on from there"):
+            child.run(tmp_path, data)
+    store = checkpoint.Run(tmp_path)
+    assert store.latest() == 5
+    store.close()
+    child.run(tmp_path, data)
+    assert everything(tmp_path) == unbroken
+
+
+def test_the_second_interrupt_stops_at_once():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with train.StopSignal() as stop:
+        assert not stop.asked
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)  # a scheduler may repeat itself
+        assert stop.asked
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+@pytest.fixture(scope="module")
+def stopped(data, tmp_path_factory):
+    """A finished run of one step; to be copied before it is changed."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    child.run(folder, data, steps=1)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, "was made with another seed: use its configuration, or another run folder"),
+        ({"model": child.configured(layers=1)}, "was made with another model"),
+        ({"model": child.configured(partial(tiny.routers.TopK, k=1))}, "was made with another model"),
+        ({"batch_size": 16}, "was made with another batch_size"),
+        ({"optimizer": partial(optim.adamw, lambda step: 0.1)}, "opt does not fit this model"),
+    ],
+)
+def test_a_run_is_not_resumed_as_another_one(data, tmp_path, stopped, changes, message):
+    shutil.copytree(stopped, tmp_path / "run")
+    with pytest.raises(CheckpointError, match=message) as error:
+        child.run(tmp_path / "run", data, **changes)
+    assert "\n" not in str(error.value)
+
+
+def test_a_finished_run_stays_as_it_is(data, tmp_path, stopped):
+    shutil.copytree(stopped, tmp_path / "run")
+    before = everything(tmp_path / "run")
+    assert child.run(tmp_path / "run", data, steps=1).step == 1
+    assert everything(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("often", [{"log_every": 1, "save_every": 4}, {"log_every": 12, "save_every": 1}])
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(data, tmp_path, often):
+    explode = partial(optim.adamw, lambda step: jnp.where(step < 5, 0.01, 1e30), clip=1e9)
+    with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) at step \d+; the last checkpoint is step [4-6]:"):
+        child.run(tmp_path, data, optimizer=explode, **often)
+    store = checkpoint.Run(tmp_path)
+    model = train.build(child.configured(), vocab=282, seed=0)
+    assert all(np.isfinite(x).all() for x in store.params(store.latest(), tree.flatten(model)).values())
+    store.close()
+
+
+# --- from another model -------------------------------------------------------------------------------------
+
+
+def test_a_run_starts_from_an_exported_dense_model(data, tmp_path, tokeniser):
+    dense = partial(tiny.configured().func, **{k: v for k, v in tiny.configured().keywords.items() if k != "vocab"})
+    child.run(tmp_path / "dense", data, model=dense, steps=2)
+    source = tmp_path / "dense" / "model.safetensors"
+    moe = partial(dense, ffn=tiny.moe(hidden=24))
+    still = lambda: optim.adamw(lambda step: 0.0)  # noqa: E731
+    rules = checkpoint.upcycle(tiny.E)
+    child.run(tmp_path / "moe", data, model=moe, steps=1, optimizer=still, init_from=str(source), init_rules=rules)
+    (valid,) = (line["valid/loss"] for line in read_log(tmp_path / "moe") if "valid/loss" in line)
+    np.testing.assert_allclose(valid, read_log(tmp_path / "dense")[-1]["valid/loss"], rtol=1e-5)
+
+    table, meta = checkpoint.read_safetensors(source)
+    checkpoint.write_safetensors(source, table, meta | {"tokeniser": "another"})
+    with pytest.raises(ValueError, match="trained with another tokeniser than"):
+        child.run(tmp_path / "other", data, model=moe, init_from=str(source), init_rules=rules)
+
+
+# --- settings that do not fit -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"micro_batches": 3}, "batch_size=8 does not divide into micro_batches=3"),
+        ({"batch_size": 4, "mesh": sharding.make_mesh}, "4 rows do not divide over 8 devices"),
+        (
+            {"mesh": partial(sharding.make_mesh, data=3)},
+            "data=3 x expert=1 x model=1 needs 3 devices, this host sees 8",
+        ),
+        ({"model": child.configured(d=15)}, "d=15 must be a multiple of heads=4"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(data, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        child.run(tmp_path, data, **changes)
+    assert "\n" not in str(error.value)
+
+
+# --- logs ---------------------------------------------------------------------------------------------------
+
+
+def test_logs_are_cut_at_the_step_and_where_a_crash_tore_them(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "loss": step / 3}) + "\n" for step in (1, 2, 2, 3)]
+    path.write_text("".join(lines) + '{"step": 2, "lo')
+    logs.truncate(path, 2)
+    assert path.read_text() == "".join(lines[:3])
+    logs.truncate(tmp_path / "missing.jsonl", 2)
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_logs_of_other_processes_are_not_written(tmp_path):
+    log = logs.Logs(tmp_path, 0, enabled=False)
+    log.metrics(1, {"loss": 1.0})
+    log.close()
+    assert not list(tmp_path.iterdir())
