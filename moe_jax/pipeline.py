@@ -194,7 +194,7 @@ class Pipeline:
         return out
 
     def _best(self, first: str, own: str | None, scored: dict[str, tuple[float, float]]) -> Proposal:
-        """The candidate of the highest penalised score; where the search was not to be trusted, one of the given ones."""
+        """The candidate of the highest penalised score; of the given ones where the search went astray."""
         searched = own is not None and own in scored
         text = own if searched and not self.rescore else max(scored, key=lambda c: scored[c][1])
         note = None if searched or text != first else "no usable text was found"
@@ -202,8 +202,8 @@ class Pipeline:
 
 
 def repeats(text: str, hypotheses: Sequence[str], n: int = 3) -> bool:
-    """Whether `text` says some `n` words again more often than any hypothesis does: a small model's search can go in circles,
-    and what goes in circles looks probable to it."""
+    """Whether `text` says some `n` words again more often than any hypothesis does: a small model's search can go in
+    circles, and what goes in circles looks probable to it."""
 
     def again(t: str) -> int:
         words = t.split()

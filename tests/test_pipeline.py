@@ -8,7 +8,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -214,11 +213,12 @@ def test_the_quickstart_small(name, tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads((run / "scores.json").read_text())["rows"]
-    keys = "task set lines metric first_pass corrected oracle_nb oracle_cp relative_change ci95 p_value fixed broken untouched"
+    keys = "task set lines metric first_pass corrected oracle_nb oracle_cp"
+    keys += " relative_change ci95 p_value fixed broken untouched"
     assert all(set(keys.split()) <= set(row) for row in rows)
     assert {row["task"] for row in rows if row["set"] == "all"} == {"asr", "ocr", "mt", "gec"}
     assert (run / "report.html").stat().st_size > 10_000
     assert len((run / "examples.jsonl").read_text().splitlines()) == 24
     routing = json.loads((run / "routing.json").read_text())
     assert np.array(routing["load"]).shape == (4, 4, 4)
-    assert jax.tree.leaves(routing["agreement"])
+    assert set(routing["agreement"]) <= {"asr", "ocr", "mt", "gec"}
