@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,17 +28,13 @@ NOISY = partial(routers.BiasBalanced, jitter=0.1)
 
 
 def configured(router=NOISY, **args):
-    """A model with noise, state that no gradient moves, dropped tokens and auxiliary losses.
-
-    The data brings the vocabulary.
-    """
+    """A model with noise, state that no gradient moves, dropped tokens and auxiliary losses."""
     ffn = tiny.moe(router, partial(dispatch.slots, factor=1.0))
-    make = tiny.configured(ffn, auxiliary={"load_balance": 0.01, "router_z": 0.001}, **args)
-    return partial(make.func, **{k: v for k, v in make.keywords.items() if k != "vocab"})
+    return tiny.configured(ffn, **{"auxiliary": {"load_balance": 0.01, "router_z": 0.001}, **args})
 
 
 def run(run_dir, data, **changes) -> train.Run:
-    settings = {
+    settings: dict[str, Any] = {
         "model": configured(),
         "optimizer": partial(optim.muon_adam, optim.warmup_linear(0.01, steps=STEPS, warmup=2)),
         "data": str(data),
@@ -54,13 +51,13 @@ def run(run_dir, data, **changes) -> train.Run:
     return train.train(str(run_dir), **(settings | changes))
 
 
-def signal_at(step: int, number: int):
+def signal_at(last: int, number: int):
     """Logs that send this process a signal when a step has been logged."""
 
     class Signalling(train.Logs):
-        def metrics(self, at, scalars):
-            super().metrics(at, scalars)
-            if at == step and number:
+        def metrics(self, step, scalars):
+            super().metrics(step, scalars)
+            if step == last:
                 os.kill(os.getpid(), number)
 
     return Signalling

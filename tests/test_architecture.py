@@ -31,7 +31,7 @@ train evaluate seqio_data
 prepare main
 cli
 """
-LINE = {room: number for number, line in enumerate(LINES.strip().splitlines()) for room in line.split()}
+LINE: dict[str, int] = {room: number for number, line in enumerate(LINES.strip().splitlines()) for room in line.split()}
 
 # Rooms that keep to these others besides.
 ONLY = {

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from contract import B, Case, D, L, make_info, verify_contract
 
+from moe_jax import tree
 from moe_jax.layers import stack
 from moe_jax.layers.attention import Attention, rotate
 from moe_jax.layers.conv import CausalConv
@@ -146,7 +147,7 @@ def test_a_stack_is_its_layers_one_after_the_other(remat):
 
 def test_layers_of_a_stack_differ():
     layers = stack.build(lambda rngs: DenseFfn(D, hidden=8, rngs=rngs), 2, Rngs(params=0))
-    assert not np.allclose(layers.gate[0], layers.gate[1])
+    assert all(not np.allclose(x[0], x[1]) for x in tree.flatten(layers).values())
 
 
 def test_an_unknown_remat_policy_is_refused():

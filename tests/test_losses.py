@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ KEY = jax.random.key(5)
 
 
 def make_stats(**known) -> RouterStats:
-    zeros = {"load_E": np.zeros(2), "prob_E": np.zeros(2), "task_load_TxE": np.zeros((MAX_TASKS, 2))}
+    zeros: dict[str, Any] = {"load_E": np.zeros(2), "prob_E": np.zeros(2), "task_load_TxE": np.zeros((MAX_TASKS, 2))}
     zeros |= {"z": 0.0, "entropy": 0.0, "dropped": 0.0, "count": 0.0}
     return RouterStats(**{name: jnp.asarray(x, jnp.float32) for name, x in (zeros | known).items()})
 
@@ -125,7 +126,8 @@ def test_statistics_equal_a_loop():
         for e in decision.expert_BxLxK[b, l]:
             load[e] += 1
             by_task[info.task_BxL[b, l], e] += 1
-    expected = RouterStats(load, prob, z, entropy, 1.0, by_task, info.valid_BxL.sum())
+    numbers: tuple[Any, ...] = (load, prob, z, entropy, 1.0, by_task, info.valid_BxL.sum())
+    expected = RouterStats(*numbers)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), stats_of(decision, info), expected)
 
 

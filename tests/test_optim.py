@@ -1,5 +1,7 @@
 """Optimisers: schedules by hand, what stands still, and that stacked matrices are stepped one by one."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,7 @@ def constant(step):
     return RATE
 
 
-def step(transform, params, times: int = 2):
+def step(transform: Any, params: dict[str, Any], times: int = 2) -> dict[str, Any]:
     """Parameters after steps along gradients that depend on the path and the parameters alone."""
 
     def one(carry, _):
@@ -63,7 +65,7 @@ def test_muon_makes_the_update_of_a_matrix_orthogonal_and_leaves_the_rest_to_ada
         "blocks/ffn/router/gate": jnp.ones((8, 4)),
         "embedding": jnp.ones((9, 8)),
     }
-    plain = {"weight_decay": 0.0, "clip": 1e9}
+    plain: dict[str, Any] = {"weight_decay": 0.0, "clip": 1e9}
     adam = optax.nadamw(0.3 * RATE, b2=0.95, weight_decay=0.0)  # Muon's Adam is Nesterov's too
     after, by_adam = step(optim.muon_adam(constant, **plain), params), step(adam, params)
     for path in ("blocks/ffn/router/gate", "embedding"):
@@ -71,9 +73,8 @@ def test_muon_makes_the_update_of_a_matrix_orthogonal_and_leaves_the_rest_to_ada
     after = step(optim.muon_adam(constant, **plain), params, 1)
     singular = np.linalg.svd(after["blocks/attention/q"] - params["blocks/attention/q"], compute_uv=False)
     assert singular.max() / singular.min() < 2.5
-    np.testing.assert_allclose(
-        np.sqrt((singular**2).sum() / 64), 0.2 * RATE, rtol=0.3
-    )  # the root mean square of Adam's
+    size = np.sqrt((singular**2).sum() / 64)
+    np.testing.assert_allclose(size, 0.2 * RATE, rtol=0.3)  # the root mean square that Adam's updates have
 
 
 def test_matrices_decay_and_scales_do_not():
@@ -83,7 +84,7 @@ def test_matrices_decay_and_scales_do_not():
         "blocks/conv/taps": jnp.full((4, 4), 5.0),
     }
     zero = {path: jnp.zeros_like(x) for path, x in params.items()}
-    transform = optim.adamw(constant, weight_decay=0.05)
+    transform: Any = optim.adamw(constant, weight_decay=0.05)
     updates, _ = transform.update(zero, transform.init(params), params)
     np.testing.assert_allclose(updates["blocks/ffn/up"], -RATE * 0.05 * 5, rtol=1e-5)
     assert not updates["norm/scale"].any() and not updates["blocks/conv/taps"].any()

@@ -25,13 +25,13 @@ def moe(router=routers.TopK, to=dispatch.dropless, *, hidden: int = 8):
 
 
 def configured(ffn=dense, **args):
-    """A `Corrector` of two layers, not yet built: call it with rngs (and a vocabulary)."""
-    args = {"d": D, "layers": 2, "vocab": VOCAB, "attention": partial(Attention, heads=4, kv_heads=2)} | args
+    """A `Corrector` of two layers, not yet built: call it with a vocabulary and rngs."""
+    args = {"d": D, "layers": 2, "attention": partial(Attention, heads=4, kv_heads=2)} | args
     return partial(Corrector, ffn=ffn, **args)
 
 
 def model(ffn=dense, **args) -> Corrector:
-    return configured(ffn, **args)(rngs=Rngs(params=0))
+    return configured(ffn, **args)(vocab=VOCAB, rngs=Rngs(params=0))
 
 
 def batch(seed: int = 0, rows: int = 8, length: int = 12) -> Batch:
