@@ -77,6 +77,19 @@ def test_a_small_task_weighs_as_much_as_a_large_one():
     )
 
 
+def test_task_map():
+    # two positions ask for experts of probability 3/4 and 1/2: -(log 3/4 + log 1/2) / 2
+    decision = RoutingDecision(
+        jnp.array([[[1], [0], [0]]]),
+        jnp.ones((1, 3, 1)),
+        jnp.log(jnp.array([[[1.0, 3.0], [2.0, 2.0], [1.0, 9.0]]])),
+        jnp.array([[1, 0, -1]]),
+    )
+    info = TokenInfo(jnp.ones((1, 3), int), jnp.ones((1, 3), bool), jnp.ones((1, 3), int), jnp.arange(3)[None])
+    stats = jax.tree.map(lambda a: jnp.asarray(a)[None], router_stats(decision, info, jnp.zeros(()), 2))
+    np.testing.assert_allclose(losses.task_map(stats), -(np.log(3 / 4) + np.log(1 / 2)) / 2, rtol=1e-6)
+
+
 def test_nothing_valid_costs_nothing():
     assert all(float(loss(make_stats())) == 0 for loss in losses.AUXILIARY.values())
 
@@ -153,8 +166,10 @@ def only_auxiliary(batch):
 
 @pytest.mark.parametrize("router", GATED)
 def test_each_auxiliary_loss_reaches_the_gate_of_every_layer(router):
-    weights = {"load_balance": 0.5, "router_z": 0.25, "task_balance": 2.0}
+    weights = {"load_balance": 0.5, "router_z": 0.25, "task_balance": 2.0, "task_map": 0.5}
     assert set(weights) == set(losses.AUXILIARY)
+    if router != "TaskMapped":  # the others have no map: `task_map` is 0
+        del weights["task_map"]
     model = tiny.model(tiny.moe(router_configured(router), gathered), auxiliary=weights)
     batch = only_auxiliary(tiny.batch())
 
