@@ -200,7 +200,7 @@ def stopped(data, tmp_path_factory):
         ({"model": child.configured(layers=1)}, "was made with another model"),
         ({"model": child.configured(partial(tiny.routers.TopK, k=1))}, "was made with another model"),
         ({"batch_size": 16}, "was made with another batch_size"),
-        ({"optimizer": partial(optim.adamw, lambda step: 0.1)}, "opt does not fit this model"),
+        ({"optimizer": partial(optim.muon_adam, lambda step: 0.1)}, "opt does not fit this model"),
     ],
 )
 def test_a_run_is_not_resumed_as_another_one(data, tmp_path, stopped, changes, message):
