@@ -18,6 +18,7 @@ from moe_jax.moe.routers import MAX_TASKS
 from moe_jax.types import RouterStats, RoutingDecision, TokenInfo
 
 KEY = jax.random.key(5)
+ranks_must_match = pytest.mark.usefixtures("ranks_must_match")
 
 
 def make_stats(**known) -> RouterStats:
@@ -40,6 +41,7 @@ BALANCED = make_stats(load_E=[2, 2], prob_E=[2.0, 2.0], z=4.0, count=4.0)
 # --- by hand ------------------------------------------------------------------------------------------------
 
 
+@ranks_must_match
 def test_xent():
     logits = jnp.log(jnp.array([[[1.0, 3.0], [2.0, 2.0]]]))
     # 3 / (1 + 3) and 2 / (2 + 2)
@@ -49,6 +51,7 @@ def test_xent():
     np.testing.assert_allclose(huge, [[1e4]])
 
 
+@ranks_must_match
 def test_load_balance():
     # shares 3/4 1/4, mean probabilities 0.6 0.4: 2 * (0.75 * 0.6 + 0.25 * 0.4) = 2 * 0.55
     np.testing.assert_allclose(losses.load_balance(SKEWED), 1.1, rtol=1e-6)
@@ -57,16 +60,19 @@ def test_load_balance():
     np.testing.assert_allclose(losses.load_balance(both), 1.05, rtol=1e-6)
 
 
+@ranks_must_match
 def test_router_z():
     both = jax.tree.map(lambda *layers: jnp.stack(layers), SKEWED, BALANCED)
     np.testing.assert_allclose(losses.router_z(both), (8 / 4 + 4 / 4) / 2)
 
 
+@ranks_must_match
 def test_task_balance():
     # task 1 all on expert 0: 2 * 1.0 * 0.6; task 2 half and half: 2 * (0.5 * 0.6 + 0.5 * 0.4); no others: the mean
     np.testing.assert_allclose(losses.task_balance(SKEWED), (1.2 + 1.0) / 2, rtol=1e-6)
 
 
+@ranks_must_match
 def test_a_small_task_weighs_as_much_as_a_large_one():
     load = np.zeros((MAX_TASKS, 2))
     load[1], load[2] = (1000, 0), (0, 1)
@@ -77,10 +83,12 @@ def test_a_small_task_weighs_as_much_as_a_large_one():
     )
 
 
+@ranks_must_match
 def test_nothing_valid_costs_nothing():
     assert all(float(loss(make_stats())) == 0 for loss in losses.AUXILIARY.values())
 
 
+@ranks_must_match
 def test_auxiliary_is_the_weighted_sum():
     total, values = losses.auxiliary(SKEWED, {"load_balance": 0.5, "router_z": 0.1})
     np.testing.assert_allclose(total, 0.5 * 1.1 + 0.1 * 2, rtol=1e-6)
@@ -89,6 +97,7 @@ def test_auxiliary_is_the_weighted_sum():
     assert losses.auxiliary(None, {"router_z": 1.0}) == (0.0, {})
 
 
+@ranks_must_match
 @pytest.mark.parametrize("stats", [None, SKEWED])
 def test_an_unknown_auxiliary_loss_is_refused(stats):
     with pytest.raises(ValueError, match=r"unknown auxiliary loss \['balance'\]; known: load_balance, router_z"):
@@ -115,6 +124,7 @@ def random_decision(seed: int):
 stats_of = jax.jit(lambda decision, info: router_stats(decision, info, jnp.ones(()), 3))
 
 
+@ranks_must_match
 def test_statistics_equal_a_loop():
     decision, info = jax.device_get(random_decision(0))
     load, prob, by_task, z, entropy = np.zeros(3), np.zeros(3), np.zeros((MAX_TASKS, 3)), 0.0, 0.0
@@ -131,6 +141,7 @@ def test_statistics_equal_a_loop():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), stats_of(decision, info), expected)
 
 
+@ranks_must_match
 def test_statistics_add_up_over_batches():
     parts = [random_decision(0), random_decision(1)]
     apart = jax.tree.map(jnp.add, *(stats_of(*part) for part in parts))
