@@ -1,4 +1,4 @@
-"""RESULTS.md from results/*/table.json; `--check` says whether it agrees, as CI does.
+"""RESULTS.md, and the table of the README, from results/*/table.json; `--check` says whether they agree, as CI does.
 
 python -m benchmarks.results
 """
@@ -76,15 +76,49 @@ def results() -> str:
     return "\n".join(parts)
 
 
+def front_table() -> str:
+    """The README's table: every arm of the quickstart, the main error of each family."""
+    data = json.loads((ROOT / "results" / "quickstart" / "table.json").read_text("utf-8"))
+    rows = [r for r in data["rows"] if r["set"] == "all" and r["metric"] == "wer"]
+    tasks, arms = unique(r["task"] for r in rows), unique(r["arm"] for r in rows)
+    out = ["| word error rate, % | " + " | ".join(tasks) + " |", "|---|" + "--:|" * len(tasks)]
+    for arm in arms:
+        cells = []
+        for task in tasks:
+            mine = [r for r in rows if (r["arm"], r["task"]) == (arm, task)]
+            changes = [r["relative_change"] for r in mine if r["relative_change"] is not None]
+            sure = mine[0]["p_value"] is not None and mine[0]["p_value"] < 0.05
+            change = f" ({100 * np.mean(changes):+.1f} %{'*' if sure else ''})" if changes else ""
+            cells.append(f"{100 * np.mean([r['value'] for r in mine]):.2f}{change}")
+        seeds = len({r["seed"] for r in rows if r["arm"] == arm} - {None})
+        name = f"{arm} ({seeds} seed{'s' if seeds > 1 else ''})" if seeds else arm
+        out.append(f"| {name} | " + " | ".join(cells) + " |")
+    meta = data["meta"]
+    out.append(
+        f"\nHeld-out test lines, relative change against the first pass; * p < 0.05. {meta['date']}, "
+        f"`{meta['command']}`. [RESULTS.md](RESULTS.md) has every metric, set and interval."
+    )
+    return "\n".join(out)
+
+
+def readme(text: str) -> str:
+    """The README with its table made anew between the two markers."""
+    begin, end = "<!-- results -->", "<!-- /results -->"
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n{front_table()}\n{end}{rest.partition(end)[2]}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    path = ROOT / "RESULTS.md"
-    if not args.check:
-        path.write_text(results(), "utf-8")
-    elif not path.exists() or path.read_text("utf-8") != results():
-        sys.exit("RESULTS.md does not agree with results/*/table.json: run python -m benchmarks.results")
+    wanted = {"RESULTS.md": results(), "README.md": readme((ROOT / "README.md").read_text("utf-8"))}
+    for name, text in wanted.items():
+        path = ROOT / name
+        if not args.check:
+            path.write_text(text, "utf-8")
+        elif not path.exists() or path.read_text("utf-8") != text:
+            sys.exit(f"{name} does not agree with results/*/table.json: run python -m benchmarks.results")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ class Proposal:
 
     Attributes:
       first: the first hypothesis.
-      text: the model's best text; equal to `first` where `note` says why it could not write one.
+      text: the best text; equal to `first` where `note` says why there was none.
       margin: log p(text) - log p(first), in nats: how much more the model believes its own text.
       score: log p(text).
     """
@@ -55,6 +56,7 @@ class Pipeline:
     Attributes:
       guard: the threshold on `Proposal.margin`, tuned on validation data; -inf switches the guard off.
       beams: width of the beam search (1 is greedy).
+      task: the family of everything that is corrected; None, the default, is unknown: routing is free anyway.
       rescore: let the given hypotheses compete with what the search found, by the model's own score.
     """
 
@@ -109,6 +111,8 @@ class Pipeline:
             )
         model = tree.unflatten(empty, params)
         made = cls(model, tokeniser, families, layout, guard, fingerprint, max_length=length)
+        if (task := options.get("task")) and task not in families:
+            raise ValueError(f"unknown task {task!r}; {path} knows: {', '.join(families)}")
         return dataclasses.replace(made, **{k: v for k, v in options.items() if v is not None})
 
     def __call__(self, records: Sequence[Record]) -> list[Correction]:
@@ -150,7 +154,7 @@ class Pipeline:
 
     def _batch(self, records: Sequence[Record], examples: Sequence[Example]) -> list[Proposal]:
         prompts = [e.tokens for e in examples]
-        tasks = [self.families.get(r.task or self.task or "", 0) if self.task else 0 for r in records]
+        tasks = [self.families[self.task] if self.task else 0] * len(records)
         firsts = [r.hypotheses[0] for r in records]
         pad = self.batch_size - len(prompts)  # a full batch always: one compiled program a bucket
         full, full_tasks = [*prompts, *[prompts[-1]] * pad], [*tasks, *[tasks[-1]] * pad]
@@ -165,7 +169,7 @@ class Pipeline:
 
     def _candidates(self, record: Record, text: str | None) -> list[str]:
         given = record.hypotheses[: self.max_hypotheses] if self.rescore else record.hypotheses[:1]
-        own = [text] if text is not None and text.strip() else []
+        own = [text] if text is not None and text.strip() and not repeats(text, record.hypotheses) else []
         return list(dict.fromkeys([*own, *(h for h in given if h.strip())]))
 
     def _scores(
@@ -190,12 +194,23 @@ class Pipeline:
         return out
 
     def _best(self, first: str, own: str | None, scored: dict[str, tuple[float, float]]) -> Proposal:
-        text = max(scored, key=lambda c: scored[c][1]) if self.rescore or own is None else own
-        note = None if own is not None else "not finished"
-        if text not in scored:
-            return Proposal(first, first, 0.0, 0.0, "not finished")
-        margin = scored[text][0] - scored[first][0]
-        return Proposal(first, text, margin, scored[text][0], note if text == first else None)
+        """The candidate of the highest penalised score; of the given ones where the search went astray."""
+        searched = own is not None and own in scored
+        text = own if searched and not self.rescore else max(scored, key=lambda c: scored[c][1])
+        note = None if searched or text != first else "no usable text was found"
+        return Proposal(first, text, scored[text][0] - scored[first][0], scored[text][0], note)
+
+
+def repeats(text: str, hypotheses: Sequence[str], n: int = 3) -> bool:
+    """Whether `text` says some `n` words again more often than any hypothesis does: a small model's search can go in
+    circles, and what goes in circles looks probable to it."""
+
+    def again(t: str) -> int:
+        words = t.split()
+        grams = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+        return sum(c - 1 for c in grams.values())
+
+    return again(text) > max(map(again, hypotheses))
 
 
 def export(path: Path | str, params: dict[str, Any], meta: dict[str, Any], **more: Any) -> None:

@@ -66,11 +66,13 @@ class RoutingDecision:
       expert_BxLxK: int32 in [0, E]; E is nobody (padding).
       weight_BxLxK: float32; 0 at padding.
       logits_BxLxE: float32 router logits, before any forcing or bias.
+      target_BxL: int32, the expert that a task map asks for, -1 where none does; None outside such training.
     """
 
     expert_BxLxK: Array
     weight_BxLxK: Array
     logits_BxLxE: Array
+    target_BxL: Array | None = None
 
 
 @value
@@ -86,6 +88,8 @@ class RouterStats:
       dropped: assignments lost to capacity (no gradient).
       task_load_TxE: assignments by family (no gradient).
       count: number of valid positions.
+      target_nll: sum of -log softmax(logits) at the experts that a task map asks for; carries a gradient.
+      targets: number of positions for which a task map asks for one.
     """
 
     load_E: Array
@@ -95,3 +99,5 @@ class RouterStats:
     dropped: Array
     task_load_TxE: Array
     count: Array
+    target_nll: Array | float = 0.0
+    targets: Array | float = 0.0

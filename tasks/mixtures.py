@@ -1,7 +1,7 @@
 """Mixtures of the correction tasks.
 
 correct_all   the four families, each by the square root of its size (temperature 2), so that small ones count
-correct_base  the same families and as many rows of generated noise, to pretrain a base model
+correct_base  generated noise (two thirds) and the families, to pretrain a base model
 """
 
 import functools
@@ -15,4 +15,8 @@ CORRECT_ALL = seqio.MixtureRegistry.add(
     "correct_all", [task.TASK.name for task in (asr, ocr, mt, gec)], default_rate=by_size
 )
 
-CORRECT_BASE = seqio.MixtureRegistry.add("correct_base", [(denoise.TASK.name, 1.0), (CORRECT_ALL.name, 1.0)])
+BASE_RATES = {denoise: 110.0, mt: 24.0, gec: 14.0, asr: 12.0, ocr: 10.0}
+
+CORRECT_BASE = seqio.MixtureRegistry.add(
+    "correct_base", [(module.TASK.name, rate) for module, rate in BASE_RATES.items()]
+)

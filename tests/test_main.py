@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import gin
@@ -30,7 +32,7 @@ def configured_model():
     return copy.deepcopy(gin.config._CONFIG[("", "moe_jax.train.train")]["model"])
 
 
-def shapes(files: list[str], bindings: list[str] = ()) -> str:
+def shapes(files: list[str], bindings: Sequence[str] = ()) -> str:
     """The parameter table of the configured model, a line a path; nothing is computed."""
     main.load(files, bindings)
     model = configured_model()
@@ -41,7 +43,10 @@ def shapes(files: list[str], bindings: list[str] = ()) -> str:
 @pytest.mark.parametrize("name", COMPLETE)
 def test_every_run_parses_and_builds_the_parameters_of_its_golden_file(name):
     golden = GOLDEN / (name.replace("/", "-").removesuffix(".gin") + ".txt")
-    assert shapes([name]) == golden.read_text()
+    table = shapes([name])
+    if os.environ.get("UPDATE_GOLDEN"):  # UPDATE_GOLDEN=1 pytest tests/test_main.py, then read the diff
+        golden.write_text(table)
+    assert table == golden.read_text()
 
 
 @pytest.mark.parametrize("router", ROUTERS)

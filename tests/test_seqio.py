@@ -115,9 +115,9 @@ def test_mixtures_keep_their_rates():
         assert drawn[task] / 800 == pytest.approx(root / sum(roots.values()), abs=0.05)
 
 
-def test_the_base_mixture_is_half_noise():
+def test_the_base_mixture_is_mostly_noise():
     drawn = Counter(e.task for e in seqio_data.draw("correct_base", length=64, seed=0, examples=400))
-    assert drawn[FAMILIES["denoise"]] / 400 == pytest.approx(0.5, abs=0.07)
+    assert drawn[FAMILIES["denoise"]] / 400 == pytest.approx(110 / 170, abs=0.07)
     assert set(drawn) == set(FAMILIES.values())
 
 

@@ -57,6 +57,12 @@ def router_stats(decision: RoutingDecision, info: TokenInfo, dropped: Array, num
     pair = info.task_BxL[..., None] * (num_experts + 1) + decision.expert_BxLxK
     load = jnp.bincount(pair.reshape(-1), length=MAX_TASKS * (num_experts + 1)).reshape(MAX_TASKS, -1)
     load = jax.lax.stop_gradient(load[:, :num_experts].astype(jnp.float32))
+    target_nll, targets = jnp.zeros(()), jnp.zeros(())
+    if decision.target_BxL is not None:
+        asked = decision.target_BxL >= 0
+        chosen = jnp.maximum(decision.target_BxL, 0)[..., None]
+        logp = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), chosen, axis=-1)[..., 0]
+        target_nll, targets = -jnp.where(asked, logp, 0).sum(), asked.sum().astype(jnp.float32)
     return RouterStats(
         load_E=load.sum(0),
         prob_E=prob.sum((0, 1)),
@@ -65,4 +71,6 @@ def router_stats(decision: RoutingDecision, info: TokenInfo, dropped: Array, num
         dropped=jax.lax.stop_gradient(dropped),
         task_load_TxE=load,
         count=valid.sum(),
+        target_nll=target_nll,
+        targets=targets,
     )

@@ -6,6 +6,7 @@ never live here: the decision carries its logits, `moe.layer` turns them into st
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -132,6 +133,13 @@ class TaskMapped(Router):
         # A known task's expert comes first; an unknown task (id 0) is routed freely even while training.
         known = (info.task_BxL > 0)[..., None]
         return jax.lax.top_k(jnp.where(forced & known, jnp.inf, logits_BxLxE), self.k)[1]
+
+    def __call__(self, x_BxLxD: Array, info: TokenInfo, key: Array | None = None) -> RoutingDecision:
+        decision = super().__call__(x_BxLxD, info, key)
+        if key is None:
+            return decision
+        known = info.valid_BxL & (info.task_BxL > 0)
+        return dataclasses.replace(decision, target_BxL=jnp.where(known, self.mapped(info), -1))
 
 
 class TaskBiased(Router):

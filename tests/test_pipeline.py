@@ -1,0 +1,224 @@
+"""From hypotheses to text: the guard, the n-best, what cannot be corrected, and the commands around them."""
+
+import base64
+import gzip
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe_jax import checkpoint, cli, decode, describe, evaluate, main, tree
+from moe_jax.formats import Record
+from moe_jax.layers.param import Rngs
+from moe_jax.models.corrector import Corrector
+from moe_jax.moe import routers
+from moe_jax.moe.layer import MoeFfn
+from moe_jax.pipeline import Pipeline, Proposal, export, repeats
+from moe_jax.tasks.families import FAMILIES
+from moe_jax.text.tokeniser import Tokeniser
+
+ROOT = Path(__file__).parents[1]
+
+
+def record(*hypotheses: str, task: str | None = None) -> Record:
+    return Record(line=1, hypotheses=hypotheses, sources=(), task=task, reference=None, raw="")
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory) -> Path:
+    """A tiny random MoE with the shipped tokeniser, as `model.safetensors` of a run folder."""
+    folder = tmp_path_factory.mktemp("run")
+    tokeniser = Tokeniser.load(main.shipped("tokeniser.model"))
+    ffn = partial(MoeFfn, num_experts=2, hidden=8, router=routers.TaskMapped)
+    model = Corrector(d=12, layers=2, vocab=tokeniser.vocab_size, ffn=ffn, rngs=Rngs(params=0))
+    meta = {
+        "model": describe.describe(model),
+        "families": FAMILIES,
+        "layout": "aligned",
+        "length": 64,
+        "tokeniser": tokeniser.sha256,
+        "tokeniser_model": base64.b64encode(tokeniser.model).decode(),
+    }
+    export(folder / "model.safetensors", tree.flatten(model), meta, guard=2.5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(shipped) -> Pipeline:
+    return Pipeline.load(shipped, batch_size=4)
+
+
+def test_what_was_exported_is_loaded(shipped, pipeline):
+    table, _ = checkpoint.read_safetensors(shipped / "model.safetensors")
+    for path, leaf in tree.flatten(pipeline.model).items():
+        np.testing.assert_array_equal(leaf, table[path])
+    assert pipeline.guard == 2.5
+    assert pipeline.model.ffn.router.experts[:5] == (0, 0, 1, 0, 1)
+
+
+def test_order_is_kept_and_a_record_does_not_depend_on_its_neighbours(pipeline):
+    records = [
+        record("the cat sat on a mat"),
+        record("he she", "see he"),
+        record("a b c d e f g h i"),
+        record("x"),
+        record("y z"),
+    ]
+    together = pipeline.propose(records)
+    for r, proposal in zip(records, together, strict=True):
+        (alone,) = pipeline.propose([r])
+        assert (alone.first, alone.text) == (proposal.first, proposal.text) == (r.hypotheses[0], proposal.text)
+        assert alone.margin == pytest.approx(proposal.margin, abs=1e-3)
+
+
+def test_the_chosen_text_beats_every_given_hypothesis_by_the_models_own_score(pipeline):
+    given = ["the cat sat", "the hat sat", "a cat sat"]
+    (proposal,) = pipeline.propose([record(*given)])
+    prompt = pipeline.encode(record(*given)).tokens
+    texts = [[*pipeline.tokeniser.encode(t), decode.EOS] for t in [proposal.text, *given]]
+    penalised = [
+        d.total / decode.length_penalty(len(d.tokens), pipeline.alpha)
+        for d in decode.score(pipeline.model, [prompt] * 4, texts)
+    ]
+    assert penalised[0] >= max(penalised) - 1e-4
+
+
+def test_blank_and_too_long_records_keep_their_first_pass_and_say_so(pipeline):
+    long = " ".join(["word"] * 200)
+    results = pipeline([record(""), record("  "), record(long), record("fine")])
+    assert [r.text for r in results[:3]] == ["", "  ", long]
+    assert [r.note for r in results[:3]] == ["empty", "empty", "too long"]
+    assert all(r.kept for r in results[:3])
+
+
+def test_going_in_circles_is_noticed_unless_the_hypotheses_do_so_too():
+    assert repeats("so that the page so that the page", ["so the page"])
+    assert not repeats("la la la la la", ["la la la la la la"])
+    assert not repeats("the cat and the cat", ["the cat and a cat"])  # two words again, not three
+
+
+def test_the_guard_keeps_the_first_pass_below_its_threshold():
+    proposal = Proposal(first="a", text="b", margin=1.0, score=-3.0)
+    assert proposal.guarded(0.5).text == "b"
+    kept = proposal.guarded(1.5)
+    assert (kept.text, kept.kept, kept.note, kept.score) == ("a", True, "not confident", -4.0)
+    assert Proposal("a", "a", 0.0, -1.0).guarded(1e9).kept is False
+
+
+def test_the_guard_is_tuned_where_corrections_help_and_closes_where_none_does():
+    rows = [{"task": t, "reference": "a b", "hypotheses": ["a c"], "source_set": "s"} for t in ("asr", "ocr")]
+    good = [Proposal("a c", "a b", 4.5, 0.0), Proposal("a c", "x y", 1.2, 0.0)]
+    # at a threshold in (1.2, 4.5] the first line is mended and the second left alone
+    assert 1.2 < evaluate.tune_guard(rows, good) <= 4.5
+    bad = [Proposal("a c", "x y", 4.5, 0.0), Proposal("a c", "x y", 1.2, 0.0)]
+    assert evaluate.tune_guard(rows, bad) == max(evaluate.THRESHOLDS)
+
+
+def test_known_tasks_reach_the_router_and_unknown_ones_are_zero(shipped):
+    seen = []
+    pipeline = Pipeline.load(shipped, batch_size=2, task="ocr")
+    search = decode.search
+    try:
+        decode.search = lambda *a, tasks, **k: seen.append(tasks) or search(*a, tasks=tasks, **k)
+        pipeline.propose([record("a cat", task="asr"), record("a hat")])
+        Pipeline.load(shipped, batch_size=2).propose([record("a cat", task="asr")])
+    finally:
+        decode.search = search
+    assert seen == [[2, 2], [0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda meta: meta.pop("tokeniser_model"), "description is incomplete"),
+        (lambda meta: meta["model"]["args"].update(d=13), "its description needs"),
+        (lambda meta: meta["model"].update({"class": "os.system"}), "os.system"),
+        (lambda meta: meta["model"]["args"].update(vocab=100), "pieces"),
+    ],
+)
+def test_a_checkpoint_that_lies_is_refused_in_one_line(shipped, tmp_path, damage, said):
+    params, meta = checkpoint.read_safetensors(shipped / "model.safetensors")
+    damage(meta)
+    checkpoint.write_safetensors(tmp_path / "bad.safetensors", params, meta)
+    with pytest.raises(checkpoint.CheckpointError) as error:
+        Pipeline.load(tmp_path / "bad.safetensors")
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_correct_command_end_to_end(shipped, tmp_path, capsys):
+    data = [{"input": ["the cat sat", "the hat sat"], "output": "the cat sat", "id": i} for i in range(5)]
+    (tmp_path / "in.json").write_text(json.dumps(data))
+    argv = ["correct", f"--checkpoint={shipped}", f"--input={tmp_path}/in.json", f"--output={tmp_path}/out.json"]
+    assert cli.entry(argv) == 0
+    out = json.loads((tmp_path / "out.json").read_text())
+    assert [{k: v for k, v in row.items() if k != "corrected"} for row in out] == data
+    assert all(isinstance(row["corrected"], str) for row in out)
+    assert "5 records" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["correct", "--checkpoint=/nowhere", "--input={in}", "--output={out}"],
+        ["correct", "--checkpoint={run}", "--input={in}", "--output=/no/such/folder/out.json"],
+        ["correct", "--checkpoint={run}", "--input={in}", "--output={out}", "--task=astrology"],
+        ["export", "--checkpoint=/nowhere/x.safetensors", "--output={out}"],
+    ],
+)
+def test_bad_arguments_are_one_line_and_exit_code_2(shipped, tmp_path, capsys, argv):
+    (tmp_path / "in.json").write_text('[{"input": ["a"], "output": "a"}]')
+    names = {"run": shipped, "in": tmp_path / "in.json", "out": tmp_path / "out.json"}
+    assert cli.entry([a.format(**names) for a in argv]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "Traceback" not in said
+
+
+def test_export_halves_a_checkpoint(shipped, tmp_path):
+    assert (
+        cli.entry(["export", f"--checkpoint={shipped}", f"--output={tmp_path}/half.safetensors", "--dtype=bfloat16"])
+        == 0
+    )
+    table, meta = checkpoint.read_safetensors(tmp_path / "half.safetensors")
+    assert meta["guard"] == 2.5
+    whole, _ = checkpoint.read_safetensors(shipped / "model.safetensors")
+    for path, leaf in table.items():
+        np.testing.assert_allclose(leaf, whole[path], rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["quickstart"])
+def test_the_quickstart_small(name, tmp_path):
+    """The README's main job from the shipped files, on a handful of lines and two steps, in a process of its own."""
+    for family in ("asr", "ocr", "mt", "gec"):
+        for split, count in (("train", 60), ("valid", 8), ("test", 6)):
+            with gzip.open(main.shipped(f"{family}.{split}.jsonl.gz"), "rt", encoding="utf-8") as f:
+                lines = [next(f) for _ in range(count)]
+            (tmp_path / f"{family}.{split}.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode()))
+    run = tmp_path / "run"
+    flags = {"RUN_DIR": run, "DATA": tmp_path / "train", "VALID_DATA": tmp_path / "valid", "STEPS": 2, "EVERY": 1}
+    flags |= {"BATCH": 2, "EXAMPLES": 60}
+    command = [
+        sys.executable,
+        "-m",
+        "moe_jax.main",
+        f"--gin_file=runs/{name}.gin",
+        *(f"--gin.{k}={v}" for k, v in flags.items()),
+    ]
+    env = {"PATH": "/usr/bin:/bin", "MOE_JAX_DATA": str(tmp_path), "JAX_PLATFORMS": "cpu", "HOME": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads((run / "scores.json").read_text())["rows"]
+    keys = "task set lines metric first_pass corrected oracle_nb oracle_cp"
+    keys += " relative_change ci95 p_value fixed broken untouched"
+    assert all(set(keys.split()) <= set(row) for row in rows)
+    assert {row["task"] for row in rows if row["set"] == "all"} == {"asr", "ocr", "mt", "gec"}
+    assert (run / "report.html").stat().st_size > 10_000
+    assert len((run / "examples.jsonl").read_text().splitlines()) == 24
+    routing = json.loads((run / "routing.json").read_text())
+    assert np.array(routing["load"]).shape == (4, 4, 4)
+    assert set(routing["agreement"]) <= {"asr", "ocr", "mt", "gec"}

@@ -1,0 +1,38 @@
+"""The evidence: documents agree with the tables, and the tables with their form."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import arms
+
+ROOT = Path(__file__).parents[1]
+TABLES = sorted((ROOT / "results").glob("*/table.json"))
+
+
+def test_the_documents_agree_with_the_tables():
+    command = [sys.executable, "-m", "benchmarks.results", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda p: p.parent.name)
+def test_every_row_has_the_keys_of_an_evidence_table(path):
+    rows = json.loads(path.read_text())["rows"]
+    assert rows
+    for row in rows:
+        assert {"arm", "seed", "task", "set", "metric", "value", "ci95", "p_value"} <= set(row)
+        assert row["value"] >= 0
+
+
+def test_a_run_becomes_rows_of_its_arm_and_the_references_stand_once():
+    row = {"task": "asr", "set": "all", "metric": "wer", "lines": 2, "first_pass": 0.5, "corrected": 0.4}
+    row |= {"oracle_nb": 0.3, "oracle_cp": None, "relative_change": -0.2, "ci95": [-0.3, -0.1], "p_value": 0.01}
+    row |= {"fixed": 1, "broken": 0, "untouched": 1}
+    (mine,) = arms.rows_of("neko", 0, {"rows": [row]})
+    assert (mine["arm"], mine["seed"], mine["value"]) == ("neko", 0, 0.4)
+    references = arms.references_of({"rows": [row]})
+    assert [(r["arm"], r["value"]) for r in references] == [("first pass", 0.5), ("oracle n-best", 0.3)]
