@@ -23,7 +23,7 @@ ranks_must_match = pytest.mark.usefixtures("ranks_must_match")
 
 def make_stats(**known) -> RouterStats:
     zeros: dict[str, Any] = {"load_E": np.zeros(2), "prob_E": np.zeros(2), "task_load_TxE": np.zeros((MAX_TASKS, 2))}
-    zeros |= {"z": 0.0, "entropy": 0.0, "dropped": 0.0, "count": 0.0}
+    zeros |= dict.fromkeys(("z", "entropy", "dropped", "count", "target_nll", "targets"), 0.0)
     return RouterStats(**{name: jnp.asarray(x, jnp.float32) for name, x in (zeros | known).items()})
 
 
@@ -84,6 +84,14 @@ def test_a_small_task_weighs_as_much_as_a_large_one():
 
 
 @ranks_must_match
+def test_task_map():
+    # two positions of the first layer have a mapped expert, one of the second: (6 / 2 + 1 / 1) / 2
+    layers = make_stats(target_nll=6.0, targets=2.0), make_stats(target_nll=1.0, targets=1.0)
+    np.testing.assert_allclose(losses.task_map(jax.tree.map(lambda *x: jnp.stack(x), *layers)), 2)
+    assert float(losses.task_map(SKEWED)) == 0  # a router without a map
+
+
+@ranks_must_match
 def test_nothing_valid_costs_nothing():
     assert all(float(loss(make_stats())) == 0 for loss in losses.AUXILIARY.values())
 
@@ -116,6 +124,7 @@ def random_decision(seed: int):
         jnp.asarray(np.where(valid[..., None], expert, 3)),
         jnp.asarray(np.where(valid[..., None], 0.5, 0), jnp.float32),
         jnp.asarray(rng.normal(size=(2, 6, 3)), jnp.float32),
+        jnp.asarray(np.where(valid, rng.integers(-1, 3, (2, 6)), -1)),
     )
     task = jnp.asarray(np.where(valid, rng.integers(1, 4, (2, 6)), 0))
     return decision, TokenInfo(task, jnp.asarray(valid), jnp.ones((2, 6), int), jnp.zeros((2, 6), int))
@@ -127,16 +136,18 @@ stats_of = jax.jit(lambda decision, info: router_stats(decision, info, jnp.ones(
 @ranks_must_match
 def test_statistics_equal_a_loop():
     decision, info = jax.device_get(random_decision(0))
-    load, prob, by_task, z, entropy = np.zeros(3), np.zeros(3), np.zeros((MAX_TASKS, 3)), 0.0, 0.0
+    load, prob, by_task, z, entropy, asked = np.zeros(3), np.zeros(3), np.zeros((MAX_TASKS, 3)), 0.0, 0.0, []
     for b, l in np.argwhere(info.valid_BxL):
         p = np.exp(decision.logits_BxLxE[b, l]) / np.exp(decision.logits_BxLxE[b, l]).sum()
         prob += p
         entropy -= (p * np.log(p)).sum()
         z += np.log(np.exp(decision.logits_BxLxE[b, l]).sum()) ** 2
+        if (target := decision.target_BxL[b, l]) >= 0:
+            asked.append(-np.log(p[target]))
         for e in decision.expert_BxLxK[b, l]:
             load[e] += 1
             by_task[info.task_BxL[b, l], e] += 1
-    numbers: tuple[Any, ...] = (load, prob, z, entropy, 1.0, by_task, info.valid_BxL.sum())
+    numbers: tuple[Any, ...] = (load, prob, z, entropy, 1.0, by_task, info.valid_BxL.sum(), sum(asked), len(asked))
     expected = RouterStats(*numbers)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), stats_of(decision, info), expected)
 
@@ -164,7 +175,7 @@ def only_auxiliary(batch):
 
 @pytest.mark.parametrize("router", GATED)
 def test_each_auxiliary_loss_reaches_the_gate_of_every_layer(router):
-    weights = {"load_balance": 0.5, "router_z": 0.25, "task_balance": 2.0}
+    weights = {"load_balance": 0.5, "router_z": 0.25, "task_balance": 2.0, "task_map": 1.5}
     assert set(weights) == set(losses.AUXILIARY)
     model = tiny.model(tiny.moe(router_configured(router), gathered), auxiliary=weights)
     batch = only_auxiliary(tiny.batch())
@@ -174,10 +185,11 @@ def test_each_auxiliary_loss_reaches_the_gate_of_every_layer(router):
         return jnp.stack([loss, *(metrics[name] for name in weights)])
 
     back = jax.jit(lambda params, one: jax.vjp(values, params)[1](one)[0])
-    total, *each = (back(tree.flatten(model), one) for one in jnp.eye(4))
+    total, *each = (back(tree.flatten(model), one) for one in jnp.eye(1 + len(weights)))
     gate = "blocks/ffn/router/gate"
     for name, grads in zip(weights, each, strict=True):
-        assert (np.abs(grads[gate]).max((1, 2)) > 1e-6).all(), name
+        reaches = name != "task_map" or router == "TaskMapped"  # no other router has a map
+        assert ((np.abs(grads[gate]).max((1, 2)) > 1e-6) == reaches).all(), name
     expected = sum(w * grads[gate] for w, grads in zip(weights.values(), each, strict=True))
     np.testing.assert_allclose(total[gate], expected, rtol=1e-3, atol=1e-6)
     if "blocks/ffn/router/bias" in total:

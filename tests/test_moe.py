@@ -302,6 +302,13 @@ def test_task_mapped_forces_while_training_and_is_free_at_inference():
     np.testing.assert_allclose(trained.weight_BxLxK[valid], expected, rtol=1e-5)
 
 
+def test_task_mapped_says_what_the_map_asks_for_in_training_only():
+    info = jax.device_get(make_info())
+    target = decide("TaskMapped", training=True, jitter=0.0).target_BxL
+    np.testing.assert_array_equal(target, np.where(info.valid_BxL, (info.task_BxL - 1) % E, -1))
+    assert decide("TaskMapped", training=False, jitter=0.0).target_BxL is None
+
+
 def test_task_mapped_routes_an_unknown_task_freely():
     case = layer_case("TaskMapped", jitter=0.0)
     unknown = jax.tree.map(lambda a: a, case.info)
@@ -311,6 +318,7 @@ def test_task_mapped_routes_an_unknown_task_freely():
     trained = jax.jit(case.layer.router)(case.x, unknown, KEY)
     free = decide("TaskMapped", training=False, jitter=0.0)
     np.testing.assert_array_equal(trained.expert_BxLxK, free.expert_BxLxK)
+    assert (np.asarray(trained.target_BxL) == -1).all()
 
 
 @pytest.mark.parametrize("router", ["TaskMapped", "ByTask"])
