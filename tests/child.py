@@ -36,7 +36,7 @@ def configured(router=NOISY, **args):
 def run(run_dir, data, **changes) -> train.Run:
     settings: dict[str, Any] = {
         "model": configured(),
-        "optimizer": partial(optim.muon_adam, optim.warmup_linear(0.01, steps=STEPS, warmup=2)),
+        "optimizer": partial(optim.adamw, optim.warmup_linear(0.01, steps=STEPS, warmup=2)),
         "data": str(data),
         "valid_data": str(data),
         "mesh": one_device,

@@ -16,6 +16,7 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache = tempfile.mkdtemp(prefix="jax-cache-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
+import jax
 import pytest
 from absl import flags
 
@@ -28,6 +29,16 @@ def _no_configuration():
     yield
     if gin := sys.modules.get("gin"):
         gin.clear_config()
+
+
+@pytest.fixture
+def ranks_must_match():
+    """(B, L) with (L,) is an error, so that a sum over the wrong dim cannot hide in a broadcast.
+
+    Not for every test: norms and convolutions scale their last dim by broadcasting.
+    """
+    with jax.numpy_rank_promotion("raise"):
+        yield
 
 
 def pytest_sessionfinish():

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from moe_jax.moe import grouped
 from moe_jax.moe.grouped import block_rows, grouped_matmul
 
+pytestmark = pytest.mark.usefixtures("ranks_must_match")
+
 I, O, E = 3, 5, 4
 
 # rows in all, rows of each expert; what is left is padding behind them

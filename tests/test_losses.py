@@ -18,11 +18,12 @@ from moe_jax.moe.routers import MAX_TASKS
 from moe_jax.types import RouterStats, RoutingDecision, TokenInfo
 
 KEY = jax.random.key(5)
+ranks_must_match = pytest.mark.usefixtures("ranks_must_match")
 
 
 def make_stats(**known) -> RouterStats:
     zeros: dict[str, Any] = {"load_E": np.zeros(2), "prob_E": np.zeros(2), "task_load_TxE": np.zeros((MAX_TASKS, 2))}
-    zeros |= {"z": 0.0, "entropy": 0.0, "dropped": 0.0, "count": 0.0}
+    zeros |= dict.fromkeys(("z", "entropy", "dropped", "count", "target_nll", "targets"), 0.0)
     return RouterStats(**{name: jnp.asarray(x, jnp.float32) for name, x in (zeros | known).items()})
 
 
@@ -40,6 +41,7 @@ BALANCED = make_stats(load_E=[2, 2], prob_E=[2.0, 2.0], z=4.0, count=4.0)
 # --- by hand ------------------------------------------------------------------------------------------------
 
 
+@ranks_must_match
 def test_xent():
     logits = jnp.log(jnp.array([[[1.0, 3.0], [2.0, 2.0]]]))
     # 3 / (1 + 3) and 2 / (2 + 2)
@@ -49,6 +51,7 @@ def test_xent():
     np.testing.assert_allclose(huge, [[1e4]])
 
 
+@ranks_must_match
 def test_load_balance():
     # shares 3/4 1/4, mean probabilities 0.6 0.4: 2 * (0.75 * 0.6 + 0.25 * 0.4) = 2 * 0.55
     np.testing.assert_allclose(losses.load_balance(SKEWED), 1.1, rtol=1e-6)
@@ -57,16 +60,19 @@ def test_load_balance():
     np.testing.assert_allclose(losses.load_balance(both), 1.05, rtol=1e-6)
 
 
+@ranks_must_match
 def test_router_z():
     both = jax.tree.map(lambda *layers: jnp.stack(layers), SKEWED, BALANCED)
     np.testing.assert_allclose(losses.router_z(both), (8 / 4 + 4 / 4) / 2)
 
 
+@ranks_must_match
 def test_task_balance():
     # task 1 all on expert 0: 2 * 1.0 * 0.6; task 2 half and half: 2 * (0.5 * 0.6 + 0.5 * 0.4); no others: the mean
     np.testing.assert_allclose(losses.task_balance(SKEWED), (1.2 + 1.0) / 2, rtol=1e-6)
 
 
+@ranks_must_match
 def test_a_small_task_weighs_as_much_as_a_large_one():
     load = np.zeros((MAX_TASKS, 2))
     load[1], load[2] = (1000, 0), (0, 1)
@@ -77,23 +83,20 @@ def test_a_small_task_weighs_as_much_as_a_large_one():
     )
 
 
+@ranks_must_match
 def test_task_map():
-    # two positions ask for experts of probability 3/4 and 1/2: -(log 3/4 + log 1/2) / 2
-    decision = RoutingDecision(
-        jnp.array([[[1], [0], [0]]]),
-        jnp.ones((1, 3, 1)),
-        jnp.log(jnp.array([[[1.0, 3.0], [2.0, 2.0], [1.0, 9.0]]])),
-        jnp.array([[1, 0, -1]]),
-    )
-    info = TokenInfo(jnp.ones((1, 3), int), jnp.ones((1, 3), bool), jnp.ones((1, 3), int), jnp.arange(3)[None])
-    stats = jax.tree.map(lambda a: jnp.asarray(a)[None], router_stats(decision, info, jnp.zeros(()), 2))
-    np.testing.assert_allclose(losses.task_map(stats), -(np.log(3 / 4) + np.log(1 / 2)) / 2, rtol=1e-6)
+    # two positions of the first layer have a mapped expert, one of the second: (6 / 2 + 1 / 1) / 2
+    layers = make_stats(target_nll=6.0, targets=2.0), make_stats(target_nll=1.0, targets=1.0)
+    np.testing.assert_allclose(losses.task_map(jax.tree.map(lambda *x: jnp.stack(x), *layers)), 2)
+    assert float(losses.task_map(SKEWED)) == 0  # a router without a map
 
 
+@ranks_must_match
 def test_nothing_valid_costs_nothing():
     assert all(float(loss(make_stats())) == 0 for loss in losses.AUXILIARY.values())
 
 
+@ranks_must_match
 def test_auxiliary_is_the_weighted_sum():
     total, values = losses.auxiliary(SKEWED, {"load_balance": 0.5, "router_z": 0.1})
     np.testing.assert_allclose(total, 0.5 * 1.1 + 0.1 * 2, rtol=1e-6)
@@ -102,6 +105,7 @@ def test_auxiliary_is_the_weighted_sum():
     assert losses.auxiliary(None, {"router_z": 1.0}) == (0.0, {})
 
 
+@ranks_must_match
 @pytest.mark.parametrize("stats", [None, SKEWED])
 def test_an_unknown_auxiliary_loss_is_refused(stats):
     with pytest.raises(ValueError, match=r"unknown auxiliary loss \['balance'\]; known: load_balance, router_z"):
@@ -120,6 +124,7 @@ def random_decision(seed: int):
         jnp.asarray(np.where(valid[..., None], expert, 3)),
         jnp.asarray(np.where(valid[..., None], 0.5, 0), jnp.float32),
         jnp.asarray(rng.normal(size=(2, 6, 3)), jnp.float32),
+        jnp.asarray(np.where(valid, rng.integers(-1, 3, (2, 6)), -1)),
     )
     task = jnp.asarray(np.where(valid, rng.integers(1, 4, (2, 6)), 0))
     return decision, TokenInfo(task, jnp.asarray(valid), jnp.ones((2, 6), int), jnp.zeros((2, 6), int))
@@ -128,22 +133,26 @@ def random_decision(seed: int):
 stats_of = jax.jit(lambda decision, info: router_stats(decision, info, jnp.ones(()), 3))
 
 
+@ranks_must_match
 def test_statistics_equal_a_loop():
     decision, info = jax.device_get(random_decision(0))
-    load, prob, by_task, z, entropy = np.zeros(3), np.zeros(3), np.zeros((MAX_TASKS, 3)), 0.0, 0.0
+    load, prob, by_task, z, entropy, asked = np.zeros(3), np.zeros(3), np.zeros((MAX_TASKS, 3)), 0.0, 0.0, []
     for b, l in np.argwhere(info.valid_BxL):
         p = np.exp(decision.logits_BxLxE[b, l]) / np.exp(decision.logits_BxLxE[b, l]).sum()
         prob += p
         entropy -= (p * np.log(p)).sum()
         z += np.log(np.exp(decision.logits_BxLxE[b, l]).sum()) ** 2
+        if (target := decision.target_BxL[b, l]) >= 0:
+            asked.append(-np.log(p[target]))
         for e in decision.expert_BxLxK[b, l]:
             load[e] += 1
             by_task[info.task_BxL[b, l], e] += 1
-    numbers: tuple[Any, ...] = (load, prob, z, entropy, 1.0, by_task, info.valid_BxL.sum())
+    numbers: tuple[Any, ...] = (load, prob, z, entropy, 1.0, by_task, info.valid_BxL.sum(), sum(asked), len(asked))
     expected = RouterStats(*numbers)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), stats_of(decision, info), expected)
 
 
+@ranks_must_match
 def test_statistics_add_up_over_batches():
     parts = [random_decision(0), random_decision(1)]
     apart = jax.tree.map(jnp.add, *(stats_of(*part) for part in parts))
@@ -166,10 +175,8 @@ def only_auxiliary(batch):
 
 @pytest.mark.parametrize("router", GATED)
 def test_each_auxiliary_loss_reaches_the_gate_of_every_layer(router):
-    weights = {"load_balance": 0.5, "router_z": 0.25, "task_balance": 2.0, "task_map": 0.5}
+    weights = {"load_balance": 0.5, "router_z": 0.25, "task_balance": 2.0, "task_map": 1.5}
     assert set(weights) == set(losses.AUXILIARY)
-    if router != "TaskMapped":  # the others have no map: `task_map` is 0
-        del weights["task_map"]
     model = tiny.model(tiny.moe(router_configured(router), gathered), auxiliary=weights)
     batch = only_auxiliary(tiny.batch())
 
@@ -177,18 +184,20 @@ def test_each_auxiliary_loss_reaches_the_gate_of_every_layer(router):
         loss, metrics = tree.unflatten(model, params).loss(batch, KEY)
         return jnp.stack([loss, *(metrics[name] for name in weights)])
 
-    rows = jax.jit(jax.jacrev(values))(tree.flatten(model))
-    total, *each = np.asarray(rows["blocks/ffn/router/gate"])  # [layers, D, E] each
-    for name, grad in zip(weights, each, strict=True):
-        assert (np.abs(grad).max((1, 2)) > 1e-6).all(), name
-    np.testing.assert_allclose(total, np.tensordot(list(weights.values()), each, 1), rtol=1e-3, atol=1e-7)
-    if "blocks/ffn/router/bias" in rows:
-        assert not rows["blocks/ffn/router/bias"].any()
+    back = jax.jit(lambda params, one: jax.vjp(values, params)[1](one)[0])
+    total, *each = (back(tree.flatten(model), one) for one in jnp.eye(1 + len(weights)))
+    gate = "blocks/ffn/router/gate"
+    for name, grads in zip(weights, each, strict=True):
+        reaches = name != "task_map" or router == "TaskMapped"  # no other router has a map
+        assert ((np.abs(grads[gate]).max((1, 2)) > 1e-6) == reaches).all(), name
+    expected = sum(w * grads[gate] for w, grads in zip(weights.values(), each, strict=True))
+    np.testing.assert_allclose(total[gate], expected, rtol=1e-3, atol=1e-6)
+    if "blocks/ffn/router/bias" in total:
+        assert not total["blocks/ffn/router/bias"].any()
 
 
-@pytest.mark.parametrize("auxiliary", [{}, {"load_balance": 0.0, "router_z": 0.0, "task_balance": 0.0}])
-def test_without_weight_there_is_no_auxiliary_gradient(auxiliary):
-    model = tiny.model(tiny.moe(to=gathered), auxiliary=auxiliary)
+def test_without_weight_there_is_no_auxiliary_gradient():
+    model = tiny.model(tiny.moe(to=gathered), auxiliary=dict.fromkeys(losses.AUXILIARY, 0.0))
     batch = only_auxiliary(tiny.batch())
     loss = lambda params: tree.unflatten(model, params).loss(batch, KEY)[0]  # noqa: E731
     value, grads = jax.jit(jax.value_and_grad(loss))(tree.flatten(model))
@@ -215,10 +224,9 @@ def padded(batch, rows: int, places: int):
     )
 
 
-@pytest.mark.parametrize("key", [None, KEY], ids=["evaluation", "training"])
-def test_padding_changes_no_loss(key):
+def test_padding_changes_no_loss():
     model = tiny.model(tiny.moe(), auxiliary=dict.fromkeys(losses.AUXILIARY, 0.1))
-    run = jax.jit(lambda batch: model.loss(batch, key))
+    run = jax.jit(lambda batch: (model.loss(batch), model.loss(batch, KEY)))
     plain, more = run(tiny.batch()), run(padded(tiny.batch(), rows=2, places=3))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), plain, more)
 

@@ -77,17 +77,17 @@ def test_a_copy_task_is_learnt(data, tmp_path):
 # --- one step -----------------------------------------------------------------------------------------------
 
 
-def one_step(batch, *, mesh=None, micro=1, model=None, transform=None, dtype="float32"):
+def one_step(batch, *, mesh=None, micro=1, model=None, dtype="float32", at=0):
     """(parameters before, after, metrics) of one step on a mesh, all on the host."""
     mesh = mesh or child.one_device()
     model = model or child.configured(tiny.routers.TopK, auxiliary={})  # no noise, no mean over mini batches
     network = train.build(model, vocab=tiny.VOCAB, seed=0)
-    transform = transform or optim.adamw(lambda step: 0.01)
+    transform = optim.adamw(lambda step: 0.01)
     with sharding.use(mesh):
         state = train.start(network, transform, mesh)
         before = jax.device_get(state.params)
         step = train.make_step(network, transform, seed=0, micro=micro, dtype=dtype, max_targets=12)
-        params, _, metrics = step(state.params, state.opt, np.int32(0), sharding.put_batch(batch, mesh))
+        params, _, metrics = step(state.params, state.opt, np.int32(at), sharding.put_batch(batch, mesh))
     return before, jax.device_get(params), jax.device_get(metrics)
 
 
@@ -121,7 +121,15 @@ def test_a_step_in_bfloat16_is_near_and_the_parameters_stay_float32(single):
     assert all((half[path] != before[path]).any() for path in half)
 
 
-def test_the_step_moves_a_balance_state_by_the_load(single):
+def test_noise_depends_on_the_step():
+    (_, first, _), (_, again, _), (_, other, _) = (
+        one_step(tiny.batch(), model=child.configured(), at=at) for at in (0, 0, 1)
+    )
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    assert any((first[path] != other[path]).any() for path in first)
+
+
+def test_the_step_moves_a_balance_state_by_the_load():
     before, after, metrics = one_step(tiny.batch(), model=child.configured())
     load = metrics["stats"].load_E
     moved = after["blocks/ffn/router/bias"] - before["blocks/ffn/router/bias"]
@@ -200,7 +208,7 @@ def stopped(data, tmp_path_factory):
         ({"model": child.configured(layers=1)}, "was made with another model"),
         ({"model": child.configured(partial(tiny.routers.TopK, k=1))}, "was made with another model"),
         ({"batch_size": 16}, "was made with another batch_size"),
-        ({"optimizer": partial(optim.adamw, lambda step: 0.1)}, "opt does not fit this model"),
+        ({"optimizer": partial(optim.muon_adam, lambda step: 0.1)}, "opt does not fit this model"),
     ],
 )
 def test_a_run_is_not_resumed_as_another_one(data, tmp_path, stopped, changes, message):
