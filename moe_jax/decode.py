@@ -19,7 +19,14 @@ from moe_jax import tree
 from moe_jax.types import Array, TokenInfo
 
 PAD, EOS = 0, 1
-BUCKETS = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+ROOMS = (
+    48,
+    96,
+    192,
+    384,
+    768,
+)  # the loop ends with its last row, so a wide room costs little; each costs a compilation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +89,7 @@ def search(
     """
     limits = np.broadcast_to(np.asarray(max_new, np.int32), (len(prompts),))
     tokens, info = left_padded(prompts, tasks or [0] * len(prompts), bucket(max(map(len, prompts))))
-    room = bucket(int(limits.max()))
+    room = bucket(int(limits.max()), ROOMS)
     params, structure = tree.flatten(model), _structure(model)
     out = _search(structure, params, tokens, info, limits, beams=beams, room=room, alpha=alpha)
     written, logprobs, lengths = (np.asarray(a) for a in out)
