@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from rapidfuzz.distance import Levenshtein
 
 from moe_jax import checkpoint, decode, describe, tree
 from moe_jax.correct import Correction
@@ -162,14 +164,16 @@ class Pipeline:
         found = decode.search(
             self.model, full, tasks=full_tasks, beams=self.beams, max_new=[*limits, *[1] * pad], alpha=self.alpha
         )[: len(records)]
-        texts = [self.tokeniser.decode([t for t in d.tokens if t != EOS]) if d.ended else None for d in found]
+        written = [self.tokeniser.decode([t for t in d.tokens if t != EOS]) if d.ended else None for d in found]
+        texts = [t and local_edits(t, r.hypotheses) for t, r in zip(written, records, strict=True)]
         candidates = [self._candidates(r, t) for r, t in zip(records, texts, strict=True)]
         scores = self._scores(prompts, tasks, candidates)
         return [self._best(first, own, scored) for first, own, scored in zip(firsts, texts, scores, strict=True)]
 
     def _candidates(self, record: Record, text: str | None) -> list[str]:
         given = record.hypotheses[: self.max_hypotheses] if self.rescore else record.hypotheses[:1]
-        own = [text] if text is not None and text.strip() and not repeats(text, record.hypotheses) else []
+        usable = text is not None and text.strip() and not repeats(text, record.hypotheses)
+        own = [text] if usable else []
         return list(dict.fromkeys([*own, *(h for h in given if h.strip())]))
 
     def _scores(
@@ -199,6 +203,27 @@ class Pipeline:
         text = own if searched and not self.rescore else max(scored, key=lambda c: scored[c][1])
         note = None if searched or text != first else "no usable text was found"
         return Proposal(first, text, scored[text][0] - scored[first][0], scored[text][0], note)
+
+
+MOST_GROWTH, LEAST_SLACK = 0.3, 3  # chosen on validation text
+
+
+def local_edits(text: str, hypotheses: Sequence[str]) -> str:
+    """`text` with those edits of the first hypothesis undone that lose or add much text: a span of words may change by
+    `MOST_GROWTH` of its characters (or `LEAST_SLACK` characters), or become what another hypothesis says. Small models
+    skip or make up a clause now and then; the edits beside it are still good."""
+    first, new = hypotheses[0].split(" "), text.split(" ")
+    others = [f" {h} " for h in hypotheses[1:]]
+    out: list[str] = []
+    for same, pairs in itertools.groupby(Levenshtein.opcodes(first, new), key=lambda op: op.tag == "equal"):
+        ops = list(pairs)
+        old_words = first[ops[0].src_start : ops[-1].src_end]
+        new_words = new[ops[0].dest_start : ops[-1].dest_end]
+        before, after = " ".join(old_words), " ".join(new_words)
+        close = abs(len(after) - len(before)) <= max(LEAST_SLACK, MOST_GROWTH * len(before))
+        heard = bool(after) and any(f" {after} " in other for other in others)
+        out += new_words if same or close or heard else old_words
+    return " ".join(out)
 
 
 def repeats(text: str, hypotheses: Sequence[str], n: int = 3) -> bool:

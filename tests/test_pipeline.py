@@ -17,7 +17,7 @@ from moe_jax.layers.param import Rngs
 from moe_jax.models.corrector import Corrector
 from moe_jax.moe import routers
 from moe_jax.moe.layer import MoeFfn
-from moe_jax.pipeline import Pipeline, Proposal, export, repeats
+from moe_jax.pipeline import Pipeline, Proposal, export, local_edits, repeats
 from moe_jax.tasks.families import FAMILIES
 from moe_jax.text.tokeniser import Tokeniser
 
@@ -34,7 +34,7 @@ def shipped(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     tokeniser = Tokeniser.load(main.shipped("tokeniser.model"))
     ffn = partial(MoeFfn, num_experts=2, hidden=8, router=routers.TaskMapped)
-    model = Corrector(d=12, layers=2, vocab=tokeniser.vocab_size, ffn=ffn, rngs=Rngs(params=0))
+    model = Corrector(d=16, layers=2, vocab=tokeniser.vocab_size, ffn=ffn, rngs=Rngs(params=0))
     meta = {
         "model": describe.describe(model),
         "families": FAMILIES,
@@ -95,6 +95,17 @@ def test_blank_and_too_long_records_keep_their_first_pass_and_say_so(pipeline):
     assert all(r.kept for r in results[:3])
 
 
+def test_edits_that_lose_or_add_much_are_undone_and_those_beside_them_stay():
+    first = "Mattathias and his sens tore theiz cletkes, pet on sackeloth, and mourned"
+    text = "Mattathias and his sons tore their cletkes, and mourned"
+    assert local_edits(text, [first]) == "Mattathias and his sons tore their cletkes, pet on sackeloth, and mourned"
+    # what another hypothesis says may come and go
+    assert local_edits("a cat", ["a cat sat down there", "a cat"]) == "a cat sat down there"
+    assert local_edits("one cat sat down there", ["a cat", "a cat sat down there"]) == "one cat sat down there"
+    assert local_edits("same words", ["same words"]) == "same words"
+    assert local_edits("", ["x"]) == ""  # a single letter is within the slack
+
+
 def test_going_in_circles_is_noticed_unless_the_hypotheses_do_so_too():
     assert repeats("so that the page so that the page", ["so the page"])
     assert not repeats("la la la la la", ["la la la la la la"])
@@ -135,9 +146,9 @@ def test_known_tasks_reach_the_router_and_unknown_ones_are_zero(shipped):
     ("damage", "said"),
     [
         (lambda meta: meta.pop("tokeniser_model"), "description is incomplete"),
-        (lambda meta: meta["model"]["args"].update(d=13), "its description needs"),
+        (lambda meta: meta["model"]["args"].update(d=24), "its description needs"),
         (lambda meta: meta["model"].update({"class": "os.system"}), "os.system"),
-        (lambda meta: meta["model"]["args"].update(vocab=100), "pieces"),
+        (lambda meta: meta["model"]["args"].update(vocab=100), "its description needs"),
     ],
 )
 def test_a_checkpoint_that_lies_is_refused_in_one_line(shipped, tmp_path, damage, said):

@@ -43,8 +43,8 @@ def rotate(x_BxLxNxH: Array, position_BxL: Array, base: float) -> Array:
 class Attention(Module):
     def __init__(self, d: int, *, heads: int = 4, kv_heads: int | None = None, rope_base: float = 10_000.0, rngs: Rngs):
         kv_heads = kv_heads or heads
-        if d % heads or heads % kv_heads:
-            raise ValueError(f"d={d} must be a multiple of heads={heads}, and heads of kv_heads={kv_heads}")
+        if d % (2 * heads) or heads % kv_heads:
+            raise ValueError(f"d={d} must be a multiple of 2 x heads={heads}, and heads of kv_heads={kv_heads}")
         self.heads, self.kv_heads, self.head = heads, kv_heads, d // heads
         self.rope_base = rope_base
         self.q = param(rngs, (d, heads * self.head), ("embed", "heads"), fan_in())
