@@ -66,7 +66,7 @@ def test_rotary_products_depend_on_the_distance_alone():
 
 
 def test_attention_refuses_heads_that_do_not_divide():
-    with pytest.raises(ValueError, match="d=16 must be a multiple of heads=3"):
+    with pytest.raises(ValueError, match="d=16 must be a multiple of 2 x heads=3"):
         Attention(16, heads=3, rngs=Rngs(params=0))
     with pytest.raises(ValueError, match="kv_heads=3"):
         Attention(16, heads=4, kv_heads=3, rngs=Rngs(params=0))

@@ -268,7 +268,7 @@ def test_a_run_starts_from_an_exported_dense_model(data, tmp_path, tokeniser):
             {"mesh": partial(sharding.make_mesh, data=3)},
             "data=3 x expert=1 x model=1 needs 3 devices, this host sees 8",
         ),
-        ({"model": child.configured(d=15)}, "d=15 must be a multiple of heads=4"),
+        ({"model": child.configured(d=15)}, "d=15 must be a multiple of 2 x heads=4"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(data, tmp_path, changes, message):
