@@ -25,13 +25,21 @@ def corrector(seed: int = 0, sharp: float = 4.0) -> Corrector:
     return jax.tree.map(lambda x: x + sharp * 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), model)
 
 
+LENGTH = 24  # all sequences are padded on the right to one shape: nothing before padding can see it
+
+
+@jax.jit
+def whole_pass(model: Corrector, tokens_1xL: np.ndarray, valid_1xL: np.ndarray) -> jax.Array:
+    ones = valid_1xL.astype(jnp.int32)
+    x, _, _ = model(tokens_1xL, TokenInfo(0 * ones, valid_1xL, ones, jnp.arange(LENGTH)[None]))
+    return jax.nn.log_softmax(model.logits(x)[0].astype(jnp.float32))
+
+
 def logprobs(model: Corrector, tokens: list[int]) -> np.ndarray:
-    """LxV log-probabilities after each token, by one whole pass without padding or caches."""
-    L = len(tokens)
-    ones = np.ones((1, L), np.int32)
-    info = TokenInfo(0 * ones, ones > 0, ones, np.arange(L, dtype=np.int32)[None])
-    x, _, _ = model(jnp.array([tokens]), info)
-    return np.asarray(jax.nn.log_softmax(model.logits(x)[0].astype(jnp.float32)))
+    """LxV log-probabilities after each token, by one whole pass without caches."""
+    padded = np.zeros((1, LENGTH), np.int32)
+    padded[0, : len(tokens)] = tokens
+    return np.asarray(whole_pass(model, padded, np.arange(LENGTH)[None] < len(tokens)))[: len(tokens)]
 
 
 def greedy(model: Corrector, prompt: list[int], limit: int) -> list[int]:
