@@ -92,7 +92,7 @@ def collect(experiment: str, arms: list[str], seeds: list[int]) -> dict[str, Any
             scores = json.loads(path.read_text("utf-8"))
             rows += ([] if rows else references_of(scores)) + rows_of(arm, seed, scores)
             meta = {k: scores["meta"][k] for k in ("split", "date", "step")}
-    command = f"python -m benchmarks.arms {experiment} --seeds {' '.join(map(str, seeds))}"
+    command = f"python -m benchmarks.arms {experiment} --arms {' '.join(arms)} --seeds {' '.join(map(str, seeds))}"
     return {"experiment": experiment, "meta": {**meta, "command": command}, "rows": rows}
 
 
