@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from moe_jax.formats import Record
 from moe_jax.metrics import errors, scoring
 from moe_jax.metrics.normalisers import family_normaliser
 from moe_jax.moe.routers import TaskMapped
+from moe_jax.partfile import write_text
 from moe_jax.pipeline import Pipeline, Proposal, export
 from moe_jax.report import write_report
 
@@ -161,8 +161,8 @@ def evaluate(
         "date": datetime.date.today().isoformat(),
         **(about or {}),
     }
-    _write(folder / "scores.json", json.dumps({"rows": scores, "meta": described}, indent=1))
-    _write(folder / "scores.md", scoring.to_markdown(scores))
+    write_text(folder / "scores.json", json.dumps({"rows": scores, "meta": described}, indent=1))
+    write_text(folder / "scores.md", scoring.to_markdown(scores))
     examples = (
         {
             "task": row["task"],
@@ -176,17 +176,11 @@ def evaluate(
         }
         for row, c, b, a in zip(rows, corrections, before, after, strict=True)
     )
-    _write(folder / "examples.jsonl", "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in examples))
+    write_text(folder / "examples.jsonl", "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in examples))
     routing = atlas(pipeline, valid_data)
     if routing is not None:
-        _write(folder / "routing.json", json.dumps(routing))
+        write_text(folder / "routing.json", json.dumps(routing))
     report = write_report(folder, title=title)
     print(scoring.to_markdown(scores))
     print(f"guard: {guard:g} nats, tuned on validation; scores: {folder}/scores.json; report: {report}")
     return scores
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(text, "utf-8")
-    os.replace(aside, path)

@@ -164,6 +164,13 @@ class Signals:
         os.write(2, b"\nfinishing the batch; once more to stop at once\n")
 
 
+def write_text(path: Path, text: str) -> None:
+    """All of `text` or nothing: written aside, then renamed."""
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(text, "utf-8")
+    os.replace(aside, path)
+
+
 def again(overwrite: bool) -> str:
     """How to go on with what is unfinished."""
     return "run the same command again" + (" without --overwrite" if overwrite else "") + " to go on"

@@ -19,7 +19,7 @@ from moe_jax import checkpoint, decode, describe, tree
 from moe_jax.correct import Correction
 from moe_jax.formats import Record
 from moe_jax.layers.param import Rngs
-from moe_jax.text.prompt import Example, encode_example
+from moe_jax.text.prompt import Example, encode_example, room_to_write
 from moe_jax.text.tokeniser import Tokeniser
 
 EOS = decode.EOS
@@ -160,7 +160,7 @@ class Pipeline:
         firsts = [r.hypotheses[0] for r in records]
         pad = self.batch_size - len(prompts)  # a full batch always: one compiled program a bucket
         full, full_tasks = [*prompts, *[prompts[-1]] * pad], [*tasks, *[tasks[-1]] * pad]
-        limits = [int(1.3 * len(self.tokeniser.encode(f))) + 16 for f in firsts]
+        limits = [room_to_write(self.tokeniser, f) for f in firsts]
         found = decode.search(
             self.model, full, tasks=full_tasks, beams=self.beams, max_new=[*limits, *[1] * pad], alpha=self.alpha
         )[: len(records)]

@@ -151,7 +151,7 @@ def encode_example(
     sources = sources[:max_sources]
     if reference is None:
         target = []
-        room = max_length - int(1.3 * len(tokeniser.encode(hypotheses[0]))) - 16 if hypotheses else 0
+        room = max_length - room_to_write(tokeniser, hypotheses[0]) if hypotheses else 0
     else:
         target = [*tokeniser.encode(reference), EOS]
         room = max_length - len(target)
@@ -162,6 +162,11 @@ def encode_example(
         if len(prompt) <= room:
             return Example(prompt + target, [READ] * len(prompt) + [WRITE] * len(target))
     return None
+
+
+def room_to_write(tokeniser: Tokeniser, first: str) -> int:
+    """Tokens that the correction of `first` may take: 1.3 x its own + 16."""
+    return int(1.3 * len(tokeniser.encode(first))) + 16
 
 
 def _words(text: str) -> Words:
