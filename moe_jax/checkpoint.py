@@ -7,11 +7,13 @@ ever executed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +45,33 @@ def _shapes(table: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {"/".join(str(k.key) for k in path).replace(".", "/"): tuple(leaf.shape) for path, leaf in leaves}
 
 
+@contextlib.contextmanager
+def _writing(folder: Path) -> Generator[None]:
+    """Says in one line what the system refused: Orbax writes in threads, and what they raise is long."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        found = re.search(r"os_error_code='(\d+)'", str(error))
+        number = int(found[1]) if found else getattr(error, "errno", None)
+        if number is None:
+            raise
+        raise CheckpointError(
+            f"{folder}: {os.strerror(number)}; older checkpoints are whole: mend this, and the same command goes on"
+        ) from error
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Orbax logs the traceback of an error in its threads, often twice; the next call raises it anyway."""
+    return not record.exc_info
+
+
 class Run:
     """The Orbax steps of one training run; keeps the latest and the best (lowest `valid/loss`)."""
 
     def __init__(self, folder: Path | str, *, keep_latest: int = 1, keep_best: int = 1):
         best = lambda metrics: metrics["valid/loss"]  # noqa: E731
         self.folder = Path(folder).resolve() / "checkpoints"
+        logging.getLogger("absl").addFilter(_without_traceback)
         self.manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -75,16 +98,20 @@ class Run:
         return self.manager.best_step() or self.latest()
 
     def save(self, step: int, params: Table, opt: Any, meta: Mapping[str, Any], valid_loss: float) -> None:
-        """Raises CheckpointError when Orbax refuses the step (it exists already)."""
-        saved = self.manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(_dots(params)),
-                opt=ocp.args.StandardSave({"leaves": dict(enumerate_leaves(opt))}),
-                meta=ocp.args.JsonSave(dict(meta)),
-            ),
-            metrics={"valid/loss": float(valid_loss)},
-        )
+        """Written in the background: an error of the disk is raised here or at the next `save` or `close`.
+
+        Raises CheckpointError where the system cannot write, or when Orbax refuses the step (it exists already).
+        """
+        with _writing(self.folder):
+            saved = self.manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(_dots(params)),
+                    opt=ocp.args.StandardSave({"leaves": dict(enumerate_leaves(opt))}),
+                    meta=ocp.args.JsonSave(dict(meta)),
+                ),
+                metrics={"valid/loss": float(valid_loss)},
+            )
         if not saved:
             raise CheckpointError(f"{self.folder}/{step} exists already: choose another run folder")
 
@@ -127,8 +154,9 @@ class Run:
         return misfits[0] if misfits else str(error).strip().splitlines()[0][:300]
 
     def close(self) -> None:
-        self.manager.wait_until_finished()
-        self.manager.close()
+        with _writing(self.folder):
+            self.manager.wait_until_finished()
+            self.manager.close()
 
 
 def enumerate_leaves(tree: Any) -> list[tuple[str, Any]]:

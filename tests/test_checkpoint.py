@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import resource
 import shutil
 from functools import partial
 
@@ -157,6 +158,27 @@ def test_the_latest_and_the_best_are_kept(tmp_path):
     assert sorted(p.name for p in store.folder.iterdir() if p.name.isdigit()) == ["2", "5"]
     np.testing.assert_array_equal(store.params(2, {"w": jnp.zeros(2)})["w"], [2, 2])
     store.close()
+
+
+def test_a_full_disk_is_one_line_and_older_steps_stay(tmp_path, capfd):
+    """A limit on the size of files stands for the full disk."""
+    store = checkpoint.Run(tmp_path)
+    store.save(1, {"w": jnp.arange(4.0)}, {}, {"step": 1}, 1.0)
+    store.manager.wait_until_finished()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(CheckpointError, match=f"{tmp_path}/checkpoints: File too large; older") as error:
+            store.save(2, {"w": jax.random.normal(jax.random.key(0), (300, 300))}, {}, {"step": 2}, 0.5)
+            store.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    one_line(error)
+    assert "Traceback" not in "".join(capfd.readouterr())
+    again = checkpoint.Run(tmp_path)
+    assert again.latest() == 1
+    np.testing.assert_array_equal(again.params(1, {"w": jnp.zeros(4)})["w"], np.arange(4.0))
+    again.close()
 
 
 def test_what_a_crash_left_half_written_is_no_step(tmp_path, store, saved):
