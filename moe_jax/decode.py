@@ -1,4 +1,4 @@
-"""Decoding: one compiled loop of beam search with caches (greedy is one beam), and scoring of given texts.
+"""Decoding: read the prompts once, then search (one compiled loop; greedy is one beam) and score texts after them.
 
 Prompts are padded on the left, so that every row writes into the same cache slot; positions and masks know the
 difference. Shapes come from short lists of buckets: a new length costs no new compilation beyond those.
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import tree
-from moe_jax.types import Array, TokenInfo
+from moe_jax.types import Array, TokenInfo, value
 
 PAD, EOS = 0, 1
 BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -27,6 +27,23 @@ ROOMS = (
     384,
     768,
 )  # the loop ends with its last row, so a wide room costs little; each costs a compilation
+
+
+@value
+class Prefill:
+    """Prompts that the model has read.
+
+    Attributes:
+      state: its state after them, `P` slots full.
+      logp_BxV: log-probabilities, float32, of what comes next.
+      length_B: tokens in each prompt.
+      task_B: family of each; 0 is unknown.
+    """
+
+    state: Any
+    logp_BxV: Array
+    length_B: Array
+    task_B: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +88,16 @@ def left_padded(prompts: Sequence[Sequence[int]], tasks: Sequence[int], length: 
     return tokens, TokenInfo(*(jnp.asarray(p) for p in parts))
 
 
+def prefill(model: Any, prompts: Sequence[Sequence[int]], tasks: Sequence[int] | None = None) -> Prefill:
+    """Reads the prompts. `tasks`: family ids where they are known; 0, the default, is unknown."""
+    tokens, info = left_padded(prompts, tasks or [0] * len(prompts), bucket(max(map(len, prompts))))
+    return _prefill(_structure(model), tree.flatten(model), tokens, info)
+
+
 def search(
     model: Any,
-    prompts: Sequence[Sequence[int]],
+    read: Prefill,
     *,
-    tasks: Sequence[int] | None = None,
     beams: int = 1,
     max_new: Sequence[int] | int,
     alpha: float = 0.6,
@@ -83,15 +105,12 @@ def search(
     """The best continuation of each prompt by beam search; `beams=1` is greedy.
 
     Args:
-      tasks: family ids where they are known; 0, the default, is unknown.
       max_new: tokens to write at most, of each prompt or of all.
       alpha: length penalty.
     """
-    limits = np.broadcast_to(np.asarray(max_new, np.int32), (len(prompts),))
-    tokens, info = left_padded(prompts, tasks or [0] * len(prompts), bucket(max(map(len, prompts))))
+    limits = np.broadcast_to(np.asarray(max_new, np.int32), read.length_B.shape)
     room = bucket(int(limits.max()), ROOMS)
-    params, structure = tree.flatten(model), _structure(model)
-    out = _search(structure, params, tokens, info, limits, beams=beams, room=room, alpha=alpha)
+    out = _search(_structure(model), tree.flatten(model), read, limits, beams=beams, room=room, alpha=alpha)
     written, logprobs, lengths = (np.asarray(a) for a in out)
     return [Decoded(w[:n].tolist(), p[:n].tolist()) for w, p, n in zip(written, logprobs, lengths, strict=True)]
 
@@ -114,12 +133,19 @@ class _structure:
         return tree.unflatten(self.model, params)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _prefill(structure: _structure, params: dict[str, Array], tokens_BxP: Array, info: TokenInfo) -> Prefill:
+    model = structure.filled(params)
+    x, state, _ = model(tokens_BxP, info, model.state(*tokens_BxP.shape))
+    logp = jax.nn.log_softmax(model.logits(x[:, -1]).astype(jnp.float32))
+    return Prefill(state, logp, info.valid_BxL.sum(1), info.task_BxL[:, -1])
+
+
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("beams", "room", "alpha"))
 def _search(
     structure: _structure,
     params: dict[str, Array],
-    tokens_BxP: Array,
-    info: TokenInfo,
+    read: Prefill,
     limit_B: Array,
     *,
     beams: int,
@@ -128,15 +154,12 @@ def _search(
 ):
     """Returns (written_BxM, logprobs_BxM, lengths_B) of the best beam."""
     model = structure.filled(params)
-    B, P = tokens_BxP.shape
-    K, M, V = beams, room, model.vocab
-    x, state, _ = model(tokens_BxP, info, model.state(B, P + M))
+    B, K, M, V = len(limit_B), beams, room, model.vocab
     # Rows of beams lie beside each other: [B * K]. Only the first beam of a row is alive at the start.
-    state = jax.tree.map(lambda s: s if s.ndim < 2 else jnp.repeat(s, K, axis=1), state)
-    first_BxKxV = jnp.repeat(jax.nn.log_softmax(model.logits(x[:, -1]).astype(jnp.float32))[:, None], K, axis=1)
+    state = _rows(read.state.grown(M), jnp.repeat(jnp.arange(B), K))
+    first_BxKxV = jnp.repeat(read.logp_BxV[:, None], K, axis=1)
     alive = jnp.where(jnp.arange(K) == 0, 0.0, -jnp.inf)
-    length_B = info.valid_BxL.sum(1)
-    task_R = jnp.repeat(info.task_BxL[:, -1], K)
+    task_R = jnp.repeat(read.task_B, K)
 
     def choose(logp_BxKxV, total_BxK, done_BxK, count_BxK):
         """The K best of all continuations. A finished beam goes on with PAD at no cost; a full one must end."""
@@ -161,10 +184,9 @@ def _search(
         count = jnp.take_along_axis(count, parent, axis=1) + ~done
         done = done | (token == EOS)
         if K > 1:
-            rows = (jnp.arange(B)[:, None] * K + parent).reshape(-1)
-            state = jax.tree.map(lambda s: s if s.ndim < 2 else s[:, rows], state)
+            state = _rows(state, (jnp.arange(B)[:, None] * K + parent).reshape(-1))
         live = ~done.reshape(-1, 1)
-        place = (length_B[:, None] + t + jnp.zeros((B, K), jnp.int32)).reshape(-1, 1)
+        place = (read.length_B[:, None] + t + jnp.zeros((B, K), jnp.int32)).reshape(-1, 1)
         step = TokenInfo(jnp.where(live, task_R[:, None], 0), live, live.astype(jnp.int32), place)
         x, state, _ = model(jnp.where(live, token.reshape(-1, 1), PAD), step, state)
         logp = jax.nn.log_softmax(model.logits(x[:, -1]).astype(jnp.float32)).reshape(B, K, V)
@@ -187,21 +209,32 @@ def _search(
     return take(written), take(gains), take(count)
 
 
-def score(
-    model: Any, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]], *, tasks: Sequence[int] | None = None
-) -> list[Decoded]:
-    """The log-probability of each given text (token ids, end-of-text included) after its prompt."""
-    rows = [[*p, *t] for p, t in zip(prompts, texts, strict=True)]
-    tokens, info = left_padded(rows, tasks or [0] * len(rows), bucket(max(map(len, rows))))
-    logprobs = np.asarray(_score(_structure(model), tree.flatten(model), tokens, info))
-    return [Decoded(list(t), logprobs[i, -len(t) :].tolist()) for i, t in enumerate(texts)]
+def score(model: Any, read: Prefill, rows: Sequence[int], texts: Sequence[Sequence[int]]) -> list[Decoded]:
+    """The log-probability of each given text (token ids, end-of-text included) after the prompt `rows` names."""
+    tokens = np.zeros((len(texts), bucket(max(map(len, texts)), ROOMS)), np.int32)
+    for row, text in zip(tokens, texts, strict=True):
+        row[: len(text)] = text
+    lengths = np.array([len(t) for t in texts])
+    logprobs = np.asarray(_score(_structure(model), tree.flatten(model), read, np.asarray(rows), tokens, lengths))
+    return [Decoded(list(t), p[: len(t)].tolist()) for t, p in zip(texts, logprobs, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _score(structure: _structure, params: dict[str, Array], tokens_BxL: Array, info: TokenInfo) -> Array:
-    """logprob_BxL of each token given those before it (the first is 0)."""
+def _score(
+    structure: _structure, params: dict[str, Array], read: Prefill, row_R: Array, tokens_RxM: Array, length_R: Array
+) -> Array:
+    """logprob_RxM of each token given its prompt and those before it."""
     model = structure.filled(params)
-    x, _, _ = model(tokens_BxL, info)
-    logp = jax.nn.log_softmax(model.logits(x[:, :-1]).astype(jnp.float32))
-    out = jnp.take_along_axis(logp, tokens_BxL[:, 1:, None], axis=-1)[..., 0]
-    return jnp.pad(out, ((0, 0), (1, 0)))
+    M = tokens_RxM.shape[1]
+    valid = jnp.arange(M) < length_R[:, None]
+    task = jnp.where(valid, read.task_B[row_R][:, None], 0)
+    info = TokenInfo(task, valid, valid.astype(jnp.int32), read.length_B[row_R][:, None] + jnp.arange(M))
+    x, _, _ = model(tokens_RxM, info, _rows(read.state, row_R).grown(M))
+    after = jax.nn.log_softmax(model.logits(x[:, :-1]).astype(jnp.float32))
+    logp = jnp.concatenate([read.logp_BxV[row_R][:, None], after], axis=1)
+    return jnp.take_along_axis(logp, tokens_RxM[..., None], axis=-1)[..., 0]
+
+
+def _rows(state: Any, row_R: Array) -> Any:
+    """The state of some rows; leaves are stacked over layers, those without rows count slots."""
+    return jax.tree.map(lambda s: s if s.ndim < 2 else s[:, row_R], state)

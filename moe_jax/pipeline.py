@@ -161,13 +161,13 @@ class Pipeline:
         pad = self.batch_size - len(prompts)  # a full batch always: one compiled program a bucket
         full, full_tasks = [*prompts, *[prompts[-1]] * pad], [*tasks, *[tasks[-1]] * pad]
         limits = [room_to_write(self.tokeniser, f) for f in firsts]
-        found = decode.search(
-            self.model, full, tasks=full_tasks, beams=self.beams, max_new=[*limits, *[1] * pad], alpha=self.alpha
-        )[: len(records)]
+        read = decode.prefill(self.model, full, full_tasks)
+        room = [*limits, *[1] * pad]
+        found = decode.search(self.model, read, beams=self.beams, max_new=room, alpha=self.alpha)[: len(records)]
         written = [self.tokeniser.decode([t for t in d.tokens if t != EOS]) if d.ended else None for d in found]
         texts = [t and local_edits(t, r.hypotheses) for t, r in zip(written, records, strict=True)]
         candidates = [self._candidates(r, t) for r, t in zip(records, texts, strict=True)]
-        scores = self._scores(prompts, tasks, candidates)
+        scores = self._scores(read, candidates)
         return [self._best(first, own, scored) for first, own, scored in zip(firsts, texts, scores, strict=True)]
 
     def _candidates(self, record: Record, text: str | None) -> list[str]:
@@ -177,21 +177,16 @@ class Pipeline:
         return list(dict.fromkeys([*own, *(h for h in given if h.strip())]))
 
     def _scores(
-        self, prompts: Sequence[list[int]], tasks: Sequence[int], candidates: Sequence[Sequence[str]]
+        self, read: decode.Prefill, candidates: Sequence[Sequence[str]]
     ) -> list[dict[str, tuple[float, float]]]:
         """For each record: candidate -> (log p, log p under the length penalty)."""
         jobs = [(i, c, [*self.tokeniser.encode(c), EOS]) for i, cs in enumerate(candidates) for c in cs]
-        jobs.sort(key=lambda job: len(prompts[job[0]]) + len(job[2]))
-        out: list[dict[str, tuple[float, float]]] = [{} for _ in prompts]
+        jobs.sort(key=lambda job: len(job[2]))
+        out: list[dict[str, tuple[float, float]]] = [{} for _ in candidates]
         for start in range(0, len(jobs), self.batch_size):
             batch = jobs[start : start + self.batch_size]
             padded = [*batch, *[batch[-1]] * (self.batch_size - len(batch))]
-            results = decode.score(
-                self.model,
-                [prompts[i] for i, _, _ in padded],
-                [ids for *_, ids in padded],
-                tasks=[tasks[i] for i, _, _ in padded],
-            )
+            results = decode.score(self.model, read, [i for i, _, _ in padded], [ids for *_, ids in padded])
             for (i, text, ids), result in zip(batch, results, strict=False):
                 penalised = result.total / float(decode.length_penalty(len(ids), self.alpha))
                 out[i][text] = (result.total, penalised)

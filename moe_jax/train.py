@@ -24,7 +24,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from moe_jax import checkpoint, describe, losses, sharding, tree
+from moe_jax import checkpoint, describe, losses, sharding, tree, xla
 from moe_jax.data import Prepared
 from moe_jax.layers.param import Rngs
 from moe_jax.logs import Logs
@@ -102,7 +102,7 @@ def make_step(
             metrics |= {name: loss_of(metrics["stats"]) for name, loss_of in losses.AUXILIARY.items()}
         return params, opt, metrics | {"loss": loss / micro, "grad_norm": optax.global_norm(grads)}
 
-    return jax.jit(step_fn, donate_argnums=(0, 1))
+    return jax.jit(step_fn, donate_argnums=(0, 1), compiler_options=xla.options())
 
 
 def compute(model: Any, params: Table, dtype: str) -> Any:
@@ -272,6 +272,7 @@ def train(
                 eval_every=eval_every,
                 save_every=save_every,
                 progress=progress,
+                # 6 x active parameters (attention scores are not counted), as a share of the machine's peak: MFU.
                 flops_per_token=6 * active_params(network),
             )
         finally:
@@ -326,6 +327,7 @@ def _loop(
         finite("validation loss", valid["valid/loss"])
         store.save(state.step, state.params, state.opt, {**about, "step": state.step}, valid["valid/loss"])
 
+    peak = xla.peak_flops()
     bar = tqdm(total=steps, initial=state.step, unit="step", disable=None if progress else True, mininterval=1)
     clock, tokens, waited = time.monotonic(), 0, 0.0
     with StopSignal() as stop, bar:
@@ -344,7 +346,13 @@ def _loop(
                 seconds = time.monotonic() - clock
                 rate = float(tokens) / seconds
                 logs.metrics(state.step, scalars)
-                speed = {"tokens_per_s": rate, "input_wait": waited / seconds, "flops_per_s": rate * flops_per_token}
+                flops = rate * flops_per_token
+                speed = {
+                    "tokens_per_s": rate,
+                    "input_wait": waited / seconds,
+                    "flops_per_s": flops,
+                    "mfu": flops / peak,
+                }
                 logs.speed(state.step, speed)
                 bar.set_postfix_str(f"nll {scalars['nll']:.3f}, {rate:.0f} tokens/s")
                 clock, tokens, waited = time.monotonic(), 0, 0.0

@@ -20,7 +20,7 @@ FILES = {
 
 # A room imports itself and rooms of the lines above; a room is a file or a folder of moe_jax, and `tasks`.
 LINES = """
-types text metrics formats partfile report logs
+types text metrics formats partfile report logs xla
 sharding losses tree packing correct tasks
 layers optim checkpoint data
 moe
@@ -43,6 +43,7 @@ ONLY = {
     "models": {"types", "losses", "sharding", "layers", "moe"},
     "moe": {"types", "sharding", "layers"},
     "layers": {"types", "sharding"},
+    "xla": set(),
     "data": {"types", "text", "packing"},
 }
 OPENS_TASKS = {"seqio_data", "main"}  # `main` for the files that are shipped there

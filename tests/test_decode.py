@@ -57,7 +57,7 @@ PROMPTS = [[5, 9, 4, 8], [7, 3, 3, 12, 20, 6, 11], [2, 2], [13, 14, 15, 16, 17]]
 
 def test_greedy_equals_the_loop_that_recomputes_everything():
     model = corrector()
-    found = decode.search(model, PROMPTS, max_new=12)
+    found = decode.search(model, decode.prefill(model, PROMPTS), max_new=12)
     for prompt, result in zip(PROMPTS, found, strict=True):
         assert result.tokens == greedy(model, prompt, 12)
         rows = logprobs(model, prompt + result.tokens)
@@ -67,9 +67,9 @@ def test_greedy_equals_the_loop_that_recomputes_everything():
 
 def test_a_row_does_not_depend_on_its_batch():
     model = corrector(1)
-    together = decode.search(model, PROMPTS, max_new=[3, 9, 12, 6], beams=3)
+    together = decode.search(model, decode.prefill(model, PROMPTS), max_new=[3, 9, 12, 6], beams=3)
     for i, prompt in enumerate(PROMPTS):
-        (alone,) = decode.search(model, [prompt], max_new=[3, 9, 12, 6][i], beams=3)
+        (alone,) = decode.search(model, decode.prefill(model, [prompt]), max_new=[3, 9, 12, 6][i], beams=3)
         assert alone.tokens == together[i].tokens
         np.testing.assert_allclose(alone.logprobs, together[i].logprobs, atol=1e-4)
 
@@ -82,15 +82,15 @@ def test_a_beam_as_wide_as_the_tree_finds_the_best_text():
     for a in range(2, VOCAB):
         scores[(a, decode.EOS)] = first[a] + logprobs(model, [*prompt, a])[-1][decode.EOS]
     best = max(scores, key=scores.get)
-    (found,) = decode.search(model, [prompt], max_new=2, beams=VOCAB, alpha=0.0)
+    (found,) = decode.search(model, decode.prefill(model, [prompt]), max_new=2, beams=VOCAB, alpha=0.0)
     assert tuple(found.tokens) == best
     assert found.total == pytest.approx(scores[best], abs=1e-4)
 
 
 def test_a_wider_beam_is_never_worse_here_and_limits_hold():
     model = corrector(3)
-    narrow = decode.search(model, PROMPTS, max_new=10, beams=1, alpha=0.0)
-    wide = decode.search(model, PROMPTS, max_new=10, beams=8, alpha=0.0)
+    narrow = decode.search(model, decode.prefill(model, PROMPTS), max_new=10, beams=1, alpha=0.0)
+    wide = decode.search(model, decode.prefill(model, PROMPTS), max_new=10, beams=8, alpha=0.0)
     for n, w in zip(narrow, wide, strict=True):
         assert w.total >= n.total - 1e-4
         assert len(w.tokens) <= 10
@@ -99,10 +99,14 @@ def test_a_wider_beam_is_never_worse_here_and_limits_hold():
 
 def test_score_is_the_probability_of_a_given_text():
     model = corrector(4)
-    texts = [[4, 5, decode.EOS], [6, decode.EOS], [7, 8, 9, 10, decode.EOS], [decode.EOS]]
-    for prompt, text, result in zip(PROMPTS, texts, decode.score(model, PROMPTS, texts), strict=True):
-        rows = logprobs(model, prompt + text)
-        own = [rows[len(prompt) - 1 + i, t] for i, t in enumerate(text)]
+    rows = [0, 3, 1, 1, 2]  # in any order, some prompts more than once
+    texts = [[4, 5, decode.EOS], [6, decode.EOS], [7, 8, 9, 10, decode.EOS], [decode.EOS], [9, 9]]
+    for row, text, result in zip(
+        rows, texts, decode.score(model, decode.prefill(model, PROMPTS), rows, texts), strict=True
+    ):
+        prompt = PROMPTS[row]
+        after = logprobs(model, prompt + text)
+        own = [after[len(prompt) - 1 + i, t] for i, t in enumerate(text)]
         np.testing.assert_allclose(result.logprobs, own, atol=1e-4)
 
 
@@ -113,7 +117,7 @@ def test_lengths_beyond_the_last_bucket_are_refused():
 
 def test_new_lengths_within_a_bucket_do_not_compile_again():
     model = corrector(5)
-    decode.search(model, PROMPTS, max_new=7)
-    compiled = decode._search._cache_size()
-    decode.search(model, [[*p, 4] for p in PROMPTS], max_new=9)
-    assert decode._search._cache_size() == compiled
+    decode.search(model, decode.prefill(model, PROMPTS), max_new=7)
+    compiled = decode._search._cache_size(), decode._prefill._cache_size()
+    decode.search(model, decode.prefill(model, [[*p, 4] for p in PROMPTS]), max_new=9)
+    assert (decode._search._cache_size(), decode._prefill._cache_size()) == compiled

@@ -26,6 +26,9 @@ def without_state(layer, x, info, state, key):
 
 CASES = {
     "attention": Case(partial(Attention, D, heads=4, kv_heads=2), with_state, lambda a, slots: a.cache(B, slots)),
+    "attention in blocks": Case(
+        partial(Attention, D, heads=4, kv_heads=2, block=3), with_state, lambda a, slots: a.cache(B, slots)
+    ),
     "conv": Case(partial(CausalConv, D), with_state, lambda c, slots: c.state(B, D)),
     "conv of one tap": Case(partial(CausalConv, D, width=1), with_state, lambda c, slots: c.state(B, D)),
     "dense ffn": Case(partial(DenseFfn, D, hidden=24), without_state),
@@ -37,8 +40,9 @@ def test_contract(name):
     verify_contract(CASES[name])
 
 
-def test_attention_equals_a_loop():
-    case = CASES["attention"]
+@pytest.mark.parametrize("name", ["attention", "attention in blocks"])
+def test_attention_equals_a_loop(name):
+    case = CASES[name]
     a, info = case.layer, jax.device_get(case.info)
     y, _ = case.run(case.x, case.info)
     q, k, v = (np.asarray(case.x @ w[...]).reshape(B, L, -1, 4) for w in (a.q, a.k, a.v))
@@ -122,13 +126,14 @@ def call_dense(layer, x, info, scale):
     return x + y * scale, y.sum()
 
 
-@pytest.mark.parametrize("remat", stack.REMAT)
-def test_a_stack_is_its_layers_one_after_the_other(remat):
+@pytest.mark.parametrize(("remat", "unroll"), [*((name, 1) for name in stack.REMAT), ("none", 3)])
+def test_a_stack_is_its_layers_one_after_the_other(remat, unroll):
     layers = stack.build(lambda rngs: DenseFfn(D, hidden=8, rngs=rngs), 3, Rngs(params=0))
     x, info, scale = jnp.asarray(CASES["dense ffn"].x), make_info(), jnp.array([1.0, 2.0, 3.0])
 
     def stacked(layers):
-        return stack.run(layers, x, lambda layer, x, s: call_dense(layer, x, info, s), scale, remat=remat)
+        call = lambda layer, x, s: call_dense(layer, x, info, s)  # noqa: E731
+        return stack.run(layers, x, call, scale, remat=remat, unroll=unroll)
 
     def unrolled(layers):
         h, sums = x, []

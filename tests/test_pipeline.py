@@ -78,11 +78,11 @@ def test_order_is_kept_and_a_record_does_not_depend_on_its_neighbours(pipeline):
 def test_the_chosen_text_beats_every_given_hypothesis_by_the_models_own_score(pipeline):
     given = ["the cat sat", "the hat sat", "a cat sat"]
     (proposal,) = pipeline.propose([record(*given)])
-    prompt = pipeline.encode(record(*given)).tokens
+    read = decode.prefill(pipeline.model, [pipeline.encode(record(*given)).tokens])
     texts = [[*pipeline.tokeniser.encode(t), decode.EOS] for t in [proposal.text, *given]]
     penalised = [
         d.total / decode.length_penalty(len(d.tokens), pipeline.alpha)
-        for d in decode.score(pipeline.model, [prompt] * 4, texts)
+        for d in decode.score(pipeline.model, read, [0] * 4, texts)
     ]
     assert penalised[0] >= max(penalised) - 1e-4
 
@@ -132,13 +132,13 @@ def test_the_guard_is_tuned_where_corrections_help_and_closes_where_none_does():
 def test_known_tasks_reach_the_router_and_unknown_ones_are_zero(shipped):
     seen = []
     pipeline = Pipeline.load(shipped, batch_size=2, task="ocr")
-    search = decode.search
+    prefill = decode.prefill
     try:
-        decode.search = lambda *a, tasks, **k: seen.append(tasks) or search(*a, tasks=tasks, **k)
+        decode.prefill = lambda model, prompts, tasks: seen.append(tasks) or prefill(model, prompts, tasks)
         pipeline.propose([record("a cat", task="asr"), record("a hat")])
         Pipeline.load(shipped, batch_size=2).propose([record("a cat", task="asr")])
     finally:
-        decode.search = search
+        decode.prefill = prefill
     assert seen == [[2, 2], [0, 0]]
 
 

@@ -29,6 +29,14 @@ class KvCache:
     segment_BxS: Array
     index: Array
 
+    def grown(self, slots: int) -> KvCache:
+        """With so many more empty slots (also of caches stacked over layers)."""
+
+        def pad(x: Array, axis: int) -> Array:
+            return jnp.pad(x, [(0, slots if i == x.ndim + axis else 0) for i in range(x.ndim)])
+
+        return KvCache(pad(self.key_BxSxNxH, -3), pad(self.value_BxSxNxH, -3), pad(self.segment_BxS, -1), self.index)
+
 
 def rotate(x_BxLxNxH: Array, position_BxL: Array, base: float) -> Array:
     """Rotary embedding (Su et al. 2021), halves convention (as Llama)."""
@@ -41,12 +49,29 @@ def rotate(x_BxLxNxH: Array, position_BxL: Array, base: float) -> Array:
 
 
 class Attention(Module):
-    def __init__(self, d: int, *, heads: int = 4, kv_heads: int | None = None, rope_base: float = 10_000.0, rngs: Rngs):
+    """Args:
+    d: model width.
+    heads, kv_heads: query heads, and key-value heads that they share (default: as many).
+    rope_base: of the rotary frequencies.
+    block: without a cache, queries go in blocks of so many positions, each against the keys up to its end: most of
+      the scores above the diagonal are never computed. 0: one block.
+    """
+
+    def __init__(
+        self,
+        d: int,
+        *,
+        heads: int = 4,
+        kv_heads: int | None = None,
+        rope_base: float = 10_000.0,
+        block: int = 0,
+        rngs: Rngs,
+    ):
         kv_heads = kv_heads or heads
         if d % (2 * heads) or heads % kv_heads:
             raise ValueError(f"d={d} must be a multiple of 2 x heads={heads}, and heads of kv_heads={kv_heads}")
         self.heads, self.kv_heads, self.head = heads, kv_heads, d // heads
-        self.rope_base = rope_base
+        self.rope_base, self.block = rope_base, block
         self.q = param(rngs, (d, heads * self.head), ("embed", "heads"), fan_in())
         self.k = param(rngs, (d, kv_heads * self.head), ("embed", "heads"), fan_in())
         self.v = param(rngs, (d, kv_heads * self.head), ("embed", "heads"), fan_in())
@@ -81,18 +106,22 @@ class Attention(Module):
         else:
             keys = segment
         slot_L, slot_S = start + jnp.arange(L), jnp.arange(k.shape[1])
-        mask = (slot_L[:, None] >= slot_S) & (segment[:, :, None] == keys[:, None, :]) & (keys[:, None, :] > 0)
-        y = _attend(q, k.astype(q.dtype), v.astype(q.dtype), mask)
+        seen = (slot_L[:, None] >= slot_S) & (segment[:, :, None] == keys[:, None, :]) & (keys[:, None, :] > 0)
+        # Everything sees itself, padding too (its value is 0): then no row of the softmax is empty.
+        bias = jnp.where(seen | (slot_L[:, None] == slot_S), 0.0, NEG)
+        k, v = k.astype(q.dtype), v.astype(q.dtype)
+        if state is None and 0 < self.block < L:
+            ends = [(i, min(i + self.block, L)) for i in range(0, L, self.block)]
+            y = jnp.concatenate([_attend(q[:, i:j], k[:, :j], v[:, :j], bias[:, i:j, :j]) for i, j in ends], axis=1)
+        else:
+            y = _attend(q, k, v, bias)
         return constrain(y.reshape(B, L, -1) @ self.o[...], "batch", None, None), state
 
 
-def _attend(q_BxLxNxH: Array, k_BxSxKxH: Array, v_BxSxKxH: Array, mask_BxLxS: Array) -> Array:
-    """Grouped-query attention; the softmax is float32. A row that may see nothing gives zeros."""
+def _attend(q_BxLxNxH: Array, k_BxSxKxH: Array, v_BxSxKxH: Array, bias_BxLxS: Array) -> Array:
+    """Grouped-query attention; the softmax is float32."""
     B, L, N, H = q_BxLxNxH.shape
     q = q_BxLxNxH.reshape(B, L, k_BxSxKxH.shape[2], -1, H)
     score = jnp.einsum("blkgh,bskh->bkgls", q, k_BxSxKxH, preferred_element_type=jnp.float32) * H**-0.5
-    mask = mask_BxLxS[:, None, None]
-    score = jnp.where(mask, score, NEG)
-    weight = jnp.where(mask, jnp.exp(score - jax.lax.stop_gradient(score.max(-1, keepdims=True))), 0)
-    weight = weight / jnp.maximum(weight.sum(-1, keepdims=True), 1e-30)
+    weight = jax.nn.softmax(score + bias_BxLxS[:, None, None], axis=-1)
     return jnp.einsum("bkgls,bskh->blkgh", weight.astype(q.dtype), v_BxSxKxH).reshape(B, L, N, H)

@@ -27,9 +27,17 @@ def build(make: Callable[[Rngs], Module], num: int, rngs: Rngs) -> Module:
 
 
 def run(
-    layers: Module, x: Array, call: Callable[..., tuple[Array, Any]], *inputs: Any, remat: str = "none"
+    layers: Module,
+    x: Array,
+    call: Callable[..., tuple[Array, Any]],
+    *inputs: Any,
+    remat: str = "none",
+    unroll: int = 1,
 ) -> tuple[Array, Any]:
     """`x` through every layer: `call(layer, x, *layer_inputs) -> (x, out)`; `inputs` have a leading layer axis.
+
+    `unroll` layers are written out in each turn of the loop: XLA:CPU then copies no slices of weights and activations
+    in and out of it.
 
     Returns the last x and the stacked outs. Raises ValueError for an unknown `remat` policy.
     """
@@ -42,4 +50,4 @@ def run(
         layer, rest = layer_inputs
         return call(layer, x, *rest)
 
-    return jax.lax.scan(body, x, (layers, inputs))
+    return jax.lax.scan(body, x, (layers, inputs), unroll=unroll)

@@ -27,6 +27,10 @@ class BlockState:
     attention: KvCache
     conv: ConvState | None
 
+    def grown(self, slots: int) -> BlockState:
+        """With room for so many more positions."""
+        return BlockState(self.attention.grown(slots), self.conv)
+
 
 class Block(Module):
     def __init__(self, d: int, *, attention: Callable, ffn: Callable, conv_width: int, rngs: Rngs):
@@ -58,6 +62,7 @@ class Corrector(Module):
     tied: the output matrix is the embedding.
     auxiliary: weights of the auxiliary losses by name (`losses.AUXILIARY`).
     remat: gradient checkpointing policy of the stack (`layers.stack.REMAT`).
+    unroll: layers written out in each turn of the loop over layers; 1 compiles fastest.
     """
 
     def __init__(
@@ -72,6 +77,7 @@ class Corrector(Module):
         tied: bool = True,
         auxiliary: Mapping[str, float] | Sequence[tuple[str, float]] = (),
         remat: str = "none",
+        unroll: int = 1,
         rngs: Rngs,
     ):
         self.d, self.layers, self.vocab, self.conv_width, self.tied = d, layers, vocab, conv_width, tied
@@ -82,7 +88,7 @@ class Corrector(Module):
         self.norm = RMSNorm(d, rngs=rngs)
         self.output = None if tied else param(rngs, (d, vocab), ("embed", "vocab"), normal(d**-0.5))
         self.auxiliary = tuple(sorted(dict(auxiliary).items()))
-        self.remat = remat
+        self.remat, self.unroll = remat, unroll
 
     @property
     def attention(self) -> Any:
@@ -110,6 +116,7 @@ class Corrector(Module):
             state,
             keys,
             remat=self.remat,
+            unroll=self.unroll,
         )
         return self.norm(x), state, stats
 
