@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 from collections.abc import Mapping, Sequence
@@ -20,28 +21,31 @@ from moe_jax.metrics import errors, scoring
 from moe_jax.metrics.normalisers import family_normaliser
 from moe_jax.moe.routers import TaskMapped
 from moe_jax.partfile import write_text
-from moe_jax.pipeline import Pipeline, Proposal, export
+from moe_jax.pipeline import Guard, Pipeline, Proposal, export
 from moe_jax.report import write_report
 
 Rows = list[dict[str, Any]]
 THRESHOLDS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 15.0, 1e9)
 
 
-def read_rows(paths: Sequence[str]) -> tuple[list[Record], Rows]:
+def read_rows(paths: Sequence[str], family: str | None = None) -> tuple[list[Record], Rows]:
     """Labelled rows of corpus files, as records and as mappings with `task, source_set, hypotheses, reference`.
+
+    `family` is the task of the rows that do not say theirs.
 
     Raises FormatError for a bad record, ValueError for one without a reference or a task.
     """
     records, rows = [], []
     for path in paths:
         for record in formats.read(path):
-            if record.reference is None or record.task is None:
+            task = record.task or family
+            if record.reference is None or task is None:
                 raise ValueError(f'{path}:{record.line}: evaluation needs "reference" and "task"; add them')
             raw = json.loads(record.raw)
             records.append(record)
             rows.append(
                 {
-                    "task": record.task,
+                    "task": task,
                     "source_set": raw.get("source_set", "unnamed"),
                     "hypotheses": list(record.hypotheses),
                     "reference": record.reference,
@@ -68,8 +72,8 @@ def line_errors(rows: Rows, texts: Sequence[str]) -> np.ndarray:
     return out
 
 
-def tune_guard(rows: Rows, proposals: Sequence[Proposal]) -> float:
-    """The threshold with the lowest mean over families of (word errors / first-pass word errors) on validation rows.
+def tune_guard(rows: Rows, proposals: Sequence[Proposal]) -> Guard:
+    """The thresholds with the lowest mean over families of (word errors / first-pass word errors) on validation rows.
 
     Ties go to the higher threshold: a correction that does not help is not made.
     """
@@ -77,12 +81,14 @@ def tune_guard(rows: Rows, proposals: Sequence[Proposal]) -> float:
     first = line_errors(rows, [p.first for p in proposals])
     model = line_errors(rows, [p.guarded(-np.inf).text for p in proposals])
     margin = np.array([p.margin for p in proposals])
+    several = np.array([p.several for p in proposals])
+    share = 1 / np.array([max(first[tasks == t].sum(), 1) for t in tasks])  # families count alike
 
-    def cost(threshold: float) -> float:
-        chosen = np.where(margin < threshold, first, model)
-        return float(np.mean([chosen[tasks == t].sum() / max(first[tasks == t].sum(), 1) for t in sorted(set(tasks))]))
+    def best(those: np.ndarray) -> float:
+        gain = ((first - model) * share)[those]
+        return max(reversed(THRESHOLDS), key=lambda threshold: round(gain[margin[those] >= threshold].sum(), 9))
 
-    return min(reversed(THRESHOLDS), key=cost)
+    return Guard(single=best(~several), several=best(several))
 
 
 def atlas(pipeline: Pipeline, valid_data: str, batches: int = 16, batch_size: int = 16) -> dict[str, Any] | None:
@@ -126,6 +132,7 @@ def evaluate(
     valid: Sequence[str],
     test: Sequence[str],
     valid_data: str,
+    family: str | None = None,
     beams: int = 1,
     title: str = "moe_jax",
     seed: int = 0,
@@ -138,24 +145,25 @@ def evaluate(
     Args:
       valid, test: corpus files with references (`formats`); disjoint.
       valid_data: the prepared validation rows, for the routing atlas.
+      family: of the rows that do not say theirs.
       beams: width of the search.
     """
     folder = Path(run_dir)
     pipeline = Pipeline.load(folder, beams=beams)
-    records, rows = read_rows(valid)
+    records, rows = read_rows(valid, family)
     guard = tune_guard(rows, propose(pipeline, records, progress))
     params, meta = checkpoint.read_safetensors(folder / "model.safetensors")
-    export(folder / "model.safetensors", params, meta, guard=guard)
-    records, rows = read_rows(test)
+    export(folder / "model.safetensors", params, meta, guard=dataclasses.asdict(guard))
+    records, rows = read_rows(test, family)
     proposals = propose(pipeline, records, progress)
-    corrections = [p.guarded(guard) for p in proposals]
+    corrections = [guard(p) for p in proposals]
     scores = scoring.score(rows, [c.text for c in corrections], seed=seed)
     before = line_errors(rows, [p.first for p in proposals])
     after = line_errors(rows, [c.text for c in corrections])
     described = {
         "step": str(meta.get("step")),
         "seed": str(meta.get("seed")),
-        "guard": f"{guard:g} nats",
+        "guard": str(guard),
         "beams": str(beams),
         "split": ", ".join(Path(t).name for t in test),
         "date": datetime.date.today().isoformat(),
@@ -182,5 +190,5 @@ def evaluate(
         write_text(folder / "routing.json", json.dumps(routing))
     report = write_report(folder, title=title)
     print(scoring.to_markdown(scores))
-    print(f"guard: {guard:g} nats, tuned on validation; scores: {folder}/scores.json; report: {report}")
+    print(f"guard: {guard}, tuned on validation; scores: {folder}/scores.json; report: {report}")
     return scores

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,14 @@ def corpus(split: str, families: Sequence[str] = ("asr", "ocr", "mt", "gec")) ->
     return [str(Path(folder) / name) if folder else shipped(name) for name in names]
 
 
+def own_corpus(folder: str, split: str) -> list[str]:
+    """The file of a split in a user's folder. Raises ValueError where there is none."""
+    for path in (Path(folder) / f"{split}.jsonl", Path(folder) / f"{split}.jsonl.gz"):
+        if path.is_file():
+            return [str(path)]
+    raise ValueError(f"{folder}: holds no {split}.jsonl, nor one with .gz")
+
+
 # --- gin --------------------------------------------------------------------------------------------------------------
 
 
@@ -75,11 +83,26 @@ def load(files: Sequence[str], bindings: Sequence[str]) -> None:
     gin.add_config_file_search_path(str(GIN))
     try:
         gin.parse_config_files_and_bindings(list(files), [], finalize_config=False)
-        gin.parse_config([_quoted(b) for b in bindings])
+        quoted = [_quoted(b) for b in bindings]
+        gin.parse_config(quoted)
         gin.finalize()
+        said = _bound_in("\n".join(quoted)).union(*(_bound_in(_text(file)) for file in files))
     except (OSError, SyntaxError, ValueError, TypeError, ImportError, AttributeError, NameError, KeyError) as error:
         raise ConfigError(_explain(error)) from error
-    _check_all_used()
+    _check_all_used(said)
+
+
+def _text(file: str) -> str:
+    return next(path.read_text("utf-8") for path in (Path(file), GIN / file) if path.is_file())
+
+
+def _bound_in(text: str) -> set[tuple[str, str]]:
+    """(scope, selector as written; `gin.macro` of a macro) of each binding in a gin file, without what it includes."""
+    from gin import config, config_parser
+
+    parser = config_parser.ConfigParser(text, config.ParserDelegate(skip_unknown=True))
+    bindings = [s for s in parser if isinstance(s, config_parser.BindingStatement)]
+    return {(b.scope, b.selector) if b.arg_name else ("/".join(filter(None, b[:2])), "gin.macro") for b in bindings}
 
 
 def _quoted(binding: str) -> str:
@@ -120,8 +143,9 @@ def _names() -> list[str]:
     return sorted(names | {scope for scope, selector in gin.config._CONFIG if selector == "gin.macro"})
 
 
-def _check_all_used() -> None:
-    """Everything bound must be reachable from the jobs: a binding that nobody reads is a mistake, said at once."""
+def _check_all_used(said: Collection[tuple[str, str]]) -> None:
+    """What flags and the named files bind must be reachable from the jobs: a binding that nobody reads is a mistake,
+    said at once. Included files may bind for jobs that the file including them has replaced."""
     import gin
 
     bound = dict(gin.config._CONFIG)  # (scope, full selector) -> {parameter: value}
@@ -137,6 +161,8 @@ def _check_all_used() -> None:
                     todo.append(key)
     macros = sorted(scope for scope, selector in used if selector == "gin.macro")
     for scope, selector in bound.keys() - used:
+        if not any(scope == s and f".{selector}".endswith(f".{short}") for s, short in said):
+            continue
         if selector == "gin.macro":
             close = difflib.get_close_matches(scope, macros, n=1, cutoff=0.5)
             hint = f"; did you mean {close[0]}?" if close else f"; macros in use: {', '.join(macros)}"

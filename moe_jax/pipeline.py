@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class Proposal:
       text: the best text; equal to `first` where `note` says why there was none.
       margin: log p(text) - log p(first), in nats: how much more the model believes its own text.
       score: log p(text).
+      several: whether the hypotheses differed.
     """
 
     first: str
@@ -41,6 +42,7 @@ class Proposal:
     margin: float
     score: float
     note: str | None = None
+    several: bool = False
 
     def guarded(self, threshold: float) -> Correction:
         """The correction, or the first pass where the margin is below `threshold`."""
@@ -51,12 +53,37 @@ class Proposal:
         return Correction(self.text, kept=False, score=self.score)
 
 
+@dataclasses.dataclass(frozen=True)
+class Guard:
+    """Thresholds on `Proposal.margin`, in nats, tuned on validation data; -inf switches one off.
+
+    Hypotheses that differ have a threshold of their own: in what a recogniser hesitated about, several texts are
+    likely, and a small margin says less than it does where one word is no word.
+    """
+
+    single: float
+    several: float
+
+    @classmethod
+    def of(cls, thresholds: Any) -> Guard:
+        """From one number for both, or from the JSON of one. Raises TypeError or ValueError."""
+        if isinstance(thresholds, Mapping):
+            return cls(float(thresholds["single"]), float(thresholds["several"]))
+        return cls(float(thresholds), float(thresholds))
+
+    def __call__(self, proposal: Proposal) -> Correction:
+        return proposal.guarded(self.several if proposal.several else self.single)
+
+    def __str__(self) -> str:
+        return f"{self.several:g} nats for lists, {self.single:g} for single hypotheses"
+
+
 @dataclasses.dataclass
 class Pipeline:
     """A model ready to correct.
 
     Attributes:
-      guard: the threshold on `Proposal.margin`, tuned on validation data; -inf switches the guard off.
+      guard: when to keep the first pass.
       beams: width of the beam search (1 is greedy).
       task: the family of everything that is corrected; None, the default, is unknown: routing is free anyway.
       rescore: let the given hypotheses compete with what the search found, by the model's own score.
@@ -66,7 +93,7 @@ class Pipeline:
     tokeniser: Tokeniser
     families: dict[str, int]
     layout: str
-    guard: float
+    guard: Guard
     fingerprint: str
     beams: int = 1
     rescore: bool = True
@@ -95,7 +122,7 @@ class Pipeline:
             make = describe.configured(meta["model"])
             empty = jax.eval_shape(lambda: make(rngs=Rngs(params=0)))
             families, layout, length = dict(meta["families"]), meta["layout"], int(meta["length"])
-            guard = float(meta.get("guard", 0.0))
+            guard = Guard.of(meta.get("guard", 0.0))
         except (KeyError, TypeError, ValueError) as error:
             raise checkpoint.CheckpointError(
                 f"{path}: its description is incomplete or wrong ({error}); export it again"
@@ -115,10 +142,11 @@ class Pipeline:
         made = cls(model, tokeniser, families, layout, guard, fingerprint, max_length=length)
         if (task := options.get("task")) and task not in families:
             raise ValueError(f"unknown task {task!r}; {path} knows: {', '.join(families)}")
-        return dataclasses.replace(made, **{k: v for k, v in options.items() if v is not None})
+        options = {k: Guard.of(v) if k == "guard" else v for k, v in options.items() if v is not None}
+        return dataclasses.replace(made, **options)
 
     def __call__(self, records: Sequence[Record]) -> list[Correction]:
-        return [p.guarded(self.guard) for p in self.propose(records)]
+        return [self.guard(p) for p in self.propose(records)]
 
     def propose(self, records: Sequence[Record]) -> list[Proposal]:
         """Search, let the n-best compete, and weigh the result against the first pass; order is kept."""
@@ -168,7 +196,8 @@ class Pipeline:
         texts = [t and local_edits(t, r.hypotheses) for t, r in zip(written, records, strict=True)]
         candidates = [self._candidates(r, t) for r, t in zip(records, texts, strict=True)]
         scores = self._scores(read, candidates)
-        return [self._best(first, own, scored) for first, own, scored in zip(firsts, texts, scores, strict=True)]
+        several = [len(set(r.hypotheses)) > 1 for r in records]
+        return [self._best(*given) for given in zip(firsts, texts, scores, several, strict=True)]
 
     def _candidates(self, record: Record, text: str | None) -> list[str]:
         given = record.hypotheses[: self.max_hypotheses] if self.rescore else record.hypotheses[:1]
@@ -192,12 +221,12 @@ class Pipeline:
                 out[i][text] = (result.total, penalised)
         return out
 
-    def _best(self, first: str, own: str | None, scored: dict[str, tuple[float, float]]) -> Proposal:
+    def _best(self, first: str, own: str | None, scored: dict[str, tuple[float, float]], several: bool) -> Proposal:
         """The candidate of the highest penalised score; of the given ones where the search went astray."""
         searched = own is not None and own in scored
         text = own if searched and not self.rescore else max(scored, key=lambda c: scored[c][1])
         note = None if searched or text != first else "no usable text was found"
-        return Proposal(first, text, scored[text][0] - scored[first][0], scored[text][0], note)
+        return Proposal(first, text, scored[text][0] - scored[first][0], scored[text][0], note, several)
 
 
 MOST_GROWTH, LEAST_SLACK = 0.3, 3  # chosen on validation text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from moe_jax.text.tokeniser import Tokeniser
 def prepare(
     folder: str,
     *,
-    mixture: str,
+    mixture: str | Mapping[str, float],
     tokeniser: str,
     split: str = "train",
     length: int = 256,
@@ -22,12 +23,18 @@ def prepare(
     layout: str = "aligned",
     max_hypotheses: int = 5,
     max_sources: int = 0,
+    own: Mapping[str, tuple[str, str]] | None = None,
 ) -> None:
     """Draws from a seqio mixture into `folder` (`seqio_data.prepare`); what is there already must be what was asked
     for.
 
+    Args:
+      mixture: a registered task or mixture, or rates of such: {"own": 1.0, "correct_all": 0.5}.
+      own: tasks of the user's own that the mixture may name: name -> (family, folder of train.jsonl, valid.jsonl).
+
     Raises ValueError where `folder` holds something else.
     """
+    mixture = mixture if isinstance(mixture, str) else dict(mixture)
     wanted = {
         "mixture": mixture,
         "split": split,
@@ -39,6 +46,8 @@ def prepare(
         "max_sources": max_sources,
         "tokeniser": Tokeniser.load(tokeniser).sha256,
     }
+    if own:
+        wanted["own"] = {name: [family, *_state(Path(home), split)] for name, (family, home) in own.items()}
     if Path(folder).exists():
         there = Prepared.open(folder).meta
         for key, value in wanted.items():
@@ -50,6 +59,16 @@ def prepare(
         return
     from moe_jax import seqio_data
 
+    for name, (family, home) in (own or {}).items():
+        seqio_data.own(name, family, home)
     about: dict[str, Any] = {k: v for k, v in wanted.items() if k not in ("mixture", "tokeniser", "drawn")}
     Path(folder).parent.mkdir(parents=True, exist_ok=True)
     seqio_data.prepare(mixture, tokeniser, folder, examples=examples, passes=passes, **about)
+
+
+def _state(home: Path, split: str) -> list[Any]:
+    """Which file of a user's it was: a prepared folder is not used again for another, or for one that has grown."""
+    for path in (home / f"{split}.jsonl", home / f"{split}.jsonl.gz"):
+        if path.is_file():
+            return [str(path.absolute()), path.stat().st_size]
+    raise ValueError(f"{home}: holds no {split}.jsonl, nor one with .gz")

@@ -34,8 +34,22 @@ BATCHED = 256  # examples that come over from TensorFlow at a time
 _INT32 = seqio.FeatureConverter.FeatureSpec(dtype=tf.int32)
 
 
-def find(name: str) -> seqio.Task | seqio.Mixture:
-    """A registered task or mixture. Raises ValueError with the nearest and all known names."""
+def own(name: str, family: str, folder: str) -> None:
+    """Registers a user's folder of JSON lines as a task (`tasks.correction.register_jsonl_task`), once."""
+    if name not in seqio.TaskRegistry.names():
+        correction.register_jsonl_task(name, family, folder)
+
+
+def find(name: str | Mapping[str, float]) -> seqio.Task | seqio.Mixture:
+    """A registered task or mixture, or a mixture of such by rates, made here.
+
+    Raises ValueError with the nearest and all known names.
+    """
+    if not isinstance(name, str):
+        parts = [(find(part), float(rate)) for part, rate in name.items()]
+        if not parts or min(rate for _, rate in parts) <= 0:
+            raise ValueError(f"mixture {dict(name)}: give each task or mixture in it a rate above 0")
+        return seqio.Mixture("_".join(part.name for part, _ in parts), parts)
     known = sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
@@ -71,7 +85,7 @@ class CorrectionConverter(seqio.FeatureConverter):
 
 
 def draw(
-    name: str,
+    name: str | Mapping[str, float],
     *,
     length: int,
     seed: int,
@@ -83,7 +97,7 @@ def draw(
     """Examples of a task or mixture, shuffled; the same for the same arguments and files.
 
     Args:
-      name: registered with seqio.
+      name: registered with seqio, or rates of such names.
       length: the most tokens of an example; one that does not fit comes as `UNFIT`.
       examples: draw so many, by the rates of the mixture; or
       passes: draw every example of every task so many times, whatever the rates; or neither: without end.
@@ -126,7 +140,7 @@ def seqio_batches(
 
 
 def prepare(
-    name: str,
+    name: str | Mapping[str, float],
     tokeniser: Tokeniser | str | os.PathLike,
     folder: str | os.PathLike,
     *,
@@ -138,16 +152,18 @@ def prepare(
     max_hypotheses: int = 5,
     max_sources: int = 0,
     split: str = "train",
+    own: Mapping[str, Any] | None = None,
 ) -> Mapping[str, Any]:
     """Draws from a task or mixture into a prepared folder (see `data.py`), says what came, returns the meta.
 
-    `examples` or `passes` as in `draw`: one of them. Raises ValueError in one line.
+    `examples` or `passes` as in `draw`: one of them. `own` is kept in the meta. Raises ValueError in one line.
     """
     if examples is None and passes is None:
         raise ValueError("say how much to draw: give examples or passes")
     settings = {"layout": layout, "max_hypotheses": max_hypotheses, "max_sources": max_sources}
     loaded = tokeniser if isinstance(tokeniser, Tokeniser) else Tokeniser.load(tokeniser)
-    tasks = _tasks_with(find(name), split)
+    provider = find(name)
+    tasks = _tasks_with(provider, split)
     total = examples or (passes or 0) * sum(task.num_input_examples(split) for task in tasks)
     drawn = draw(
         name,
@@ -160,7 +176,7 @@ def prepare(
         **settings,
     )
     skipped: Counter[str] = Counter()
-    progress = tqdm(drawn, total=total, desc=f"{name} {split}", unit=" examples", mininterval=1, disable=None)
+    progress = tqdm(drawn, total=total, desc=f"{provider.name} {split}", unit=" examples", mininterval=1, disable=None)
     meta = write_prepared(
         folder,
         _fitting(progress, skipped),
@@ -168,11 +184,12 @@ def prepare(
         tokeniser=loaded,
         families=FAMILIES,
         skipped=skipped,
-        mixture=name,
+        mixture=name if isinstance(name, str) else dict(name),
         split=split,
         seed=seed,
         drawn={"examples": examples, "passes": passes},
         **settings,
+        **({"own": dict(own)} if own else {}),
     )
     sizes: Counter[str] = Counter()
     for task in tasks:

@@ -16,6 +16,7 @@ from moe_jax.layers.param import Rngs
 GIN = Path(main.GIN)
 RUNS = sorted(str(p.relative_to(GIN)) for folder in ("runs", "experiments") for p in (GIN / folder).rglob("*.gin"))
 COMPLETE = [r for r in RUNS if r != "runs/finetune.gin"]
+GIVEN = {"runs/own.gin": ["FOLDER=/data/mine", "FAMILY=asr"]}
 ROUTERS = sorted(p.stem for p in (GIN / "routers").glob("*.gin") if p.stem != "moe")
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -43,7 +44,9 @@ def shapes(files: list[str], bindings: Sequence[str] = ()) -> str:
 @pytest.mark.parametrize("name", COMPLETE)
 def test_every_run_parses_and_builds_the_parameters_of_its_golden_file(name):
     golden = GOLDEN / (name.replace("/", "-").removesuffix(".gin") + ".txt")
-    table = shapes([name])
+    table = shapes([name], GIVEN.get(name, ()))
+    if name not in GIVEN:  # which replaces jobs of what it includes
+        main._check_all_used(gin.config._CONFIG)
     if os.environ.get("UPDATE_GOLDEN"):  # UPDATE_GOLDEN=1 pytest tests/test_main.py, then read the diff
         golden.write_text(table)
     assert table == golden.read_text()
@@ -57,7 +60,7 @@ def test_every_router_file_makes_an_moe_of_the_tiny_corrector(router):
     model = configured_model()
     table = jax.eval_shape(lambda: tree.flatten(model(vocab=64, rngs=Rngs(params=0))))
     assert table["blocks/ffn/experts/gate"].shape == (4, 4, 192, 512)
-    main._check_all_used()
+    main._check_all_used(gin.config._CONFIG)
 
 
 def refused(files, bindings) -> str:
@@ -88,6 +91,14 @@ def test_a_binding_that_nothing_reads_is_an_error(tmp_path):
         "from moe_jax import optim\noptim.adamw.b1 = 0.5\n"
     )
     assert "nothing in main.run.jobs uses it" in refused([str(extra)], [])
+
+
+def test_what_an_included_file_binds_for_a_job_that_was_replaced_is_no_error():
+    main.load(["runs/own.gin"], GIVEN["runs/own.gin"])
+
+
+def test_what_a_run_requires_is_named():
+    assert "FOLDER" in refused(["runs/own.gin"], [])
 
 
 def test_values_from_the_shell_need_no_quotes():

@@ -1,6 +1,7 @@
 """From hypotheses to text: the guard, the n-best, what cannot be corrected, and the commands around them."""
 
 import base64
+import dataclasses
 import gzip
 import json
 import subprocess
@@ -17,7 +18,7 @@ from moe_jax.layers.param import Rngs
 from moe_jax.models.corrector import Corrector
 from moe_jax.moe import routers
 from moe_jax.moe.layer import MoeFfn
-from moe_jax.pipeline import Pipeline, Proposal, export, local_edits, repeats
+from moe_jax.pipeline import Guard, Pipeline, Proposal, export, local_edits, repeats
 from moe_jax.tasks.families import FAMILIES
 from moe_jax.text.tokeniser import Tokeniser
 
@@ -56,7 +57,7 @@ def test_what_was_exported_is_loaded(shipped, pipeline):
     table, _ = checkpoint.read_safetensors(shipped / "model.safetensors")
     for path, leaf in tree.flatten(pipeline.model).items():
         np.testing.assert_array_equal(leaf, table[path])
-    assert pipeline.guard == 2.5
+    assert pipeline.guard == Guard(single=2.5, several=2.5)
     assert pipeline.model.ffn.router.experts[:5] == (0, 0, 1, 0, 1)
 
 
@@ -124,9 +125,25 @@ def test_the_guard_is_tuned_where_corrections_help_and_closes_where_none_does():
     rows = [{"task": t, "reference": "a b", "hypotheses": ["a c"], "source_set": "s"} for t in ("asr", "ocr")]
     good = [Proposal("a c", "a b", 4.5, 0.0), Proposal("a c", "x y", 1.2, 0.0)]
     # at a threshold in (1.2, 4.5] the first line is mended and the second left alone
-    assert 1.2 < evaluate.tune_guard(rows, good) <= 4.5
+    guard = evaluate.tune_guard(rows, good)
+    assert 1.2 < guard.single <= 4.5
+    assert [guard(p).text for p in good] == ["a b", "a c"]
+    assert guard.several == max(evaluate.THRESHOLDS)  # no such rows: nothing says that corrections help
     bad = [Proposal("a c", "x y", 4.5, 0.0), Proposal("a c", "x y", 1.2, 0.0)]
-    assert evaluate.tune_guard(rows, bad) == max(evaluate.THRESHOLDS)
+    assert evaluate.tune_guard(rows, bad).single == max(evaluate.THRESHOLDS)
+
+
+def test_lists_have_a_threshold_of_their_own():
+    rows = [{"task": "asr", "reference": "a b", "hypotheses": ["a c"], "source_set": "s"}] * 4
+    proposals = [
+        Proposal("a c", "a b", 1.2, 0.0),
+        Proposal("a c", "a b", 3.5, 0.0, several=True),
+        Proposal("a c", "x y", 1.2, 0.0, several=True),
+        Proposal("a b", "a b", 0.0, 0.0),
+    ]
+    guard = evaluate.tune_guard(rows, proposals)
+    assert guard.single <= 1.2 < guard.several <= 3.5
+    assert Guard.of(json.loads(json.dumps(dataclasses.asdict(guard)))) == guard
 
 
 def test_known_tasks_reach_the_router_and_unknown_ones_are_zero(shipped):
