@@ -23,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 Table = dict[str, Any]
 
@@ -171,7 +171,8 @@ def write_safetensors(path: Path | str, params: Table, meta: Mapping[str, Any], 
     path = Path(path)
     arrays = {p: np.asarray(x if dtype is None else jnp.asarray(x, dtype), order="C") for p, x in params.items()}
     aside = path.with_name(path.name + ".part")
-    save_file(arrays, aside, metadata={"moe_jax": json.dumps(dict(meta))})
+    # Not save_file: its files can be read by their owner alone.
+    aside.write_bytes(save(arrays, metadata={"moe_jax": json.dumps(dict(meta))}))
     os.replace(aside, path)
 
 

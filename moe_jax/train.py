@@ -100,7 +100,7 @@ def make_step(
         params = after_step(model, cast(Table, optax.apply_updates(params, updates)), metrics)
         if "stats" in metrics:  # the statistics of slices add up, the losses made of them do not
             metrics |= {name: loss_of(metrics["stats"]) for name, loss_of in losses.AUXILIARY.items()}
-        return params, opt, metrics | {"loss": loss / micro, "grad_norm": optax.global_norm(grads)}
+        return params, opt, metrics | {"loss": loss / micro, "grad_norm": optax.tree.norm(grads)}
 
     return jax.jit(step_fn, donate_argnums=(0, 1), compiler_options=xla.options())
 
