@@ -5,18 +5,24 @@
 An arm is a gin file of gin/experiments/<experiment>/. What is finished is not run again, what was interrupted goes
 on: stop it when you like. The table has a row for each arm, seed, task, set and metric: the corrected value, the 95 %
 interval of its relative change against the first pass and the p-value, and besides the arms the rows "first pass",
-"oracle n-best" and "oracle compositional".
+"oracle n-best" and "oracle compositional". Beside the rows stand comparisons of each two arms.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from moe_jax.metrics import errors, significance
+from moe_jax.metrics.normalisers import family_normaliser
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -80,6 +86,44 @@ def references_of(scores: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def word_errors(folder: Path) -> dict[str, np.ndarray]:
+    """task -> Nx2 (word errors, reference words) of a run's corrected test lines, in the order of the files."""
+    with open(folder / "examples.jsonl", encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    out = {}
+    for task in dict.fromkeys(line["task"] for line in lines):
+        mine, normaliser = [line for line in lines if line["task"] == task], family_normaliser(task)
+        counts = errors.line_errors([x["reference"] for x in mine], [x["correction"] for x in mine], normaliser)
+        out[task] = np.array([(c.errors, c.reference_length) for c in counts])
+    return out
+
+
+def comparisons(experiment: str, arms: list[str], seeds: list[int]) -> list[dict[str, Any]]:
+    """Each two arms on the same test lines, the word errors of a line summed over the seeds that both have."""
+    out = []
+    finished = lambda arm, seed: (ROOT / run_folder(experiment, arm, seed) / "examples.jsonl").exists()  # noqa: E731
+    for arm, against in itertools.combinations(arms, 2):
+        both = [seed for seed in seeds if finished(arm, seed) and finished(against, seed)]
+        if not both:
+            continue
+        ours, theirs = ([word_errors(ROOT / run_folder(experiment, a, s)) for s in both] for a in (arm, against))
+        for task in ours[0]:
+            found = significance.compare(*(np.sum([x[task] for x in runs], axis=0) for runs in (theirs, ours)))
+            out.append(
+                {
+                    "arm": arm,
+                    "against": against,
+                    "seeds": both,
+                    "task": task,
+                    "metric": "wer",
+                    "relative_change": found.relative_change,
+                    "ci95": found.ci95,
+                    "p_value": found.p_value,
+                }
+            )
+    return out
+
+
 def collect(experiment: str, arms: list[str], seeds: list[int]) -> dict[str, Any]:
     """The table of all finished runs."""
     rows: list[dict[str, Any]] = []
@@ -93,7 +137,8 @@ def collect(experiment: str, arms: list[str], seeds: list[int]) -> dict[str, Any
             rows += ([] if rows else references_of(scores)) + rows_of(arm, seed, scores)
             meta = {k: scores["meta"][k] for k in ("split", "date", "step")}
     command = f"python -m benchmarks.arms {experiment} --arms {' '.join(arms)} --seeds {' '.join(map(str, seeds))}"
-    return {"experiment": experiment, "meta": {**meta, "command": command}, "rows": rows}
+    about = {"experiment": experiment, "meta": {**meta, "command": command}}
+    return {**about, "rows": rows, "comparisons": comparisons(experiment, arms, seeds)}
 
 
 def main() -> None:

@@ -39,6 +39,14 @@ def table(data: dict[str, Any]) -> str:
         mine = [r for r in rows if (r["task"], r["metric"]) == (task, metric)]
         for arm in unique(r["arm"] for r in mine):
             out.append(line(task, metric, arm, [r for r in mine if r["arm"] == arm]))
+    if data.get("comparisons"):
+        out += ["", "Arm against arm, word errors of the same test lines, summed over seeds:\n"]
+        out += ["| task | arm | against | seeds | change | 95 % interval | p |", "|---|---|---|--:|--:|--:|--:|"]
+        for c in data["comparisons"]:
+            low, high = (f"{100 * x:+.1f}" for x in c["ci95"])
+            change, p = f"{100 * c['relative_change']:+.1f} %", f"{c['p_value']:.4f}"
+            cells = (c["task"], c["arm"], c["against"], str(len(c["seeds"])), change, f"{low} to {high}", p)
+            out.append(f"| {' | '.join(cells)} |")
     return "\n".join(out) + "\n"
 
 

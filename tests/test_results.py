@@ -28,6 +28,24 @@ def test_every_row_has_the_keys_of_an_evidence_table(path):
         assert row["value"] >= 0
 
 
+def test_arms_are_compared_on_the_lines_and_seeds_that_both_have(tmp_path, monkeypatch):
+    def finish(arm: str, seed: int, corrections: list[str]) -> None:
+        folder = tmp_path / arms.run_folder("x", arm, seed)
+        folder.mkdir(parents=True)
+        lines = [{"task": "asr", "reference": "a b", "correction": c} for c in corrections]
+        (folder / "examples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    monkeypatch.setattr(arms, "ROOT", tmp_path)
+    finish("moe", 0, ["a b", "a c"])
+    finish("moe", 1, ["a b", "a b"])
+    finish("dense", 0, ["a c", "a c"])
+    finish("dense", 1, ["a c", "a c"])
+    finish("dense", 2, ["a b", "a b"])
+    (found,) = arms.comparisons("x", ["moe", "dense"], [0, 1, 2])
+    assert (found["arm"], found["against"], found["seeds"]) == ("moe", "dense", [0, 1])
+    assert found["relative_change"] == pytest.approx(1 / 4 - 1)  # one word error against four
+
+
 def test_a_run_becomes_rows_of_its_arm_and_the_references_stand_once():
     row = {"task": "asr", "set": "all", "metric": "wer", "lines": 2, "first_pass": 0.5, "corrected": 0.4}
     row |= {"oracle_nb": 0.3, "oracle_cp": None, "relative_change": -0.2, "ci95": [-0.3, -0.1], "p_value": 0.01}
