@@ -20,13 +20,8 @@ from moe_jax.types import Array, TokenInfo, value
 
 PAD, EOS = 0, 1
 BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-ROOMS = (
-    48,
-    96,
-    192,
-    384,
-    768,
-)  # the loop ends with its last row, so a wide room costs little; each costs a compilation
+ROOMS = (48, 96, 192, 384, 768)  # the loop ends with its last row, so a wide room costs little; each costs a program
+SLOTS = (64, 128, 256, 512, 1024)  # of the caches: one program of search serves the prompts of several buckets
 
 
 @value
@@ -34,7 +29,7 @@ class Prefill:
     """Prompts that the model has read.
 
     Attributes:
-      state: its state after them, `P` slots full.
+      state: its state after them, with `SLOTS` that they fill in part.
       logp_BxV: log-probabilities, float32, of what comes next.
       length_B: tokens in each prompt.
       task_B: family of each; 0 is unknown.
@@ -136,7 +131,8 @@ class _structure:
 @functools.partial(jax.jit, static_argnums=0)
 def _prefill(structure: _structure, params: dict[str, Array], tokens_BxP: Array, info: TokenInfo) -> Prefill:
     model = structure.filled(params)
-    x, state, _ = model(tokens_BxP, info, model.state(*tokens_BxP.shape))
+    B, P = tokens_BxP.shape
+    x, state, _ = model(tokens_BxP, info, model.state(B, bucket(P, SLOTS)))
     logp = jax.nn.log_softmax(model.logits(x[:, -1]).astype(jnp.float32))
     return Prefill(state, logp, info.valid_BxL.sum(1), info.task_BxL[:, -1])
 

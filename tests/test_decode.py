@@ -121,3 +121,6 @@ def test_new_lengths_within_a_bucket_do_not_compile_again():
     compiled = decode._search._cache_size(), decode._prefill._cache_size()
     decode.search(model, decode.prefill(model, [[*p, 4] for p in PROMPTS]), max_new=9)
     assert (decode._search._cache_size(), decode._prefill._cache_size()) == compiled
+    # a longer prompt is read by a program of its own, and searched after by the same
+    decode.search(model, decode.prefill(model, [[*p, *[4] * 30] for p in PROMPTS]), max_new=9)
+    assert (decode._search._cache_size(), decode._prefill._cache_size()) == (compiled[0], compiled[1] + 1)
