@@ -95,7 +95,7 @@ def front_table() -> str:
         for task in tasks:
             mine = [r for r in rows if (r["arm"], r["task"]) == (arm, task)]
             changes = [r["relative_change"] for r in mine if r["relative_change"] is not None]
-            sure = mine[0]["p_value"] is not None and mine[0]["p_value"] < 0.05
+            sure = all(r["p_value"] is not None and r["p_value"] < 0.05 for r in mine)
             change = f" ({100 * np.mean(changes):+.1f} %{'*' if sure else ''})" if changes else ""
             cells.append(f"{100 * np.mean([r['value'] for r in mine]):.2f}{change}")
         seeds = len({r["seed"] for r in rows if r["arm"] == arm} - {None})
@@ -103,7 +103,7 @@ def front_table() -> str:
         out.append(f"| {name} | " + " | ".join(cells) + " |")
     meta = data["meta"]
     out.append(
-        f"\nHeld-out test lines, relative change against the first pass; * p < 0.05. {meta['date']}, "
+        f"\nHeld-out test lines, relative change against the first pass; * p < 0.05 with every seed. {meta['date']}, "
         f"`{meta['command']}`. [RESULTS.md](RESULTS.md) has every metric, set and interval."
     )
     return "\n".join(out)
