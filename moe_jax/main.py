@@ -66,10 +66,9 @@ def corpus(split: str, families: Sequence[str] = ("asr", "ocr", "mt", "gec")) ->
 
 def own_corpus(folder: str, split: str) -> list[str]:
     """The file of a split in a user's folder. Raises ValueError where there is none."""
-    for path in (Path(folder) / f"{split}.jsonl", Path(folder) / f"{split}.jsonl.gz"):
-        if path.is_file():
-            return [str(path)]
-    raise ValueError(f"{folder}: holds no {split}.jsonl, nor one with .gz")
+    from moe_jax import formats
+
+    return [str(formats.split_file(folder, split))]
 
 
 # --- gin --------------------------------------------------------------------------------------------------------------

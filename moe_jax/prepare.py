@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moe_jax import formats
 from moe_jax.data import Prepared
 from moe_jax.text.tokeniser import Tokeniser
 
@@ -68,7 +69,5 @@ def prepare(
 
 def _state(home: Path, split: str) -> list[Any]:
     """Which file of a user's it was: a prepared folder is not used again for another, or for one that has grown."""
-    for path in (home / f"{split}.jsonl", home / f"{split}.jsonl.gz"):
-        if path.is_file():
-            return [str(path.absolute()), path.stat().st_size]
-    raise ValueError(f"{home}: holds no {split}.jsonl, nor one with .gz")
+    path = formats.split_file(home, split)
+    return [str(path.absolute()), path.stat().st_size]

@@ -18,6 +18,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moe_jax import formats
 from moe_jax.formats.record import Record
 from moe_jax.tasks import preprocessors
 from moe_jax.tasks.families import family_id
@@ -103,11 +104,7 @@ class JsonLines(seqio.DataSource):
 
     def path(self, split: str) -> Path:
         """Raises ValueError, in one line, if there is no file for the split."""
-        zipped = self._folder() / f"{self._stem}{split}.jsonl.gz"
-        for path in (zipped, zipped.with_suffix("")):
-            if path.is_file():
-                return path
-        raise ValueError(f"{zipped}: no such file, nor one without .gz")
+        return formats.split_file(self._folder(), split, self._stem)
 
     @property
     def supports_arbitrary_sharding(self) -> bool:

@@ -32,7 +32,7 @@ from typing import TextIO
 from moe_jax.formats import json_list, lines, objects
 from moe_jax.formats.record import Bad, FormatError, Part, Record
 
-__all__ = ["FORMATS", "Bad", "FormatError", "Part", "Record", "by_extension", "detect", "parts", "read"]
+__all__ = ["FORMATS", "Bad", "FormatError", "Part", "Record", "by_extension", "detect", "parts", "read", "split_file"]
 
 PathLike = str | os.PathLike[str]
 
@@ -91,6 +91,18 @@ def detect(path: PathLike, fmt: str | None = None) -> str:
     if fmt is None and name == "json" and first.lstrip("\ufeff" + objects.SPACE).startswith("{"):
         return "jsonl"
     return name
+
+
+def split_file(folder: PathLike, split: str, stem: str = "") -> Path:
+    """The file of a split in a corpus folder, `stem` + split + `.jsonl.gz` or `.jsonl`; where both are, the first.
+
+    Raises ValueError, in one line, where there is neither.
+    """
+    zipped = Path(folder) / f"{stem}{split}.jsonl.gz"
+    for path in (zipped, zipped.with_suffix("")):
+        if path.is_file():
+            return path
+    raise ValueError(f"{zipped}: no such file, nor one without .gz")
 
 
 def parts(path: PathLike, fmt: str | None = None, field: str | None = None) -> Iterator[Part]:
