@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax import partfile
 from moe_jax.metrics import errors, significance
 from moe_jax.metrics.normalisers import family_normaliser
 
@@ -101,12 +101,13 @@ def word_errors(folder: Path) -> dict[str, np.ndarray]:
 def comparisons(experiment: str, arms: list[str], seeds: list[int]) -> list[dict[str, Any]]:
     """Each two arms on the same test lines, the word errors of a line summed over the seeds that both have."""
     out = []
-    finished = lambda arm, seed: (ROOT / run_folder(experiment, arm, seed) / "examples.jsonl").exists()  # noqa: E731
+    folders = {(arm, seed): ROOT / run_folder(experiment, arm, seed) for arm in arms for seed in seeds}
+    found_in = {run: word_errors(folder) for run, folder in folders.items() if (folder / "scores.json").exists()}
     for arm, against in itertools.combinations(arms, 2):
-        both = [seed for seed in seeds if finished(arm, seed) and finished(against, seed)]
+        both = [seed for seed in seeds if (arm, seed) in found_in and (against, seed) in found_in]
         if not both:
             continue
-        ours, theirs = ([word_errors(ROOT / run_folder(experiment, a, s)) for s in both] for a in (arm, against))
+        ours, theirs = ([found_in[a, s] for s in both] for a in (arm, against))
         for task in ours[0]:
             found = significance.compare(*(np.sum([x[task] for x in runs], axis=0) for runs in (theirs, ours)))
             out.append(
@@ -158,9 +159,7 @@ def main() -> None:
                 run_arm(args.experiment, arm, seed, extra)
     out = ROOT / "results" / args.experiment / "table.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(out.name + ".part")
-    aside.write_text(json.dumps(collect(args.experiment, arms, args.seeds), indent=1) + "\n", "utf-8")
-    os.replace(aside, out)
+    partfile.write_text(out, json.dumps(collect(args.experiment, arms, args.seeds), indent=1) + "\n")
     print(f"{out.relative_to(ROOT)} written; now python -m benchmarks.results")
 
 

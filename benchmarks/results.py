@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax import partfile
+
 ROOT = Path(__file__).resolve().parents[1]
 HIGHER = ("bleu", "chrf", "f0.5")
 HEAD = """# Results
@@ -124,7 +126,7 @@ def main() -> None:
     for name, text in wanted.items():
         path = ROOT / name
         if not args.check:
-            path.write_text(text, "utf-8")
+            partfile.write_text(path, text)
         elif not path.exists() or path.read_text("utf-8") != text:
             sys.exit(f"{name} does not agree with results/*/table.json: run python -m benchmarks.results")
 
