@@ -221,11 +221,11 @@ def start(args: argparse.Namespace) -> int:
 
 def report(error: Exception) -> int:
     """One line for what a user can mend; a traceback for what is a bug of ours."""
-    from moe_jax.train import Stopped
+    from moe_jax.partfile import Stopped
 
     if isinstance(error, Stopped):
         print(error, file=sys.stderr)
-        return 130
+        return error.code
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         print(f"{where}{error.strerror or error}", file=sys.stderr)

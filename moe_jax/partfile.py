@@ -23,7 +23,10 @@ class Refused(Exception):
 
 
 class Stopped(Exception):
-    """A signal ended the run after a batch. `code` is the exit code; `str(error)` says how to go on."""
+    """A signal ended the run after a batch or step, and all is saved.
+
+    `code` is the exit code; `str(error)` says how to go on.
+    """
 
     def __init__(self, signum: int, what: str) -> None:
         super().__init__(what)
@@ -143,10 +146,14 @@ class PartFile:
 
 
 class Signals:
-    """Within it, the first SIGINT or SIGTERM is only noted in `caught`; a second one acts as usual."""
+    """Within it, the first SIGINT or SIGTERM is only noted in `caught`; Ctrl-C after that stops at once.
 
-    def __init__(self) -> None:
-        self.caught = 0
+    A repeated SIGTERM does nothing: schedulers send it to a process and to its group. `doing` tells the user what
+    is being finished.
+    """
+
+    def __init__(self, doing: str = "finishing the batch") -> None:
+        self.doing, self.caught = doing, 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -159,9 +166,12 @@ class Signals:
             signal.signal(signum, handler)
 
     def _catch(self, signum: int, frame: FrameType | None) -> None:
+        if self.caught:
+            if signum == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         self.caught = signum
-        self.__exit__()
-        os.write(2, b"\nfinishing the batch; once more to stop at once\n")
+        os.write(2, f"\n{self.doing}; Ctrl-C again to stop at once\n".encode())
 
 
 def write_text(path: Path, text: str) -> None:

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import json
 import math
-import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from moe_jax import checkpoint, describe, losses, sharding, tree, xla
 from moe_jax.data import Prepared
 from moe_jax.layers.param import Rngs
 from moe_jax.logs import Logs
+from moe_jax.partfile import Signals, Stopped
 from moe_jax.pipeline import export
 from moe_jax.types import Array, Batch, Metrics
 
@@ -39,10 +39,6 @@ class State:
     params: Table
     opt: Any
     step: int
-
-
-class Stopped(Exception):
-    """Training was asked to stop, and everything is saved."""
 
 
 # --- build ------------------------------------------------------------------------------------------------------------
@@ -330,7 +326,7 @@ def _loop(
     peak = xla.peak_flops()
     bar = tqdm(total=steps, initial=state.step, unit="step", disable=None if progress else True, mininterval=1)
     clock, tokens, waited = time.monotonic(), 0, 0.0
-    with StopSignal() as stop, bar:
+    with Signals("saving") as stop, bar:
         while state.step < steps:
             began = time.monotonic()
             batch = fetch(state.step)
@@ -361,10 +357,12 @@ def _loop(
                 valid = validate(state.params)
                 logs.metrics(state.step, valid)
                 clock += time.monotonic() - began  # speed is that of training alone
-            if stop.asked or state.step % save_every == 0 or state.step == steps:
+            if stop.caught or state.step % save_every == 0 or state.step == steps:
                 save()
-            if stop.asked:
-                raise Stopped(f"stopped at step {state.step} of {steps}; the same command goes on from there")
+            if stop.caught:
+                raise Stopped(
+                    stop.caught, f"stopped at step {state.step} of {steps}; the same command goes on from there"
+                )
 
 
 def _rows(data: Prepared, step: int, seed: int, batch_size: int) -> Batch:
@@ -409,21 +407,3 @@ def _announce(folder: Path, model: Any, state: State, steps: int, data: Prepared
     print(f"  {sizes[0] / 1e6:.2f} M parameters, {sizes[1] / 1e6:.2f} M active a token; devices: {jax.device_count()}")
     terms = ", ".join(f"{n} x {w}" for n, w in model.auxiliary if w) or "none"
     print(f"  auxiliary losses: {terms}; {data.rows} rows of {data.meta['length']} tokens")
-
-
-class StopSignal:
-    """SIGINT and SIGTERM ask the loop to save and stop; a second SIGINT stops at once."""
-
-    def __enter__(self) -> StopSignal:
-        self.asked = False
-        self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _ask(self, number, frame) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def __exit__(self, *exc) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
