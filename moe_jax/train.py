@@ -200,6 +200,7 @@ def train(
       model: configured class, called with (vocab=..., rngs=...).
       optimizer: configured factory of the optax transformation.
       data, valid_data: prepared folders (`moe_jax.data`).
+      steps: 0 keeps and exports the initial model: what a run starts from, to be scored like the others.
       micro_batches: gradient accumulation.
       init_from: a safetensors checkpoint to start from, changed by `init_rules` (`checkpoint.transplant`).
       config: the resolved configuration, kept as JSON beside the checkpoints (never executed).
@@ -306,7 +307,7 @@ def _loop(
     progress: bool,
     flops_per_token: int,
 ) -> None:
-    if state.step >= steps:
+    if state.step >= steps and store.latest() is not None:
         return
     valid: dict[str, float] = {}
 
@@ -323,6 +324,10 @@ def _loop(
         finite("validation loss", valid["valid/loss"])
         store.save(state.step, state.params, state.opt, {**about, "step": state.step}, valid["valid/loss"])
 
+    if state.step >= steps:
+        save()
+        logs.metrics(0, valid)
+        return
     peak = xla.peak_flops()
     bar = tqdm(total=steps, initial=state.step, unit="step", disable=None if progress else True, mininterval=1)
     clock, tokens, waited = time.monotonic(), 0, 0.0
