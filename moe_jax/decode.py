@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import tree
+from moe_jax.layers import stack
 from moe_jax.types import Array, TokenInfo, value
 
 PAD, EOS = 0, 1
@@ -152,7 +153,7 @@ def _search(
     model = structure.filled(params)
     B, K, M, V = len(limit_B), beams, room, model.vocab
     # Rows of beams lie beside each other: [B * K]. Only the first beam of a row is alive at the start.
-    state = _rows(read.state.grown(M), jnp.repeat(jnp.arange(B), K))
+    state = stack.split(_rows(read.state.grown(M), jnp.repeat(jnp.arange(B), K)), model.layers)
     first_BxKxV = jnp.repeat(read.logp_BxV[:, None], K, axis=1)
     alive = jnp.where(jnp.arange(K) == 0, 0.0, -jnp.inf)
     task_R = jnp.repeat(read.task_B, K)
@@ -180,7 +181,7 @@ def _search(
         count = jnp.take_along_axis(count, parent, axis=1) + ~done
         done = done | (token == EOS)
         if K > 1:
-            state = _rows(state, (jnp.arange(B)[:, None] * K + parent).reshape(-1))
+            state = _rows(state, (jnp.arange(B)[:, None] * K + parent).reshape(-1), axis=0)
         live = ~done.reshape(-1, 1)
         place = (read.length_B[:, None] + t + jnp.zeros((B, K), jnp.int32)).reshape(-1, 1)
         step = TokenInfo(jnp.where(live, task_R[:, None], 0), live, live.astype(jnp.int32), place)
@@ -231,6 +232,6 @@ def _score(
     return jnp.take_along_axis(logp, tokens_RxM[..., None], axis=-1)[..., 0]
 
 
-def _rows(state: Any, row_R: Array) -> Any:
-    """The state of some rows; leaves are stacked over layers, those without rows count slots."""
-    return jax.tree.map(lambda s: s if s.ndim < 2 else s[:, row_R], state)
+def _rows(state: Any, row_R: Array, axis: int = 1) -> Any:
+    """The state of some rows, which lie on `axis` (1: stacked over layers, 0: split); leaves without it count slots."""
+    return jax.tree.map(lambda s: s if s.ndim <= axis else jnp.take(s, row_R, axis=axis), state)

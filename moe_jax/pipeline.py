@@ -195,7 +195,7 @@ class Pipeline:
         written = [self.tokeniser.decode([t for t in d.tokens if t != EOS]) if d.ended else None for d in found]
         texts = [t and local_edits(t, r.hypotheses) for t, r in zip(written, records, strict=True)]
         candidates = [self._candidates(r, t) for r, t in zip(records, texts, strict=True)]
-        scores = self._scores(read, candidates)
+        scores = self._scores(read, candidates, found)
         several = [len(set(r.hypotheses)) > 1 for r in records]
         return [self._best(*given) for given in zip(firsts, texts, scores, several, strict=True)]
 
@@ -206,20 +206,28 @@ class Pipeline:
         return list(dict.fromkeys([*own, *(h for h in given if h.strip())]))
 
     def _scores(
-        self, read: decode.Prefill, candidates: Sequence[Sequence[str]]
+        self, read: decode.Prefill, candidates: Sequence[Sequence[str]], found: Sequence[decode.Decoded]
     ) -> list[dict[str, tuple[float, float]]]:
-        """For each record: candidate -> (log p, log p under the length penalty)."""
-        jobs = [(i, c, [*self.tokeniser.encode(c), EOS]) for i, cs in enumerate(candidates) for c in cs]
-        jobs.sort(key=lambda job: len(job[2]))
+        """For each record: candidate -> (log p, log p under the length penalty). What was `found` has its score."""
         out: list[dict[str, tuple[float, float]]] = [{} for _ in candidates]
+        jobs = []
+        for i, text in ((i, c) for i, cs in enumerate(candidates) for c in cs):
+            ids = [*self.tokeniser.encode(text), EOS]
+            if ids == found[i].tokens:
+                out[i][text] = self._penalised(found[i])
+            else:
+                jobs.append((i, text, ids))
+        jobs.sort(key=lambda job: len(job[2]))
         for start in range(0, len(jobs), self.batch_size):
             batch = jobs[start : start + self.batch_size]
             padded = [*batch, *[batch[-1]] * (self.batch_size - len(batch))]
             results = decode.score(self.model, read, [i for i, _, _ in padded], [ids for *_, ids in padded])
-            for (i, text, ids), result in zip(batch, results, strict=False):
-                penalised = result.total / float(decode.length_penalty(len(ids), self.alpha))
-                out[i][text] = (result.total, penalised)
+            for (i, text, _), result in zip(batch, results, strict=False):
+                out[i][text] = self._penalised(result)
         return out
+
+    def _penalised(self, text: decode.Decoded) -> tuple[float, float]:
+        return text.total, text.total / float(decode.length_penalty(len(text.tokens), self.alpha))
 
     def _best(self, first: str, own: str | None, scored: dict[str, tuple[float, float]], several: bool) -> Proposal:
         """The candidate of the highest penalised score; of the given ones where the search went astray."""

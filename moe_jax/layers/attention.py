@@ -19,13 +19,14 @@ NEG = -1e30
 
 @value
 class KvCache:
-    """Fixed-size cache; slots below `index` are filled.
+    """Fixed-size cache; slots below `index` are filled. Heads come before slots: what a head reads lies together, and
+    its matrix product needs no transposed copy of the cache.
 
-    Attributes: key_BxSxNxH, value_BxSxNxH, segment_BxS (0 = empty or padding), index (scalar, next slot).
+    Attributes: key_BxNxSxH, value_BxNxSxH, segment_BxS (0 = empty or padding), index (scalar, next slot).
     """
 
-    key_BxSxNxH: Array
-    value_BxSxNxH: Array
+    key_BxNxSxH: Array
+    value_BxNxSxH: Array
     segment_BxS: Array
     index: Array
 
@@ -35,7 +36,7 @@ class KvCache:
         def pad(x: Array, axis: int) -> Array:
             return jnp.pad(x, [(0, slots if i == x.ndim + axis else 0) for i in range(x.ndim)])
 
-        return KvCache(pad(self.key_BxSxNxH, -3), pad(self.value_BxSxNxH, -3), pad(self.segment_BxS, -1), self.index)
+        return KvCache(pad(self.key_BxNxSxH, -2), pad(self.value_BxNxSxH, -2), pad(self.segment_BxS, -1), self.index)
 
 
 def rotate(x_BxLxNxH: Array, position_BxL: Array, base: float) -> Array:
@@ -78,7 +79,7 @@ class Attention(Module):
         self.o = param(rngs, (heads * self.head, d), ("heads", "embed"), fan_in())
 
     def cache(self, batch: int, slots: int, dtype=jnp.float32) -> KvCache:
-        shape = (batch, slots, self.kv_heads, self.head)
+        shape = (batch, self.kv_heads, slots, self.head)
         return KvCache(
             jnp.zeros(shape, dtype),
             jnp.zeros(shape, dtype),
@@ -95,33 +96,36 @@ class Attention(Module):
             for w in (self.q, self.k, self.v)
         )
         q, k = rotate(q, info.position_BxL, self.rope_base), rotate(k, info.position_BxL, self.rope_base)
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         segment = jnp.where(info.valid_BxL, info.segment_BxL, 0)
         start: Array | int = 0
         if state is not None:
             start = state.index
-            k = jax.lax.dynamic_update_slice(state.key_BxSxNxH, k.astype(state.key_BxSxNxH.dtype), (0, start, 0, 0))
-            v = jax.lax.dynamic_update_slice(state.value_BxSxNxH, v.astype(state.value_BxSxNxH.dtype), (0, start, 0, 0))
+            k = jax.lax.dynamic_update_slice(state.key_BxNxSxH, k.astype(state.key_BxNxSxH.dtype), (0, 0, start, 0))
+            v = jax.lax.dynamic_update_slice(state.value_BxNxSxH, v.astype(state.value_BxNxSxH.dtype), (0, 0, start, 0))
             keys = jax.lax.dynamic_update_slice(state.segment_BxS, segment, (0, start))
             state = KvCache(k, v, keys, start + L)
         else:
             keys = segment
-        slot_L, slot_S = start + jnp.arange(L), jnp.arange(k.shape[1])
+        slot_L, slot_S = start + jnp.arange(L), jnp.arange(k.shape[2])
         seen = (slot_L[:, None] >= slot_S) & (segment[:, :, None] == keys[:, None, :]) & (keys[:, None, :] > 0)
         # Everything sees itself, padding too (its value is 0): then no row of the softmax is empty.
         bias = jnp.where(seen | (slot_L[:, None] == slot_S), 0.0, NEG)
         k, v = k.astype(q.dtype), v.astype(q.dtype)
         if state is None and 0 < self.block < L:
             ends = [(i, min(i + self.block, L)) for i in range(0, L, self.block)]
-            y = jnp.concatenate([_attend(q[:, i:j], k[:, :j], v[:, :j], bias[:, i:j, :j]) for i, j in ends], axis=1)
+            y = jnp.concatenate(
+                [_attend(q[:, i:j], k[:, :, :j], v[:, :, :j], bias[:, i:j, :j]) for i, j in ends], axis=1
+            )
         else:
             y = _attend(q, k, v, bias)
         return constrain(y.reshape(B, L, -1) @ self.o[...], "batch", None, None), state
 
 
-def _attend(q_BxLxNxH: Array, k_BxSxKxH: Array, v_BxSxKxH: Array, bias_BxLxS: Array) -> Array:
+def _attend(q_BxLxNxH: Array, k_BxKxSxH: Array, v_BxKxSxH: Array, bias_BxLxS: Array) -> Array:
     """Grouped-query attention; the softmax is float32."""
     B, L, N, H = q_BxLxNxH.shape
-    q = q_BxLxNxH.reshape(B, L, k_BxSxKxH.shape[2], -1, H)
-    score = jnp.einsum("blkgh,bskh->bkgls", q, k_BxSxKxH, preferred_element_type=jnp.float32) * H**-0.5
+    q = q_BxLxNxH.reshape(B, L, k_BxKxSxH.shape[1], -1, H)
+    score = jnp.einsum("blkgh,bksh->bkgls", q, k_BxKxSxH, preferred_element_type=jnp.float32) * H**-0.5
     weight = jax.nn.softmax(score + bias_BxLxS[:, None, None], axis=-1)
-    return jnp.einsum("bkgls,bskh->blkgh", weight.astype(q.dtype), v_BxSxKxH).reshape(B, L, N, H)
+    return jnp.einsum("bkgls,bksh->blkgh", weight.astype(q.dtype), v_BxKxSxH).reshape(B, L, N, H)

@@ -7,6 +7,7 @@ come back stacked, by value.
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any
 
 import jax
@@ -26,6 +27,11 @@ def build(make: Callable[[Rngs], Module], num: int, rngs: Rngs) -> Module:
     return jax.vmap(lambda key: make(Rngs(params=key)))(jax.random.split(rngs.params(), num))
 
 
+def split(stacked: Any, num: int) -> tuple[Any, ...]:
+    """What is stacked over layers, as one value a layer."""
+    return tuple(jax.tree.map(itemgetter(i), stacked) for i in range(num))
+
+
 def run(
     layers: Module,
     x: Array,
@@ -37,14 +43,24 @@ def run(
     """`x` through every layer: `call(layer, x, *layer_inputs) -> (x, out)`; `inputs` have a leading layer axis.
 
     `unroll` layers are written out in each turn of the loop: XLA:CPU then copies no slices of weights and activations
-    in and out of it.
+    in and out of it. An input that is `split` makes a plain loop of all layers, and every out comes back split: what a
+    layer updates of its own (a cache) is then updated in place, where a scan copies all of it.
 
-    Returns the last x and the stacked outs. Raises ValueError for an unknown `remat` policy.
+    Returns the last x and the outs, stacked or split. Raises ValueError for an unknown `remat` policy.
     """
     if remat not in REMAT:
         raise ValueError(f"unknown remat policy {remat!r}; known: {', '.join(REMAT)}")
     if REMAT[remat] is not None:
         call = jax.checkpoint(call, policy=REMAT[remat], static_argnums=())
+
+    if any(isinstance(i, tuple) for i in inputs):
+        num = next(len(i) for i in inputs if isinstance(i, tuple))
+        each = [i if isinstance(i, tuple) else split(i, num) for i in inputs]
+        outs = []
+        for layer, *rest in zip(split(layers, num), *each, strict=True):
+            x, out = call(layer, x, *rest)
+            outs.append(out)
+        return x, tuple(outs)
 
     def body(x, layer_inputs):
         layer, rest = layer_inputs

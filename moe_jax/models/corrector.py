@@ -32,6 +32,9 @@ class BlockState:
         return BlockState(self.attention.grown(slots), self.conv)
 
 
+State = BlockState | tuple[BlockState, ...]
+
+
 class Block(Module):
     def __init__(self, d: int, *, attention: Callable, ffn: Callable, conv_width: int, rngs: Rngs):
         self.norm_attention, self.norm_ffn = RMSNorm(d, rngs=rngs), RMSNorm(d, rngs=rngs)
@@ -62,7 +65,7 @@ class Corrector(Module):
     tied: the output matrix is the embedding.
     auxiliary: weights of the auxiliary losses by name (`losses.AUXILIARY`).
     remat: gradient checkpointing policy of the stack (`layers.stack.REMAT`).
-    unroll: layers written out in each turn of the loop over layers; 1 compiles fastest.
+    unroll: layers written out in each turn of the loop over layers, without a state; 1 compiles fastest.
     """
 
     def __init__(
@@ -104,20 +107,27 @@ class Corrector(Module):
         return jax.tree.map(lambda a: jnp.broadcast_to(a, (self.layers, *a.shape)), one)
 
     def __call__(
-        self, tokens_BxL: Array, info: TokenInfo, state: BlockState | None = None, key: Array | None = None
-    ) -> tuple[Array, BlockState | None, RouterStats | None]:
-        """Returns (x_BxLxD before the output matrix, state, router statistics stacked over layers)."""
+        self, tokens_BxL: Array, info: TokenInfo, state: State | None = None, key: Array | None = None
+    ) -> tuple[Array, State | None, RouterStats | None]:
+        """Returns (x_BxLxD before the output matrix, state, router statistics stacked over layers).
+
+        The state comes back as it is given: stacked over layers, or `stack.split`, which is faster token by token.
+        """
         x = self.embedding[...][tokens_BxL] * self.d**0.5
         keys = None if key is None else jax.random.split(key, self.layers)
-        x, (state, stats) = stack.run(
+        x, outs = stack.run(
             self.blocks,
             constrain(x, "batch", None, None),
             lambda block, x, state, key: block(x, info, state, key),
             state,
             keys,
             remat=self.remat,
-            unroll=self.unroll,
+            unroll=self.unroll if state is None else 1,
         )
+        if isinstance(outs[0], tuple):  # split: a pair from each layer
+            state, stats = tuple(s for s, _ in outs), jax.tree.map(lambda *a: jnp.stack(a), *(s for _, s in outs))
+        else:
+            state, stats = outs
         return self.norm(x), state, stats
 
     def logits(self, x_BxLxD: Array) -> Array:
