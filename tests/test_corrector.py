@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from contract import B, Case, verify_contract, verify_training
+from contract import B, Case, verify_chunks, verify_contract, verify_training
 from test_moe import CHOSEN, DISPATCHES, ROUTERS, configured
 
 from moe_jax import describe, losses, tree
+from moe_jax.layers import stack
 from moe_jax.layers.param import Rngs
 from moe_jax.moe import dispatch
 from moe_jax.packing import Packable, pack, to_batch
@@ -37,6 +38,11 @@ def case(ffn) -> Case:
 
 def test_contract():
     verify_contract(case(FFNS["moe"]), meshes=({"data": 2, "expert": 2, "model": 2},))
+
+
+def test_chunks_with_a_state_split_over_layers():
+    split = lambda model, slots: stack.split(model.state(B, slots), model.layers)  # noqa: E731
+    verify_chunks(dataclasses.replace(case(FFNS["moe"]), empty=split))
 
 
 def test_training_contract():

@@ -150,6 +150,16 @@ def test_a_stack_is_its_layers_one_after_the_other(remat, unroll):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), run(stacked), run(unrolled))
 
 
+def test_split_inputs_give_the_same_split():
+    layers = stack.build(lambda rngs: DenseFfn(D, hidden=8, rngs=rngs), 3, Rngs(params=0))
+    x, info, scale = jnp.asarray(CASES["dense ffn"].x), make_info(), jnp.array([1.0, 2.0, 3.0])
+    call = lambda layer, x, s, t: call_dense(layer, x, info, s + t)  # noqa: E731
+    whole, sums = stack.run(layers, x, call, scale, scale)
+    parts, each = stack.run(layers, x, call, scale, stack.split(scale, 3))  # one of them split is enough
+    np.testing.assert_allclose(parts, whole, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jnp.stack(each), sums, rtol=1e-5)
+
+
 def test_layers_of_a_stack_differ():
     layers = stack.build(lambda rngs: DenseFfn(D, hidden=8, rngs=rngs), 2, Rngs(params=0))
     assert all(not np.allclose(x[0], x[1]) for x in tree.flatten(layers).values())
