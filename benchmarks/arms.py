@@ -102,7 +102,7 @@ def comparisons(experiment: str, arms: list[str], seeds: list[int]) -> list[dict
     """Each two arms on the same test lines, the word errors of a line summed over the seeds that both have."""
     out = []
     folders = {(arm, seed): ROOT / run_folder(experiment, arm, seed) for arm in arms for seed in seeds}
-    found_in = {run: word_errors(folder) for run, folder in folders.items() if (folder / "scores.json").exists()}
+    found_in = {run: word_errors(folder) for run, folder in folders.items() if (folder / "examples.jsonl").exists()}
     for arm, against in itertools.combinations(arms, 2):
         both = [seed for seed in seeds if (arm, seed) in found_in and (against, seed) in found_in]
         if not both:
