@@ -109,7 +109,8 @@ def comparisons(experiment: str, arms: list[str], seeds: list[int]) -> list[dict
             continue
         ours, theirs = ([found_in[a, s] for s in both] for a in (arm, against))
         for task in ours[0]:
-            found = significance.compare(*(np.sum([x[task] for x in runs], axis=0) for runs in (theirs, ours)))
+            before, after = (np.sum([x[task] for x in runs], axis=0) for runs in (theirs, ours))
+            found = significance.compare(before, after)
             out.append(
                 {
                     "arm": arm,
