@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_jax.layers.param import Module
 from moe_jax.moe import grouped
 from moe_jax.moe.grouped import block_rows, grouped_matmul
 
@@ -109,8 +111,42 @@ def test_bfloat16_stays():
     assert y.dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize(
-    ("rows", "experts", "block"), [(4096, 8, 128), (8, 8, 8), (0, 4, 8), (1 << 20, 4, 256), (1024, 8, 32)]
-)
-def test_blocks_are_near_a_quarter_of_the_mean_load(rows, experts, block):
-    assert block_rows(rows, experts) == block
+@pytest.mark.parametrize("rows", [0, 1, 8, 37, 1024, 4096, 1 << 20])
+@pytest.mark.parametrize("experts", [1, 4, 64])
+def test_blocks_waste_little_of_a_balanced_load(rows, experts):
+    blocks = block_rows(rows, experts)
+    assert list(blocks) == sorted(set(blocks)) and blocks[0] >= 8 and blocks[-1] <= 512
+    whole, rest = divmod(rows // experts, blocks[-1])
+    computed = whole * blocks[-1] + min((b for b in blocks if b >= rest), default=0) * (rest > 0)
+    assert computed <= 1.25 * rows / experts + 8
+
+
+class Square(Module):
+    """Experts that are no plain product: (rows @ w)^2."""
+
+    def __init__(self, w):
+        self.w = nnx.Param(w)
+
+    def __call__(self, rows, matmul):
+        return matmul(rows, self.w[...]) ** 2
+
+
+@pytest.mark.parametrize("skew", SKEWS)
+def test_whole_experts_walk_as_their_products_do(skew):
+    """Without a gradient block by block, with one product by product: the same values, and those of the formula."""
+    rows, sizes = SKEWS[skew]
+    x, w, _ = operands(rows)
+    w, dy, sizes = w[..., :I], x + 1, jnp.array(sizes)
+    spare = grouped.spare_rows(rows, E)
+    padded = np.pad(x, ((0, spare), (0, 0)), constant_values=np.nan)
+
+    def fast(w, x):
+        return grouped.each_expert(Square(w), x, sizes, spare)[:rows]
+
+    y, back = jax.vjp(fast, w, padded)
+    want, back_want = jax.vjp(lambda w, x: one_hot(x, w, sizes) ** 2, w, x)
+    dw, dx = back(dy)
+    np.testing.assert_allclose(jax.jit(fast)(w, padded), want, atol=1e-4)
+    for a, b in zip((y, dw, dx[:rows]), (want, *back_want(dy)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-3)
+    assert not np.asarray(dx[rows:]).any()

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from moe_jax.moe.grouped import grouped_matmul
+from moe_jax.moe.grouped import Experts, Matmul, each_expert, grouped_matmul, spare_rows
 from moe_jax.sharding import constrain
 from moe_jax.types import Array, RoutingDecision
 
@@ -27,9 +27,14 @@ class Dispatch:
     """send: x_BxLxD -> rows; matmul: (rows, w_ExIxO) -> rows; recv: rows -> y_BxLxD; dropped: lost assignments."""
 
     send: Callable[[Array], Array]
-    matmul: Callable[[Array, Array], Array]
+    matmul: Matmul
     recv: Callable[[Array], Array]
     dropped: Array
+    _each: Callable[[Experts, Array], Array] | None = None
+
+    def each(self, experts: Experts, rows: Array) -> Array:
+        """`experts(rows, matmul)`, or what comes to the same faster."""
+        return self._each(experts, rows) if self._each else experts(rows, self.matmul)
 
 
 Dispatcher = Callable[[RoutingDecision, int], Dispatch]
@@ -53,8 +58,10 @@ def ragged(decision: RoutingDecision, num_experts: int) -> Dispatch:
     B, L, K = decision.expert_BxLxK.shape
     expert_R = decision.expert_BxLxK.reshape(-1)
     order_R = jnp.argsort(expert_R, stable=True)
-    inverse_R = jnp.zeros_like(order_R).at[order_R].set(jnp.arange(order_R.size))
+    inverse_R = jnp.zeros_like(order_R).at[order_R].set(jnp.arange(order_R.size), unique_indices=True)
     size_E = jnp.bincount(expert_R, length=num_experts + 1)[:num_experts]
+    spare = spare_rows(B * L * K, num_experts)
+    order_R = jnp.pad(order_R, (0, spare))
 
     def send(x_BxLxD: Array) -> Array:
         x = jnp.broadcast_to(x_BxLxD[:, :, None], (B, L, K, x_BxLxD.shape[-1])).reshape(B * L * K, -1)
@@ -64,7 +71,9 @@ def ragged(decision: RoutingDecision, num_experts: int) -> Dispatch:
         y = _permute(rows_RxD, inverse_R, order_R).reshape(B, L, K, -1)
         return _combine(y, decision)
 
-    return Dispatch(send, lambda rows, w: grouped_matmul(rows, w, size_E), recv, jnp.zeros(()))
+    matmul = lambda rows, w: grouped_matmul(rows, w, size_E, spare)  # noqa: E731
+    each = lambda experts, rows: each_expert(experts, rows, size_E, spare)  # noqa: E731
+    return Dispatch(send, matmul, recv, jnp.zeros(()), each)
 
 
 def slots(decision: RoutingDecision, num_experts: int, *, factor: float = 1.25) -> Dispatch:

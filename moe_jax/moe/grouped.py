@@ -1,97 +1,156 @@
-"""Grouped matrix product: rows sorted by expert, each block of rows times its own expert's matrix.
+"""Grouped matrix product: rows sorted by expert, each expert's rows times its own matrix.
 
 `jax.lax.ragged_dot` is this on GPU and TPU. XLA:CPU lowers it to computing every expert for every row, so on CPU we
-walk over blocks: each touches one expert, writes in place, and the garbage that its tail leaves is overwritten by the
-next expert's first block. Work is (rows + half a block an expert) instead of rows x experts.
+walk over blocks of rows: each touches one expert and writes in place, and the garbage that its tail leaves is
+overwritten by the next expert's first block. Work is (rows + half a small block an expert) instead of rows x experts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.types import Array
 
+Matmul = Callable[[Array, Array], Array]
+Experts = Callable[[Array, Matmul], Array]  # a module: a pytree of weights w_Ex... that is called with (rows, matmul)
+Body = Callable[[Array, Array, Array, Array, int], Array]
 
-def grouped_matmul(x_RxI: Array, w_ExIxO: Array, size_E: Array) -> Array:
+SHARES = (0.125, 0.25, 0.5, 1.0)  # of the mean load: the sizes of blocks (measured, benchmarks/moe_layer.py)
+SMALLEST, LARGEST = 8, 512
+
+
+def grouped_matmul(x_RxI: Array, w_ExIxO: Array, size_E: Array, spare: int = 0) -> Array:
     """y_RxO[r] = x[r] @ w[e(r)] where the first size_E[0] rows belong to expert 0, and so on.
 
-    Rows beyond sum(size_E) give zeros and no gradient, whatever they hold.
+    Rows beyond sum(size_E) give zeros and no gradient, whatever they hold. `spare`: how many rows at the end belong to
+    nobody for certain; with `spare_rows` of them the walk needs no copy of x.
     """
-    live = (jnp.arange(x_RxI.shape[0]) < size_E.sum())[:, None]
-    x_RxI = jnp.where(live, x_RxI, 0)
-    if jax.default_backend() == "cpu":
-        y = _walk(x_RxI, w_ExIxO, size_E, block_rows(x_RxI.shape[0], w_ExIxO.shape[0]))
-    else:
-        y = jax.lax.ragged_dot(x_RxI, w_ExIxO, size_E.astype(jnp.int32))
-    return jnp.where(live, y, 0)  # backends leave garbage in the tail
+    if jax.default_backend() != "cpu":
+        live = (jnp.arange(x_RxI.shape[0]) < size_E.sum())[:, None]
+        y = jax.lax.ragged_dot(jnp.where(live, x_RxI, 0), w_ExIxO, size_E.astype(jnp.int32))
+        return jnp.where(live, y, 0)  # backends leave garbage in the tail
+    rows = x_RxI.shape[0] - spare
+    blocks = block_rows(rows, w_ExIxO.shape[0])
+    lacking = max(blocks[-1] - spare, 0)
+    y = _walk(jnp.pad(x_RxI, ((0, lacking), (0, 0))) if lacking else x_RxI, w_ExIxO, size_E, blocks)
+    return y[: x_RxI.shape[0]]
 
 
-def block_rows(rows: int, experts: int) -> int:
-    """Rows a block: a power of two near a quarter of the mean load, within what small matrix products do well."""
+def each_expert(experts: Experts, x_RxD: Array, size_E: Array, spare: int = 0) -> Array:
+    """`experts(x, grouped_matmul)`, and on CPU without a gradient block by block: all of an expert's work on a block
+    while it is in the cache.
+    """
+    if jax.default_backend() != "cpu" or spare < spare_rows(x_RxD.shape[0] - spare, size_E.shape[0]):
+        return experts(x_RxD, lambda rows, w: grouped_matmul(rows, w, size_E, spare))
+    return _walk_experts(experts, x_RxD, size_E, spare)
+
+
+def block_rows(rows: int, experts: int) -> tuple[int, ...]:
+    """Sizes of blocks, ascending. An expert's rows are cut into whole ones of the last size and the smallest that holds
+    what is left: large products are the fast ones, and small leftovers waste little."""
     mean = max(rows // experts, 1)
-    return min(256, max(8, 1 << max(mean // 4 - 1, 0).bit_length()))
+    near = lambda share: SMALLEST * max(1, round(mean * share / SMALLEST))  # noqa: E731
+    return tuple(sorted({min(near(share), LARGEST) for share in SHARES}))
 
 
-def _blocks(size_E: Array, block: int) -> tuple[Array, Array, Array, Array]:
-    """number of blocks in all, and of each expert: its first block, its first row, its last row + 1."""
-    end = jnp.cumsum(size_E)
-    count = -(-size_E // block)
-    last = jnp.cumsum(count)
-    return last[-1], last - count, end - size_E, end
+def spare_rows(rows: int, experts: int) -> int:
+    """How many rows of nobody should follow `rows` sorted rows."""
+    return block_rows(rows, experts)[-1] if jax.default_backend() == "cpu" else 0
 
 
-def _loop(size_E: Array, block: int, body, init: Array) -> Array:
-    """`body(carry, expert, first_row, end_row) -> carry` over all blocks in ascending order of rows."""
-    total, first_E, start_E, end_E = _blocks(size_E, block)
-    last_E = first_E + -(-size_E // block)
+def _loop(size_E: Array, blocks: tuple[int, ...], body: Body, init: Array) -> Array:
+    """`body(carry, expert, first_row, end_row, block) -> carry` over all blocks in ascending order of rows.
 
-    def step(i, carry):
-        e = jnp.searchsorted(last_E, i, side="right")
-        return body(carry, e, start_E[e] + (i - first_E[e]) * block, end_E[e])
+    Which block it is is a loop of no turn or one: XLA:CPU updates the carry of a loop in place, that of a conditional
+    it copies. What the body computes must depend on the turn, or XLA computes it before the loop, turn or no turn.
+    """
+    end_E = jnp.cumsum(size_E)
 
-    return jax.lax.fori_loop(0, total, step, init)
+    def expert(e: Array, carry: Array) -> Array:
+        first, end = end_E[e] - size_E[e], end_E[e]
+        smaller = blocks[-2] if len(blocks) > 1 else 0
+        whole = size_E[e] // blocks[-1] + (size_E[e] % blocks[-1] > smaller)
+        step = lambda i, c: body(c, e, first + i * blocks[-1], end, blocks[-1])  # noqa: E731
+        carry = jax.lax.fori_loop(0, whole, step, carry)
+        left = first + whole * blocks[-1]
+        for less, block in zip((0, *blocks), blocks[:-1], strict=False):
+            chosen = (left + less < end) & (end <= left + block)
+            step = lambda i, c, block=block: body(c, e, left + i * block, end, block)  # noqa: E731
+            carry = jax.lax.fori_loop(0, chosen.astype(jnp.int32), step, carry)
+        return carry
+
+    return jax.lax.fori_loop(0, size_E.shape[0], expert, init)
 
 
-def _product(x_RxI: Array, w_ExIxO: Array, size_E: Array, block: int, contract: int) -> Array:
+def _rows_of_nobody_are_zero(y: Array, size_E: Array, block: int) -> Array:
+    """The last block of all may have left garbage behind the last row."""
+    return jax.lax.dynamic_update_slice_in_dim(y, jnp.zeros((block, *y.shape[1:]), y.dtype), size_E.sum(), 0)
+
+
+def _product(x_RxI: Array, w_ExIxO: Array, size_E: Array, blocks: tuple[int, ...], contract: int) -> Array:
     """The walk; `contract` is the dim of the expert's matrix that is summed (0: x @ w, 1: x @ w.T)."""
-    x = jnp.pad(x_RxI, ((0, block), (0, 0)))
-    out = w_ExIxO.shape[2 - contract]
 
-    def body(y, e, row, _):
-        rows = jax.lax.dynamic_slice_in_dim(x, row, block)
+    def body(y: Array, e: Array, row: Array, end: Array, block: int) -> Array:
+        rows = jax.lax.dynamic_slice_in_dim(x_RxI, row, block)
         w = jax.lax.dynamic_index_in_dim(w_ExIxO, e, keepdims=False)
         part = jax.lax.dot_general(rows, w, (((1,), (contract,)), ((), ())))
         return jax.lax.dynamic_update_slice_in_dim(y, part, row, 0)
 
-    y = _loop(size_E, block, body, jnp.zeros((x.shape[0], out), x.dtype))
-    return y[: x_RxI.shape[0]]
+    y = _loop(size_E, blocks, body, jnp.zeros((x_RxI.shape[0], w_ExIxO.shape[2 - contract]), x_RxI.dtype))
+    return _rows_of_nobody_are_zero(y, size_E, blocks[-1])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _walk(x_RxI: Array, w_ExIxO: Array, size_E: Array, block: int) -> Array:
-    return _product(x_RxI, w_ExIxO, size_E, block, contract=0)
+def _walk(x_RxI: Array, w_ExIxO: Array, size_E: Array, blocks: tuple[int, ...]) -> Array:
+    """Of x with a largest block of rows of nobody at its end."""
+    return _product(x_RxI, w_ExIxO, size_E, blocks, contract=0)
 
 
-def _walk_fwd(x_RxI: Array, w_ExIxO: Array, size_E: Array, block: int):
-    return _walk(x_RxI, w_ExIxO, size_E, block), (x_RxI, w_ExIxO, size_E)
+def _walk_fwd(x_RxI: Array, w_ExIxO: Array, size_E: Array, blocks: tuple[int, ...]):
+    return _walk(x_RxI, w_ExIxO, size_E, blocks), (x_RxI, w_ExIxO, size_E)
 
 
-def _walk_bwd(block: int, saved, dy_RxO: Array):
+def _walk_bwd(blocks: tuple[int, ...], saved, dy_RxO: Array):
     x_RxI, w_ExIxO, size_E = saved
-    x, dy = (jnp.pad(a, ((0, block), (0, 0))) for a in (x_RxI, dy_RxO))
 
-    def body(dw, e, row, end):
+    def body(dw: Array, e: Array, row: Array, end: Array, block: int) -> Array:
         mine = (row + jnp.arange(block) < end)[:, None]
-        rows = jnp.where(mine, jax.lax.dynamic_slice_in_dim(x, row, block), 0)
-        part = rows.T @ jax.lax.dynamic_slice_in_dim(dy, row, block)
+        x, dy = (jnp.where(mine, jax.lax.dynamic_slice_in_dim(a, row, block), 0) for a in (x_RxI, dy_RxO))
         old = jax.lax.dynamic_index_in_dim(dw, e, keepdims=True)
-        return jax.lax.dynamic_update_slice_in_dim(dw, old + part[None], e, 0)
+        return jax.lax.dynamic_update_slice_in_dim(dw, old + (x.T @ dy)[None], e, 0)
 
-    dw = _loop(size_E, block, body, jnp.zeros(w_ExIxO.shape, w_ExIxO.dtype))
-    return _product(dy_RxO, w_ExIxO, size_E, block, contract=1), dw, None
+    dw = _loop(size_E, blocks, body, jnp.zeros(w_ExIxO.shape, w_ExIxO.dtype))
+    return _product(dy_RxO, w_ExIxO, size_E, blocks, contract=1), dw, None
 
 
 _walk.defvjp(_walk_fwd, _walk_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _walk_experts(experts: Any, x_RxD: Array, size_E: Array, spare: int) -> Array:
+    blocks = block_rows(x_RxD.shape[0] - spare, size_E.shape[0])
+
+    def body(y: Array, e: Array, row: Array, end: Array, block: int) -> Array:
+        one = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, e, keepdims=False), experts)
+        part = one(jax.lax.dynamic_slice_in_dim(x_RxD, row, block), jnp.matmul)
+        return jax.lax.dynamic_update_slice_in_dim(y, part.astype(y.dtype), row, 0)
+
+    y = _loop(size_E, blocks, body, jnp.zeros(x_RxD.shape, x_RxD.dtype))
+    return _rows_of_nobody_are_zero(y, size_E, blocks[-1])
+
+
+def _walk_experts_fwd(experts: Any, x_RxD: Array, size_E: Array, spare: int):
+    """With a gradient, product by product: what is between them is saved, so nothing is computed twice."""
+
+    def products(experts: Any, x_RxD: Array) -> Array:
+        return experts(x_RxD, lambda rows, w: grouped_matmul(rows, w, size_E, spare))
+
+    return jax.vjp(products, experts, x_RxD)
+
+
+_walk_experts.defvjp(_walk_experts_fwd, lambda spare, back, dy: (*back(dy), None))

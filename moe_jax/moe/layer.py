@@ -42,7 +42,7 @@ class MoeFfn(Module):
     def __call__(self, x_BxLxD: Array, info: TokenInfo, key: Array | None = None) -> tuple[Array, RouterStats]:
         decision = self.router(x_BxLxD, info, key)
         to = (self.dispatch if key is not None else dispatches.dropless)(decision, self.num_experts)
-        y = to.recv(self.experts(to.send(x_BxLxD), to.matmul))
+        y = to.recv(to.each(self.experts, to.send(x_BxLxD)))
         return y, router_stats(decision, info, to.dropped, self.num_experts)
 
 
