@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from moe_jax.layers.param import Module, Rngs, fan_in, param
+from moe_jax.layers.param import Module, Rngs, fan_in, linear, param
 from moe_jax.sharding import constrain
 from moe_jax.types import Array, TokenInfo, value
 
@@ -92,7 +92,7 @@ class Attention(Module):
         # Garbage in padding must not reach a valid position: a weight of 0 does not stop NaN, forward or backward.
         x_BxLxD = jnp.where(info.valid_BxL[..., None], x_BxLxD, 0)
         q, k, v = (
-            constrain(x_BxLxD @ w[...], "batch", None, "heads").reshape(B, L, -1, self.head)
+            constrain(linear(x_BxLxD, w[...]), "batch", None, "heads").reshape(B, L, -1, self.head)
             for w in (self.q, self.k, self.v)
         )
         q, k = rotate(q, info.position_BxL, self.rope_base), rotate(k, info.position_BxL, self.rope_base)
@@ -119,7 +119,7 @@ class Attention(Module):
             )
         else:
             y = _attend(q, k, v, bias)
-        return constrain(y.reshape(B, L, -1) @ self.o[...], "batch", None, None), state
+        return constrain(linear(y.reshape(B, L, -1), self.o[...]), "batch", None, None), state
 
 
 def _attend(q_BxLxNxH: Array, k_BxKxSxH: Array, v_BxKxSxH: Array, bias_BxLxS: Array) -> Array:

@@ -16,7 +16,7 @@ from moe_jax.layers import stack
 from moe_jax.layers.attention import Attention, KvCache
 from moe_jax.layers.conv import CausalConv, ConvState
 from moe_jax.layers.ffn import DenseFfn
-from moe_jax.layers.param import Module, RMSNorm, Rngs, normal, param
+from moe_jax.layers.param import Module, RMSNorm, Rngs, linear, normal, param
 from moe_jax.moe.routers import MAX_TASKS
 from moe_jax.sharding import constrain
 from moe_jax.types import Array, Batch, Metrics, RouterStats, TokenInfo, value
@@ -131,8 +131,17 @@ class Corrector(Module):
         return self.norm(x), state, stats
 
     def logits(self, x_BxLxD: Array) -> Array:
-        matrix = self.embedding[...].T if self.output is None else self.output[...]
-        return constrain(x_BxLxD @ matrix, "batch", None, "vocab")
+        return constrain(linear(x_BxLxD, self._matrix()), "batch", None, "vocab")
+
+    def _matrix(self) -> Array:
+        return self.embedding[...].T if self.output is None else self.output[...]
+
+    def _nll(self, x_BxLxD: Array, targets_BxL: Array) -> Array:
+        spare = spare_columns(self.vocab)
+        if not spare:
+            return losses.xent(self.logits(x_BxLxD), targets_BxL)
+        logits = constrain(linear(x_BxLxD, jnp.pad(self._matrix(), ((0, 0), (0, spare)))), "batch", None, "vocab")
+        return losses.xent(jnp.where(jnp.arange(logits.shape[-1]) < self.vocab, logits, -jnp.inf), targets_BxL)
 
     def loss(
         self,
@@ -155,7 +164,7 @@ class Corrector(Module):
             _, where = jax.lax.top_k(weights, max_targets)
             x = jnp.take_along_axis(x, where[..., None], axis=1)
             targets, weights, task = (jnp.take_along_axis(a, where, axis=1) for a in (targets, weights, task))
-        nll = losses.xent(self.logits(x), targets) * weights
+        nll = self._nll(x, targets) * weights
         loss = nll.sum() / (jnp.maximum(weights.sum(), 1) if normaliser is None else normaliser)
         metrics: Metrics = {
             "nll_T": jnp.zeros(MAX_TASKS).at[task].add(nll),
@@ -167,3 +176,9 @@ class Corrector(Module):
             loss = loss + (extra if key is not None else 0.0)
             metrics |= values | {"stats": stats}
         return loss, metrics
+
+
+def spare_columns(vocab: int) -> int:
+    """How many columns of nobody make the output product faster: on CPU one with a multiple of 2,048 columns runs at
+    half speed (78 against 152 GFLOP/s at 4,096), as the rows of its result fall on the same lines of the cache."""
+    return 64 if jax.default_backend() == "cpu" and vocab % 2048 == 0 else 0
