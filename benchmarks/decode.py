@@ -1,0 +1,68 @@
+"""Decoding with a cache against `transformers.generate`: the same weights, prompts and number of new tokens.
+
+    python -m benchmarks.decode --json decode.json          # about 5 minutes on two cores; needs '.[bench]'
+
+Neither stops early. Greedy texts must be the same token by token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from benchmarks import peer
+from benchmarks.measure import interleaved, main, row
+from moe_jax import decode, tree
+
+PROMPT, NEW, TARGET = 60, 128, 1 / 3
+
+
+def generate(shape: peer.Shape, batch: int, beams: int) -> Iterator[dict[str, Any]]:
+    import torch
+
+    prompts = np.random.default_rng(0).integers(3, shape.vocab, (batch, PROMPT))
+    model = peer.ours(shape)
+    table = tree.flatten(model)  # neither the pad nor the end-of-text token is ever the best
+    model = tree.unflatten(model, table | {"output": table["output"].at[:, : decode.EOS + 1].set(0.0)})
+    network = peer.theirs(shape, model)
+    peer.agree(shape, model, network)
+    ids = torch.from_numpy(prompts)
+
+    def ours() -> list[list[int]]:
+        read = decode.prefill(model, prompts.tolist())
+        return [d.tokens for d in decode.search(model, read, beams=beams, max_new=NEW + 1, alpha=0.0)]
+
+    def theirs() -> list[list[int]]:
+        with torch.inference_mode():
+            out = network.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                num_beams=beams,
+                max_new_tokens=NEW,
+                min_new_tokens=NEW,
+                length_penalty=0.0,
+            )
+        return out[:, PROMPT:].tolist()
+
+    first, second = ours(), theirs()
+    if beams == 1 and [t[:NEW] for t in first] != second:
+        raise ValueError("the two wrote different texts")
+    times = interleaved({"ours": ours, "theirs": theirs}, rounds=5)
+    more = {"unit": "ms", "tokens/s": batch * NEW / times["ours"], "theirs tokens/s": batch * NEW / times["theirs"]}
+    yield row("generate", 1e3 * times["ours"], 1e3 * times["theirs"], TARGET, **more)
+
+
+MOE, DENSE = peer.Shape(), peer.Shape(hidden=1024, experts=0)
+CASES = {
+    f"{name} {'greedy' if beams == 1 else f'beam {beams}'} batch {batch}": partial(generate, shape, batch, beams)
+    for name, shape in (("moe", MOE), ("dense", DENSE))
+    for beams in (1, 4)
+    for batch in (1, 8, 32)
+}
+
+if __name__ == "__main__":
+    main(str(__doc__), CASES)

@@ -1,0 +1,117 @@
+"""Rivals timed side by side: what the benchmarks share.
+
+A machine drifts by tens of percent within minutes; a ratio of two programs that take turns (A B A B ...) does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from moe_jax import partfile, xla
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program and its arguments.
+
+    Attributes:
+      flops: of the work that was asked for, however it is done.
+      temporary: bytes that XLA allocates while it runs, besides arguments and results.
+      compile_s: seconds to trace and to compile it.
+    """
+
+    run: Callable[[], Any]
+    flops: float
+    temporary: int
+    compile_s: float
+
+
+def program(function: Callable, *args: Any, flops: float = 0.0) -> Program:
+    """`function` compiled for `args`, as the trainer compiles."""
+    began = time.perf_counter()
+    compiled = jax.jit(function, compiler_options=xla.options()).lower(*args).compile()
+    took = time.perf_counter() - began
+    memory: Any = compiled.memory_analysis()
+    return Program(lambda: jax.block_until_ready(compiled(*args)), flops, memory.temp_size_in_bytes, took)
+
+
+def interleaved(rivals: Mapping[str, Callable[[], Any]], *, seconds: float = 2.0, rounds: int = 7) -> dict[str, float]:
+    """Median seconds of a call of each; every rival in each round, about `seconds` and at least `rounds` rounds."""
+    spent = 0.0
+    for call in rivals.values():
+        call()  # first touch of memory, caches of code
+    times: dict[str, list[float]] = {name: [] for name in rivals}
+    while spent < seconds or len(next(iter(times.values()))) < rounds:
+        for name, call in rivals.items():
+            began = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - began)
+            spent += times[name][-1]
+    return {name: median(found) for name, found in times.items()}
+
+
+def row(case: str, ours: float, rival: float, target: float | None, **more: Any) -> dict[str, Any]:
+    """A row of a table: time or memory of ours and of the rival; the smaller the ratio, the better."""
+    return {"case": case, "ours": ours, "rival": rival, "ratio": ours / rival, "target": target, **more}
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "devices": jax.device_count(),
+        "cores": os.cpu_count(),
+        "processor": platform.machine(),
+        "peak_gflops": round(xla.peak_flops() / 1e9, 1),
+        "jax": jax.__version__,
+    }
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a table, a column a key; numbers to three digits, and a mark where a target is missed."""
+
+    def cell(key: str, value: Any, of: Mapping[str, Any]) -> str:
+        if value is None:
+            return ""
+        if isinstance(value, float):
+            text = f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+            missed = key == "ratio" and of.get("target") is not None and value > of["target"]
+            return f"{text} (missed)" if missed else text
+        return str(value)
+
+    keys = list(dict.fromkeys(key for r in rows for key in r))
+    lines = [keys, ["---"] + ["--:"] * (len(keys) - 1)]
+    lines += [[cell(k, r.get(k), r) for k in keys] for r in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main(doc: str, cases: Mapping[str, Callable[[], Iterable[dict[str, Any]]]]) -> None:
+    """The command line of a benchmark: `--only` some cases, `--json` a file; each case gives rows."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
+    parser.add_argument("--json", type=Path, help="write the rows there")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    args = parser.parse_args()
+    chosen = {name: make for name, make in cases.items() if args.only in name}
+    if not chosen:
+        parser.error(f"no case contains {args.only!r}; there are: {', '.join(cases)}")
+    about, rows = machine(), []
+    for name, make in tqdm(chosen.items(), unit="case"):
+        rows += [{**r, "case": f"{name}: {r['case']}"} for r in make()]
+        if args.json:  # after each case: what is measured stays when the next one is stopped
+            partfile.write_text(args.json, json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
+    print(", ".join(f"{k} {v}" for k, v in about.items()))
+    print(markdown(rows))
