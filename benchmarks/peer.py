@@ -7,6 +7,7 @@ that the two compute the same, and then time them. Needs `pip install -e '.[benc
 from __future__ import annotations
 
 import dataclasses
+import sys
 from functools import partial
 from typing import Any
 
@@ -61,8 +62,11 @@ def ours(shape: Shape, *, block: int = 64, unroll: int = 4) -> Corrector:
 
 def theirs(shape: Shape, model: Corrector, experts: str = "grouped_mm") -> Any:
     """The transformers model with the parameters of ours; `experts` is its implementation of the expert layer."""
-    import torch
-    import transformers
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        sys.exit(f"this benchmark needs torch and transformers: pip install -e '.[bench]' ({error})")
 
     common = dict(
         vocab_size=shape.vocab,
