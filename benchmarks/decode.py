@@ -56,10 +56,9 @@ def generate(shape: peer.Shape, batch: int, beams: int) -> Iterator[dict[str, An
     yield row("generate", 1e3 * times["ours"], 1e3 * times["theirs"], TARGET, **more)
 
 
-MOE, DENSE = peer.Shape(), peer.Shape(hidden=1024, experts=0)
 CASES = {
     f"{name} {'greedy' if beams == 1 else f'beam {beams}'} batch {batch}": partial(generate, shape, batch, beams)
-    for name, shape in (("moe", MOE), ("dense", DENSE))
+    for name, shape in (("moe", peer.MOE), ("dense", peer.DENSE))
     for beams in (1, 4)
     for batch in (1, 8, 32)
 }

@@ -17,9 +17,11 @@ from statistics import median
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from tqdm import tqdm
 
 from moe_jax import partfile, xla
+from moe_jax.types import TokenInfo
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,24 +29,28 @@ class Program:
     """A compiled program and its arguments.
 
     Attributes:
-      flops: of the work that was asked for, however it is done.
       temporary: bytes that XLA allocates while it runs, besides arguments and results.
       compile_s: seconds to trace and to compile it.
     """
 
     run: Callable[[], Any]
-    flops: float
     temporary: int
     compile_s: float
 
 
-def program(function: Callable, *args: Any, flops: float = 0.0) -> Program:
+def program(function: Callable, *args: Any) -> Program:
     """`function` compiled for `args`, as the trainer compiles."""
     began = time.perf_counter()
     compiled = jax.jit(function, compiler_options=xla.options()).lower(*args).compile()
     took = time.perf_counter() - began
     memory: Any = compiled.memory_analysis()
-    return Program(lambda: jax.block_until_ready(compiled(*args)), flops, memory.temp_size_in_bytes, took)
+    return Program(lambda: jax.block_until_ready(compiled(*args)), memory.temp_size_in_bytes, took)
+
+
+def unpadded(rows: int, length: int) -> TokenInfo:
+    """Of rows that are one segment each, of one family, full to the end."""
+    ones = jnp.ones((rows, length), jnp.int32)
+    return TokenInfo(ones, ones > 0, ones, jnp.broadcast_to(jnp.arange(length), (rows, length)))
 
 
 def interleaved(rivals: Mapping[str, Callable[[], Any]], *, seconds: float = 2.0, rounds: int = 7) -> dict[str, float]:

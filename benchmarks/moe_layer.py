@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measure import interleaved, main, program, row
+from benchmarks.measure import interleaved, main, program, row, unpadded
 from moe_jax import tree
 from moe_jax.layers.ffn import DenseFfn
 from moe_jax.layers.param import Rngs
@@ -35,8 +35,7 @@ FORWARD, BOTH, MEMORY, READ = 1.10, 1.25, 1.5, 1.3  # targets
 
 def inputs(T: int, d: int) -> tuple[jax.Array, TokenInfo]:
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, T, d)), jnp.float32)
-    ones = jnp.ones((1, T), jnp.int32)
-    return x, TokenInfo(ones, ones > 0, ones, jnp.arange(T)[None])
+    return x, unpadded(1, T)
 
 
 def layers(d: int, E: int, k: int, skewed: bool = False) -> tuple[MoeFfn, DenseFfn]:
@@ -70,7 +69,7 @@ def against_dense(T: int, d: int, E: int, k: int, skewed: bool = False) -> Itera
         ("forward", forward, (x, info), flops, FORWARD),
         ("both", both, (x, info, jnp.ones_like(x)), 3 * flops, BOTH),
     ):
-        made = {n: program(function, layer, *args, flops=work) for n, layer in pair.items()}
+        made = {n: program(function, layer, *args) for n, layer in pair.items()}
         times = interleaved({n: p.run for n, p in made.items()})
         more = {"unit": "ms", "GFLOP": work / 1e9, "GFLOP/s": work / times["moe"] / 1e9}
         compile_s = {"compile s": made["moe"].compile_s}

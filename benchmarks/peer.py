@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks.measure import unpadded
 from moe_jax import tree
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.ffn import DenseFfn
@@ -40,6 +41,9 @@ class Shape:
         """Parameters that a token multiplies with, without the embedding."""
         ffn = 3 * self.d * self.hidden * (self.k if self.experts else 1) + self.d * self.experts
         return self.layers * (4 * self.d * self.d + ffn) + self.d * self.vocab
+
+
+MOE, DENSE = Shape(), Shape(hidden=1024, experts=0)  # of equal active parameters but for the gate
 
 
 def ours(shape: Shape, *, block: int = 64, unroll: int = 4) -> Corrector:
@@ -100,7 +104,7 @@ def theirs(shape: Shape, model: Corrector, experts: str = "grouped_mm") -> Any:
     missing, unexpected = peer.load_state_dict(ready, strict=False)
     if missing or unexpected:
         raise ValueError(f"transformers names its parameters otherwise: without {missing}, too many {unexpected}")
-    return peer.eval()
+    return peer.train(False)
 
 
 def _renamed(shape: Shape, ours: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -129,14 +133,10 @@ def _renamed(shape: Shape, ours: dict[str, np.ndarray]) -> dict[str, np.ndarray]
 
 def agree(shape: Shape, model: Corrector, peer: Any) -> float:
     """The largest difference of logits on a random text. Raises ValueError beyond rounding."""
-    import jax.numpy as jnp
     import torch
 
-    from moe_jax.types import TokenInfo
-
     tokens = np.random.default_rng(0).integers(3, shape.vocab, (2, 32))
-    ones = jnp.ones(tokens.shape, jnp.int32)
-    info = TokenInfo(ones, ones > 0, ones, jnp.broadcast_to(jnp.arange(32), tokens.shape))
+    info = unpadded(*tokens.shape)
     mine = jax.jit(lambda m, t: m.logits(m(t, info)[0]))(model, tokens)
     with torch.no_grad():
         yours = peer(torch.from_numpy(tokens)).logits.numpy()

@@ -17,19 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import peer
-from benchmarks.measure import interleaved, main, row
+from benchmarks.measure import interleaved, main, row, unpadded
 from moe_jax import optim, train, tree
-from moe_jax.types import Batch, TokenInfo
+from moe_jax.types import Batch
 
 RATE, TARGET = 1e-4, 1.0
 EXPERTS = ("eager", "grouped_mm")  # "batched_mm" gathers a matrix for every token: out of memory at these sizes
 
 
-def ours(shape: peer.Shape, model: Any, tokens: np.ndarray) -> Callable[[], Any]:
+def ours(model: Any, tokens: np.ndarray) -> Callable[[], Any]:
     """A call is one step."""
-    ones = jnp.ones(tokens.shape, jnp.int32)
-    info = TokenInfo(ones, ones > 0, ones, jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
-    weights = ones.astype(jnp.float32).at[:, -1].set(0)
+    info = unpadded(*tokens.shape)
+    weights = jnp.ones(tokens.shape).at[:, -1].set(0)
     batch = Batch(jnp.asarray(tokens), jnp.roll(jnp.asarray(tokens), -1, axis=1), weights, info)
     transform = optim.adamw(lambda step: RATE)
     step = train.make_step(model, transform, seed=0, micro=1, dtype="float32", max_targets=tokens.shape[1])
@@ -67,7 +66,7 @@ def step(shape: peer.Shape, rows: int, length: int) -> Iterator[dict[str, Any]]:
     peer.agree(shape, model, peer.theirs(shape, model))
     kinds = EXPERTS if shape.experts else ("dense",)
     rivals = {kind: theirs(shape, model, tokens, kind) for kind in kinds}
-    rivals["ours"] = ours(shape, model, tokens)
+    rivals["ours"] = ours(model, tokens)
     first = {name: call() for name, call in rivals.items()}
     if not np.allclose(list(first.values()), first["ours"], rtol=1e-4):
         raise ValueError(f"the losses of the first step differ: {first}")
@@ -78,10 +77,9 @@ def step(shape: peer.Shape, rows: int, length: int) -> Iterator[dict[str, Any]]:
     yield row("step", 1e3 * mine, 1e3 * times[best], TARGET, **more)
 
 
-MOE, DENSE = peer.Shape(), peer.Shape(hidden=1024, experts=0)
 CASES = {
     f"{name} {rows}x{length}": partial(step, shape, rows, length)
-    for name, shape in (("moe", MOE), ("dense", DENSE))
+    for name, shape in (("moe", peer.MOE), ("dense", peer.DENSE))
     for rows, length in ((8, 256), (16, 512))
 }
 

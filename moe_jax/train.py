@@ -326,7 +326,7 @@ def _loop(
 
     if state.step >= steps:
         save()
-        logs.metrics(0, valid)
+        logs.metrics(state.step, valid)
         return
     peak = xla.peak_flops()
     bar = tqdm(total=steps, initial=state.step, unit="step", disable=None if progress else True, mininterval=1)
