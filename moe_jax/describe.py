@@ -16,7 +16,7 @@ from typing import Any
 from moe_jax.layers import attention, ffn
 from moe_jax.layers.param import Module
 from moe_jax.models import corrector
-from moe_jax.moe import dispatch, experts, layer, routers
+from moe_jax.moe import dispatch, experts, grouped, layer, routers
 
 KNOWN: dict[str, Callable] = {
     cls.__name__: cls
@@ -36,6 +36,8 @@ KNOWN: dict[str, Callable] = {
         dispatch.ragged,
         dispatch.slots,
         dispatch.gathered,
+        grouped.walk,
+        grouped.ragged_dot,
     )
 }
 

@@ -1,5 +1,8 @@
 """The grouped product: a loop over rows, however the rows fall to the experts; gradients too."""
 
+import inspect
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +13,7 @@ from hypothesis import strategies as st
 
 from moe_jax.layers.param import Module
 from moe_jax.moe import grouped
-from moe_jax.moe.grouped import block_rows, grouped_matmul
+from moe_jax.moe.grouped import block_rows
 
 pytestmark = pytest.mark.usefixtures("ranks_must_match")
 
@@ -52,18 +55,33 @@ def one_hot(x, w, sizes):
     return jnp.einsum("ri,eio,re->ro", x, w, jax.nn.one_hot(expert, E))
 
 
-@jax.jit
-def both(x, w, dy, sizes):
-    y, back = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes), x, w)
+PRODUCTS = {
+    name: f
+    for name, f in vars(grouped).items()
+    if inspect.isfunction(f) and list(inspect.signature(f).parameters)[:2] == ["size_E", "rows"]
+}
+
+
+def multiply(x, w, sizes, product=grouped.walk):
+    """The product alone, with garbage in the spare rows."""
+    way = product(sizes, len(x))
+    rows = jnp.concatenate([x, jnp.full((way.spare, x.shape[1]), jnp.nan, x.dtype)])
+    return way.matmul(rows, w)[: len(x)]
+
+
+@partial(jax.jit, static_argnames="product")
+def both(x, w, dy, sizes, product=grouped.walk):
+    y, back = jax.vjp(lambda x, w: multiply(x, w, sizes, product), x, w)
     y_dense, back_dense = jax.vjp(lambda x, w: one_hot(x, w, sizes), x, w)
     return (y, *back(dy)), (y_dense, *back_dense(dy))
 
 
 @pytest.mark.parametrize("skew", SKEWS)
-def test_walk_equals_the_loop_and_its_gradients_the_dense_formula(skew):
+@pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
+def test_products_equal_the_loop_and_their_gradients_the_dense_formula(skew, product):
     rows, sizes = SKEWS[skew]
     x, w, dy = operands(rows)
-    fast, dense = both(x, w, dy, jnp.array(sizes))
+    fast, dense = both(x, w, dy, jnp.array(sizes), product)
     np.testing.assert_allclose(fast[0], by_rows(x, w, sizes), atol=1e-5)
     for a, b in zip(fast, dense, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
@@ -80,34 +98,28 @@ def test_any_skew(sizes):
 
 
 @pytest.mark.parametrize("skew", ["many take nothing", "padding everywhere"])
-def test_nan_behind_the_last_row_goes_nowhere(skew):
+@pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
+def test_nan_behind_the_last_row_goes_nowhere(skew, product):
     rows, sizes = SKEWS[skew]
     x, w, dy = operands(rows)
-    clean, _ = both(x, w, dy, jnp.array(sizes))
+    clean, _ = both(x, w, dy, jnp.array(sizes), product)
     x[sum(sizes) :] = dy[sum(sizes) :] = np.nan
-    dirty, _ = both(x, w, dy, jnp.array(sizes))
+    dirty, _ = both(x, w, dy, jnp.array(sizes), product)
     for a, b in zip(clean, dirty, strict=True):
         np.testing.assert_array_equal(a, b)
     assert not np.any(dirty[1][sum(sizes) :])  # no gradient there either
 
 
-def test_other_backends_take_ragged_dot_and_agree(monkeypatch):
-    rows, sizes = SKEWS["many take nothing"]
-    x, w, dy = operands(rows)
-    walk, _ = both(x, w, dy, jnp.array(sizes))
-    monkeypatch.setattr(grouped.jax, "default_backend", lambda: "tpu")
-    y, back = jax.jit(
-        lambda x, w, dy: (lambda y, back: (y, back(dy)))(
-            *jax.vjp(lambda x, w: grouped_matmul(x, w, jnp.array(sizes)), x, w)
-        )
-    )(x, w, dy)
-    for a, b in zip(walk, (y, *back), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+def test_each_backend_has_its_way(monkeypatch):
+    assert grouped.best() is grouped.walk
+    monkeypatch.setattr(grouped.jax, "default_backend", lambda: "gpu")
+    assert grouped.best() is grouped.ragged_dot
 
 
-def test_bfloat16_stays():
+@pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
+def test_bfloat16_stays(product):
     x, w, _ = operands(16)
-    y = grouped_matmul(jnp.asarray(x, jnp.bfloat16), jnp.asarray(w, jnp.bfloat16), jnp.array((4, 4, 4, 4)))
+    y = multiply(jnp.asarray(x, jnp.bfloat16), jnp.asarray(w, jnp.bfloat16), jnp.array((4, 4, 4, 4)), product)
     assert y.dtype == jnp.bfloat16
 
 
@@ -137,11 +149,11 @@ def test_whole_experts_walk_as_their_products_do(skew):
     rows, sizes = SKEWS[skew]
     x, w, _ = operands(rows)
     w, dy, sizes = w[..., :I], x + 1, jnp.array(sizes)
-    spare = grouped.spare_rows(rows, E)
-    padded = np.pad(x, ((0, spare), (0, 0)), constant_values=np.nan)
+    way = grouped.walk(sizes, rows)
+    padded = np.pad(x, ((0, way.spare), (0, 0)), constant_values=np.nan)
 
     def fast(w, x):
-        return grouped.each_expert(Square(w), x, sizes, spare)[:rows]
+        return way.each(Square(w), x)[:rows]
 
     y, back = jax.vjp(fast, w, padded)
     want, back_want = jax.vjp(lambda w, x: one_hot(x, w, sizes) ** 2, w, x)

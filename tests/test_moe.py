@@ -198,7 +198,7 @@ def test_evaluation_drops_nothing_whatever_the_dispatch():
 def test_a_handful_of_positions_is_gathered_and_more_are_sorted(monkeypatch):
     seen = []
     for name in ("gathered", "ragged"):
-        monkeypatch.setattr(dispatch, name, lambda decision, e, name=name: seen.append(name))
+        monkeypatch.setattr(dispatch, name, lambda decision, e, name=name, **_: seen.append(name))
     for positions in (dispatch.GATHER_ROWS // 2, dispatch.GATHER_ROWS // 2 + 1):
         experts = jnp.zeros((1, positions, 2), int)
         dispatch.dropless(RoutingDecision(experts, jnp.zeros(experts.shape), jnp.zeros((1, positions, E))), E)

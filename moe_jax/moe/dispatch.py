@@ -17,7 +17,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from moe_jax.moe.grouped import Experts, Matmul, each_expert, grouped_matmul, spare_rows
+from moe_jax.moe.grouped import Experts, Matmul, Product, best
 from moe_jax.sharding import constrain
 from moe_jax.types import Array, RoutingDecision
 
@@ -51,17 +51,17 @@ def _permute(x: Array, index: Array, inverse: Array) -> Array:
 _permute.defvjp(lambda x, i, j: (x[i], j), lambda j, dy: (dy[j], None, None))
 
 
-def ragged(decision: RoutingDecision, num_experts: int) -> Dispatch:
-    """Dropless: assignments sorted by expert, one grouped matrix product. Padding sorts behind everyone and is not
-    computed.
+def ragged(decision: RoutingDecision, num_experts: int, *, product: Product | None = None) -> Dispatch:
+    """Dropless: assignments sorted by expert, grouped matrix products (by default the backend's best way). Padding
+    sorts behind everyone and is not computed.
     """
     B, L, K = decision.expert_BxLxK.shape
     expert_R = decision.expert_BxLxK.reshape(-1)
     order_R = jnp.argsort(expert_R, stable=True)
     inverse_R = jnp.zeros_like(order_R).at[order_R].set(jnp.arange(order_R.size), unique_indices=True)
     size_E = jnp.bincount(expert_R, length=num_experts + 1)[:num_experts]
-    spare = spare_rows(B * L * K, num_experts)
-    order_R = jnp.pad(order_R, (0, spare))
+    grouped = (product or best())(size_E, B * L * K)
+    order_R = jnp.pad(order_R, (0, grouped.spare))
 
     def send(x_BxLxD: Array) -> Array:
         x = jnp.broadcast_to(x_BxLxD[:, :, None], (B, L, K, x_BxLxD.shape[-1])).reshape(B * L * K, -1)
@@ -71,9 +71,7 @@ def ragged(decision: RoutingDecision, num_experts: int) -> Dispatch:
         y = _permute(rows_RxD, inverse_R, order_R).reshape(B, L, K, -1)
         return _combine(y, decision)
 
-    matmul = lambda rows, w: grouped_matmul(rows, w, size_E, spare)  # noqa: E731
-    each = lambda experts, rows: each_expert(experts, rows, size_E, spare)  # noqa: E731
-    return Dispatch(send, matmul, recv, jnp.zeros(()), each)
+    return Dispatch(send, grouped.matmul, recv, jnp.zeros(()), grouped.each)
 
 
 def slots(decision: RoutingDecision, num_experts: int, *, factor: float = 1.25) -> Dispatch:
@@ -133,10 +131,11 @@ def gathered(decision: RoutingDecision, num_experts: int) -> Dispatch:
 GATHER_ROWS = 8  # below this many assignments reading the chosen matrices beats sorting (measured on CPU)
 
 
-def dropless(decision: RoutingDecision, num_experts: int) -> Dispatch:
+def dropless(decision: RoutingDecision, num_experts: int, *, product: Product | None = None) -> Dispatch:
     """`gathered` for a handful of positions, `ragged` above: the default, chosen by shape at trace time."""
-    few = decision.expert_BxLxK.size <= GATHER_ROWS
-    return (gathered if few else ragged)(decision, num_experts)
+    if decision.expert_BxLxK.size <= GATHER_ROWS:
+        return gathered(decision, num_experts)
+    return ragged(decision, num_experts, product=product)
 
 
 def _combine(y_BxLxKxD: Array, decision: RoutingDecision) -> Array:

@@ -1,12 +1,14 @@
-"""Grouped matrix product: rows sorted by expert, each expert's rows times its own matrix.
+"""Products of rows sorted by expert, each row with its own expert's matrix: one way for each backend.
 
-`jax.lax.ragged_dot` is this on GPU and TPU. XLA:CPU lowers it to computing every expert for every row, so on CPU we
-walk over blocks of rows: each touches one expert and writes in place, and the garbage that its tail leaves is
-overwritten by the next expert's first block. Work is (rows + half a small block an expert) instead of rows x experts.
+A way is a function (size_E, rows) -> `Grouped`; `best()` names the backend's. `jax.lax.ragged_dot` is this on GPU.
+XLA:CPU lowers it to computing every expert for every row, so there `walk` goes over blocks of rows: each touches one
+expert and writes in place, and the garbage that its tail leaves is overwritten by the next expert's first block. Work
+is (rows + half a small block an expert) instead of rows x experts.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -24,30 +26,53 @@ SHARES = (0.125, 0.25, 0.5, 1.0)  # of the mean load: the sizes of blocks (measu
 SMALLEST, LARGEST = 8, 512
 
 
-def grouped_matmul(x_RxI: Array, w_ExIxO: Array, size_E: Array, spare: int = 0) -> Array:
-    """y_RxO[r] = x[r] @ w[e(r)] where the first size_E[0] rows belong to expert 0, and so on.
+@dataclasses.dataclass(frozen=True)
+class Grouped:
+    """Products of R = rows + spare rows, of which the first size_E[0] belong to expert 0, and so on.
 
-    Rows beyond sum(size_E) give zeros and no gradient, whatever they hold. `spare`: how many rows at the end belong to
-    nobody for certain; with `spare_rows` of them the walk needs no copy of x.
+    Rows beyond sum(size_E) give zeros and no gradient, whatever they hold.
+
+    Attributes:
+      spare: how many rows of nobody must follow the sorted ones.
+      matmul: (x_RxI, w_ExIxO) -> y_RxO with y[r] = x[r] @ w[e(r)].
+      each: (experts, x_RxD) -> `experts(x, matmul)`, or what comes to the same faster.
     """
-    if jax.default_backend() != "cpu":
+
+    spare: int
+    matmul: Matmul
+    each: Callable[[Experts, Array], Array]
+
+
+Product = Callable[[Array, int], Grouped]
+
+
+def ragged_dot(size_E: Array, rows: int) -> Grouped:
+    """XLA's own."""
+
+    def matmul(x_RxI: Array, w_ExIxO: Array) -> Array:
         live = (jnp.arange(x_RxI.shape[0]) < size_E.sum())[:, None]
         y = jax.lax.ragged_dot(jnp.where(live, x_RxI, 0), w_ExIxO, size_E.astype(jnp.int32))
         return jnp.where(live, y, 0)  # backends leave garbage in the tail
-    rows = x_RxI.shape[0] - spare
-    blocks = block_rows(rows, w_ExIxO.shape[0])
-    lacking = max(blocks[-1] - spare, 0)
-    y = _walk(jnp.pad(x_RxI, ((0, lacking), (0, 0))) if lacking else x_RxI, w_ExIxO, size_E, blocks)
-    return y[: x_RxI.shape[0]]
+
+    return Grouped(0, matmul, lambda experts, x: experts(x, matmul))
 
 
-def each_expert(experts: Experts, x_RxD: Array, size_E: Array, spare: int = 0) -> Array:
-    """`experts(x, grouped_matmul)`, and on CPU without a gradient block by block: all of an expert's work on a block
-    while it is in the cache.
-    """
-    if jax.default_backend() != "cpu" or spare < spare_rows(x_RxD.shape[0] - spare, size_E.shape[0]):
-        return experts(x_RxD, lambda rows, w: grouped_matmul(rows, w, size_E, spare))
-    return _walk_experts(experts, x_RxD, size_E, spare)
+def walk(size_E: Array, rows: int) -> Grouped:
+    """Over blocks of rows; without a gradient, all of an expert's work on a block while it is in the cache."""
+    sizes = block_rows(rows, size_E.shape[0])
+    return Grouped(
+        sizes[-1],
+        lambda x, w: _walk(x, w, size_E, sizes),
+        lambda experts, x: _walk_experts(experts, x, size_E, sizes),
+    )
+
+
+BEST: dict[str, Product] = {"cpu": walk}
+
+
+def best() -> Product:
+    """The fastest way that was measured on the default backend."""
+    return BEST.get(jax.default_backend(), ragged_dot)
 
 
 def block_rows(rows: int, experts: int) -> tuple[int, ...]:
@@ -56,11 +81,6 @@ def block_rows(rows: int, experts: int) -> tuple[int, ...]:
     mean = max(rows // experts, 1)
     near = lambda share: SMALLEST * max(1, round(mean * share / SMALLEST))  # noqa: E731
     return tuple(sorted({min(near(share), LARGEST) for share in SHARES}))
-
-
-def spare_rows(rows: int, experts: int) -> int:
-    """How many rows of nobody should follow `rows` sorted rows."""
-    return block_rows(rows, experts)[-1] if jax.default_backend() == "cpu" else 0
 
 
 def _loop(size_E: Array, blocks: tuple[int, ...], body: Body, init: Array) -> Array:
@@ -132,9 +152,7 @@ _walk.defvjp(_walk_fwd, _walk_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _walk_experts(experts: Any, x_RxD: Array, size_E: Array, spare: int) -> Array:
-    blocks = block_rows(x_RxD.shape[0] - spare, size_E.shape[0])
-
+def _walk_experts(experts: Any, x_RxD: Array, size_E: Array, blocks: tuple[int, ...]) -> Array:
     def body(y: Array, e: Array, row: Array, end: Array, block: int) -> Array:
         one = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, e, keepdims=False), experts)
         part = one(jax.lax.dynamic_slice_in_dim(x_RxD, row, block), jnp.matmul)
@@ -144,13 +162,9 @@ def _walk_experts(experts: Any, x_RxD: Array, size_E: Array, spare: int) -> Arra
     return _rows_of_nobody_are_zero(y, size_E, blocks[-1])
 
 
-def _walk_experts_fwd(experts: Any, x_RxD: Array, size_E: Array, spare: int):
+def _walk_experts_fwd(experts: Any, x_RxD: Array, size_E: Array, blocks: tuple[int, ...]):
     """With a gradient, product by product: what is between them is saved, so nothing is computed twice."""
-
-    def products(experts: Any, x_RxD: Array) -> Array:
-        return experts(x_RxD, lambda rows, w: grouped_matmul(rows, w, size_E, spare))
-
-    return jax.vjp(products, experts, x_RxD)
+    return jax.vjp(lambda experts, x: experts(x, lambda rows, w: _walk(rows, w, size_E, blocks)), experts, x_RxD)
 
 
-_walk_experts.defvjp(_walk_experts_fwd, lambda spare, back, dy: (*back(dy), None))
+_walk_experts.defvjp(_walk_experts_fwd, lambda blocks, back, dy: (*back(dy), None))

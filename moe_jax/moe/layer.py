@@ -20,7 +20,8 @@ class MoeFfn(Module):
     Args:
       d: model width.
       router, experts: configured classes, called with (d, num_experts, rngs=...).
-      dispatch: a `Dispatcher`. Evaluation and decoding never drop, so they use `dropless` whatever this is.
+      dispatch: a `Dispatcher`, in training.
+      evaluation: that of evaluation and decoding, which should never drop.
     """
 
     def __init__(
@@ -32,16 +33,17 @@ class MoeFfn(Module):
         router: Callable[..., Module] = TopK,
         experts: Callable[..., Module] = Gated,
         dispatch: dispatches.Dispatcher = dispatches.dropless,
+        evaluation: dispatches.Dispatcher = dispatches.dropless,
         rngs: Rngs,
     ):
         self.num_experts, self.hidden = num_experts, hidden
         self.router = router(d, num_experts, rngs=rngs)
         self.experts = experts(d, num_experts, hidden=hidden, rngs=rngs)
-        self.dispatch = dispatch
+        self.dispatch, self.evaluation = dispatch, evaluation
 
     def __call__(self, x_BxLxD: Array, info: TokenInfo, key: Array | None = None) -> tuple[Array, RouterStats]:
         decision = self.router(x_BxLxD, info, key)
-        to = (self.dispatch if key is not None else dispatches.dropless)(decision, self.num_experts)
+        to = (self.evaluation if key is None else self.dispatch)(decision, self.num_experts)
         y = to.recv(to.each(self.experts, to.send(x_BxLxD)))
         return y, router_stats(decision, info, to.dropped, self.num_experts)
 
