@@ -1,4 +1,4 @@
-"""The grouped product: a loop over rows, however the rows fall to the experts; gradients too."""
+"""Experts on sorted rows: a loop over rows, however the rows fall to the experts; gradients too."""
 
 import inspect
 from functools import partial
@@ -7,17 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_jax.layers.param import Module
+from moe_jax import tree
+from moe_jax.layers.param import Rngs
 from moe_jax.moe import grouped
+from moe_jax.moe.experts import Gated
 from moe_jax.moe.grouped import block_rows
 
 pytestmark = pytest.mark.usefixtures("ranks_must_match")
 
-I, O, E = 3, 5, 4
+D, HIDDEN, E = 3, 5, 4
 
 # rows in all, rows of each expert; what is left is padding behind them
 SKEWS = {
@@ -34,80 +35,89 @@ SKEWS = {
     "no rows at all": (0, (0, 0, 0, 0)),
 }
 
-
-def operands(rows: int):
-    rng = np.random.default_rng(rows)
-    return (rng.normal(size=shape).astype(np.float32) for shape in ((rows, I), (E, I, O), (rows, O)))
-
-
-def by_rows(x, w, sizes):
-    """y[r] = x[r] @ w[its expert]; zeros where a row has none."""
-    expert = np.repeat(np.arange(E), sizes)
-    y = np.zeros((len(x), O), np.float32)
-    for r, e in enumerate(expert):
-        y[r] = x[r] @ w[e]
-    return y
-
-
-def one_hot(x, w, sizes):
-    """The same as a dense formula that autodiff can take."""
-    expert = jnp.repeat(jnp.arange(E + 1), jnp.append(sizes, len(x) - sizes.sum()), total_repeat_length=len(x))
-    return jnp.einsum("ri,eio,re->ro", x, w, jax.nn.one_hot(expert, E))
-
-
 PRODUCTS = {
     name: f
     for name, f in vars(grouped).items()
     if inspect.isfunction(f) and list(inspect.signature(f).parameters)[:2] == ["size_E", "rows"]
 }
 
+EXPERTS = Gated(D, E, hidden=HIDDEN, rngs=Rngs(params=0))
 
-def multiply(x, w, sizes, product=grouped.walk):
-    """The product alone, with garbage in the spare rows."""
+
+def operands(rows: int):
+    """x and dy."""
+    return np.random.default_rng(rows).normal(size=(2, rows, D)).astype(np.float32)
+
+
+def by_rows(x, sizes):
+    """Each row through its expert; zeros where a row has none."""
+    weights = tree.flatten(EXPERTS)
+    y = np.zeros_like(x)
+    for r, e in enumerate(np.repeat(np.arange(E), sizes)):
+        gate, up, down = (np.asarray(weights[name][e], np.float64) for name in ("gate", "up", "down"))
+        y[r] = (x[r] @ gate / (1 + np.exp(-x[r] @ gate)) * (x[r] @ up)) @ down
+    return y
+
+
+def dense(experts, x, sizes):
+    """The same as a formula that autodiff can take: every expert on every row, by one-hot."""
+    expert = jnp.repeat(jnp.arange(E + 1), jnp.append(sizes, len(x) - sizes.sum()), total_repeat_length=len(x))
+    return grouped.apply(experts, x, lambda rows, w: jnp.einsum("ri,eio,re->ro", rows, w, jax.nn.one_hot(expert, E)))
+
+
+def sorted_rows(experts, x, sizes, product):
+    """With garbage in the spare rows."""
     way = product(sizes, len(x))
-    rows = jnp.concatenate([x, jnp.full((way.spare, x.shape[1]), jnp.nan, x.dtype)])
-    return way.matmul(rows, w)[: len(x)]
+    rows = jnp.concatenate([x, jnp.full((way.spare, D), jnp.nan, x.dtype)])
+    return way.apply(experts, rows)[: len(x)]
 
 
 @partial(jax.jit, static_argnames="product")
-def both(x, w, dy, sizes, product=grouped.walk):
-    y, back = jax.vjp(lambda x, w: multiply(x, w, sizes, product), x, w)
-    y_dense, back_dense = jax.vjp(lambda x, w: one_hot(x, w, sizes), x, w)
-    return (y, *back(dy)), (y_dense, *back_dense(dy))
+def run(x, dy, sizes, product):
+    """y, its gradients by weights and rows, and y of a call without a gradient."""
+    y, back = jax.vjp(lambda experts, x: sorted_rows(experts, x, sizes, product), EXPERTS, x)
+    return y, *back(dy), sorted_rows(EXPERTS, x, sizes, product)
+
+
+@jax.jit
+def expected(x, dy, sizes):
+    y, back = jax.vjp(lambda experts, x: dense(experts, x, sizes), EXPERTS, x)
+    return y, *back(dy), y
+
+
+def close(a, b):
+    for one, other in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 @pytest.mark.parametrize("skew", SKEWS)
 @pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
-def test_products_equal_the_loop_and_their_gradients_the_dense_formula(skew, product):
+def test_every_way_equals_the_loop_and_its_gradients_the_dense_formula(skew, product):
     rows, sizes = SKEWS[skew]
-    x, w, dy = operands(rows)
-    fast, dense = both(x, w, dy, jnp.array(sizes), product)
-    np.testing.assert_allclose(fast[0], by_rows(x, w, sizes), atol=1e-5)
-    for a, b in zip(fast, dense, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+    x, dy = operands(rows)
+    found = run(x, dy, jnp.array(sizes), product)
+    close(found[0], by_rows(x, sizes))
+    close(found, expected(x, dy, jnp.array(sizes)))
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 16), min_size=E, max_size=E).filter(lambda sizes: sum(sizes) <= 37))
 def test_any_skew(sizes):
-    x, w, dy = operands(37)
-    fast, dense = both(x, w, dy, jnp.array(sizes))
-    np.testing.assert_allclose(fast[0], by_rows(x, w, sizes), atol=1e-5)
-    for a, b in zip(fast, dense, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+    x, dy = operands(37)
+    close(run(x, dy, jnp.array(sizes), grouped.walk), expected(x, dy, jnp.array(sizes)))
 
 
 @pytest.mark.parametrize("skew", ["many take nothing", "padding everywhere"])
 @pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
 def test_nan_behind_the_last_row_goes_nowhere(skew, product):
     rows, sizes = SKEWS[skew]
-    x, w, dy = operands(rows)
-    clean, _ = both(x, w, dy, jnp.array(sizes), product)
+    x, dy = operands(rows)
+    clean = run(x, dy, jnp.array(sizes), product)
     x[sum(sizes) :] = dy[sum(sizes) :] = np.nan
-    dirty, _ = both(x, w, dy, jnp.array(sizes), product)
-    for a, b in zip(clean, dirty, strict=True):
+    dirty = run(x, dy, jnp.array(sizes), product)
+    for a, b in zip(jax.tree.leaves(clean), jax.tree.leaves(dirty), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert not np.any(dirty[1][sum(sizes) :])  # no gradient there either
+    assert not np.any(dirty[2][sum(sizes) :])  # no gradient there either
 
 
 def test_each_backend_has_its_way(monkeypatch):
@@ -118,9 +128,9 @@ def test_each_backend_has_its_way(monkeypatch):
 
 @pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
 def test_bfloat16_stays(product):
-    x, w, _ = operands(16)
-    y = multiply(jnp.asarray(x, jnp.bfloat16), jnp.asarray(w, jnp.bfloat16), jnp.array((4, 4, 4, 4)), product)
-    assert y.dtype == jnp.bfloat16
+    x, dy, experts = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), (*operands(16), EXPERTS))
+    y, back = jax.vjp(lambda e, x: sorted_rows(e, x, jnp.array((4, 4, 4, 4)), product), experts, x)
+    assert {leaf.dtype for leaf in jax.tree.leaves((y, back(dy)))} == {jnp.dtype(jnp.bfloat16)}
 
 
 @pytest.mark.parametrize("rows", [0, 1, 8, 37, 1024, 4096, 1 << 20])
@@ -131,34 +141,3 @@ def test_blocks_waste_little_of_a_balanced_load(rows, experts):
     whole, rest = divmod(rows // experts, blocks[-1])
     computed = whole * blocks[-1] + min((b for b in blocks if b >= rest), default=0) * (rest > 0)
     assert computed <= 1.25 * rows / experts + 8
-
-
-class Square(Module):
-    """Experts that are no plain product: (rows @ w)^2."""
-
-    def __init__(self, w):
-        self.w = nnx.Param(w)
-
-    def __call__(self, rows, matmul):
-        return matmul(rows, self.w[...]) ** 2
-
-
-@pytest.mark.parametrize("skew", SKEWS)
-def test_whole_experts_walk_as_their_products_do(skew):
-    """Without a gradient block by block, with one product by product: the same values, and those of the formula."""
-    rows, sizes = SKEWS[skew]
-    x, w, _ = operands(rows)
-    w, dy, sizes = w[..., :I], x + 1, jnp.array(sizes)
-    way = grouped.walk(sizes, rows)
-    padded = np.pad(x, ((0, way.spare), (0, 0)), constant_values=np.nan)
-
-    def fast(w, x):
-        return way.each(Square(w), x)[:rows]
-
-    y, back = jax.vjp(fast, w, padded)
-    want, back_want = jax.vjp(lambda w, x: one_hot(x, w, sizes) ** 2, w, x)
-    dw, dx = back(dy)
-    np.testing.assert_allclose(jax.jit(fast)(w, padded), want, atol=1e-4)
-    for a, b in zip((y, dw, dx[:rows]), (want, *back_want(dy)), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-3)
-    assert not np.asarray(dx[rows:]).any()

@@ -112,7 +112,7 @@ def test_every_dispatch_of_every_router_equals_the_oracle(router):
     def everyway(layer, x, info):
         decision = layer.router(x, info, KEY)
         ways = {name: configured(DISPATCHES[name], **half)(decision, E) for name in CHOSEN}
-        return {name: (to.recv(layer.experts(to.send(x), to.matmul)), to.dropped) for name, to in ways.items()}
+        return {name: (to.recv(to.apply(layer.experts, to.send(x))), to.dropped) for name, to in ways.items()}
 
     for name, (y, dropped) in everyway(case.layer, case.x, case.info).items():
         limited = "factor" in inspect.signature(DISPATCHES[name]).parameters

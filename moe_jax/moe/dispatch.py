@@ -1,8 +1,8 @@
 """A dispatch is a value that knows how to send positions to experts, multiply there, and bring them back.
 
-    rows = dispatch.send(x)            # the layout that the experts see
-    rows = dispatch.matmul(rows, w)    # each row times its own expert's matrix
-    y    = dispatch.recv(rows)         # the weighted sum of a position's experts
+    rows = dispatch.send(x)               # the layout that the experts see
+    rows = dispatch.apply(experts, rows)  # each row through its own expert
+    y    = dispatch.recv(rows)            # the weighted sum of a position's experts
 
 Experts know neither capacity nor raggedness; all dispatches that drop nothing agree to rounding. Everything is by
 index: a one-hot product would leak NaN out of padding and build a [B, L, K, E, C] tensor. `Dispatcher` is (decision,
@@ -17,24 +17,19 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from moe_jax.moe.grouped import Experts, Matmul, Product, best
+from moe_jax.moe.grouped import Experts, Product, apply, best
 from moe_jax.sharding import constrain
 from moe_jax.types import Array, RoutingDecision
 
 
 @dataclasses.dataclass(frozen=True)
 class Dispatch:
-    """send: x_BxLxD -> rows; matmul: (rows, w_ExIxO) -> rows; recv: rows -> y_BxLxD; dropped: lost assignments."""
+    """send: x_BxLxD -> rows; apply: (experts, rows) -> rows; recv: rows -> y_BxLxD; dropped: lost assignments."""
 
     send: Callable[[Array], Array]
-    matmul: Matmul
+    apply: Callable[[Experts, Array], Array]
     recv: Callable[[Array], Array]
     dropped: Array
-    _each: Callable[[Experts, Array], Array] | None = None
-
-    def each(self, experts: Experts, rows: Array) -> Array:
-        """`experts(rows, matmul)`, or what comes to the same faster."""
-        return self._each(experts, rows) if self._each else experts(rows, self.matmul)
 
 
 Dispatcher = Callable[[RoutingDecision, int], Dispatch]
@@ -71,7 +66,7 @@ def ragged(decision: RoutingDecision, num_experts: int, *, product: Product | No
         y = _permute(rows_RxD, inverse_R, order_R).reshape(B, L, K, -1)
         return _combine(y, decision)
 
-    return Dispatch(send, grouped.matmul, recv, jnp.zeros(()), grouped.each)
+    return Dispatch(send, grouped.apply, recv, jnp.zeros(()))
 
 
 def slots(decision: RoutingDecision, num_experts: int, *, factor: float = 1.25) -> Dispatch:
@@ -111,7 +106,7 @@ def slots(decision: RoutingDecision, num_experts: int, *, factor: float = 1.25) 
         return jnp.einsum("beci,eio->beco", rows_BxExCxI, w_ExIxO)
 
     dropped = ((expert_BxR < E) & ~kept_BxR).sum().astype(jnp.float32)
-    return Dispatch(send, matmul, recv, dropped)
+    return Dispatch(send, lambda experts, rows: apply(experts, rows, matmul), recv, dropped)
 
 
 def gathered(decision: RoutingDecision, num_experts: int) -> Dispatch:
@@ -125,7 +120,8 @@ def gathered(decision: RoutingDecision, num_experts: int) -> Dispatch:
     def matmul(rows_BxLxKxI: Array, w_ExIxO: Array) -> Array:
         return jnp.einsum("blki,blkio->blko", rows_BxLxKxI, w_ExIxO[expert_BxLxK])
 
-    return Dispatch(send, matmul, lambda rows: _combine(rows, decision), jnp.zeros(()))
+    recv = lambda rows: _combine(rows, decision)  # noqa: E731
+    return Dispatch(send, lambda experts, rows: apply(experts, rows, matmul), recv, jnp.zeros(()))
 
 
 GATHER_ROWS = 8  # below this many assignments reading the chosen matrices beats sorting (measured on CPU)

@@ -1,18 +1,15 @@
-"""Experts: the feed-forward network of each expert, written once for all layouts.
+"""Experts: the feed-forward network of each expert, written once for all layouts (`grouped.Experts`).
 
-`(rows, matmul) -> rows`: the dispatch brings the product, so an expert knows nothing of routing.
+The dispatch brings the product, so an expert knows nothing of routing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 
 from moe_jax.layers.param import Module, Rngs, fan_in, param
+from moe_jax.moe.grouped import Matmul
 from moe_jax.types import Array
-
-Matmul = Callable[[Array, Array], Array]
 
 
 class Gated(Module):
@@ -24,5 +21,9 @@ class Gated(Module):
         self.up = param(rngs, (num_experts, d, hidden), ("expert", "embed", "mlp"), fan_in(1))
         self.down = param(rngs, (num_experts, hidden, d), ("expert", "mlp", "embed"), fan_in(1))
 
-    def __call__(self, rows: Array, matmul: Matmul) -> Array:
-        return matmul(jax.nn.silu(matmul(rows, self.gate[...])) * matmul(rows, self.up[...]), self.down[...])
+    def first(self, rows: Array, matmul: Matmul) -> tuple[Array, ...]:
+        return matmul(rows, self.gate[...]), matmul(rows, self.up[...])
+
+    def second(self, kept: tuple[Array, ...], matmul: Matmul) -> Array:
+        gate, up = kept
+        return matmul(jax.nn.silu(gate) * up, self.down[...])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,28 +19,38 @@ import jax.numpy as jnp
 from moe_jax.types import Array
 
 Matmul = Callable[[Array, Array], Array]
-Experts = Callable[[Array, Matmul], Array]  # a module: a pytree of weights w_Ex... that is called with (rows, matmul)
-Body = Callable[[Array, Array, Array, Array, int], Array]
+Body = Callable[..., Any]
 
-SHARES = (0.125, 0.25, 0.5, 1.0)  # of the mean load: the sizes of blocks (measured, benchmarks/moe_layer.py)
+SHARES = (0.25, 0.5, 1.0)  # of the mean load: the sizes of blocks (measured, benchmarks/moe_layer.py)
 SMALLEST, LARGEST = 8, 512
+
+
+class Experts(Protocol):
+    """A pytree of matrices w_ExIxO. An expert's work on its rows is `second(first(rows, matmul), matmul)`: what `first`
+    gives is kept for the way back, and what `second` makes of it between its products is computed again."""
+
+    def first(self, rows: Array, matmul: Matmul) -> tuple[Array, ...]: ...
+
+    def second(self, kept: tuple[Array, ...], matmul: Matmul) -> Array: ...
+
+
+def apply(experts: Experts, rows: Array, matmul: Matmul) -> Array:
+    return experts.second(experts.first(rows, matmul), matmul)
 
 
 @dataclasses.dataclass(frozen=True)
 class Grouped:
-    """Products of R = rows + spare rows, of which the first size_E[0] belong to expert 0, and so on.
+    """Experts on R = rows + spare sorted rows, of which the first size_E[0] belong to expert 0, and so on.
 
     Rows beyond sum(size_E) give zeros and no gradient, whatever they hold.
 
     Attributes:
       spare: how many rows of nobody must follow the sorted ones.
-      matmul: (x_RxI, w_ExIxO) -> y_RxO with y[r] = x[r] @ w[e(r)].
-      each: (experts, x_RxD) -> `experts(x, matmul)`, or what comes to the same faster.
+      apply: (experts, x_RxD) -> y_RxD.
     """
 
     spare: int
-    matmul: Matmul
-    each: Callable[[Experts, Array], Array]
+    apply: Callable[[Experts, Array], Array]
 
 
 Product = Callable[[Array, int], Grouped]
@@ -48,23 +58,19 @@ Product = Callable[[Array, int], Grouped]
 
 def ragged_dot(size_E: Array, rows: int) -> Grouped:
     """XLA's own."""
+    live = (jnp.arange(rows) < size_E.sum())[:, None]
+    matmul = lambda rows, w: jax.lax.ragged_dot(rows, w, size_E.astype(jnp.int32))  # noqa: E731
 
-    def matmul(x_RxI: Array, w_ExIxO: Array) -> Array:
-        live = (jnp.arange(x_RxI.shape[0]) < size_E.sum())[:, None]
-        y = jax.lax.ragged_dot(jnp.where(live, x_RxI, 0), w_ExIxO, size_E.astype(jnp.int32))
-        return jnp.where(live, y, 0)  # backends leave garbage in the tail
+    def run(experts: Experts, x_RxD: Array) -> Array:
+        return jnp.where(live, apply(experts, jnp.where(live, x_RxD, 0), matmul), 0)
 
-    return Grouped(0, matmul, lambda experts, x: experts(x, matmul))
+    return Grouped(0, run)
 
 
 def walk(size_E: Array, rows: int) -> Grouped:
-    """Over blocks of rows; without a gradient, all of an expert's work on a block while it is in the cache."""
+    """Over blocks of rows: all of an expert's work on a block while it is in the cache."""
     sizes = block_rows(rows, size_E.shape[0])
-    return Grouped(
-        sizes[-1],
-        lambda x, w: _walk(x, w, size_E, sizes),
-        lambda experts, x: _walk_experts(experts, x, size_E, sizes),
-    )
+    return Grouped(sizes[-1], lambda experts, x: _walk(experts, x, size_E, sizes))
 
 
 BEST: dict[str, Product] = {"cpu": walk}
@@ -83,24 +89,25 @@ def block_rows(rows: int, experts: int) -> tuple[int, ...]:
     return tuple(sorted({min(near(share), LARGEST) for share in SHARES}))
 
 
-def _loop(size_E: Array, blocks: tuple[int, ...], body: Body, init: Array) -> Array:
-    """`body(carry, expert, first_row, end_row, block) -> carry` over all blocks in ascending order of rows.
+def _loop(size_E: Array, blocks: tuple[int, ...], take: Callable, body: Body, init: Any) -> Any:
+    """`body(carry, take(expert), expert, first_row, end_row, block) -> carry` over all blocks, in ascending order.
 
     Which block it is is a loop of no turn or one: XLA:CPU updates the carry of a loop in place, that of a conditional
     it copies. What the body computes must depend on the turn, or XLA computes it before the loop, turn or no turn.
     """
     end_E = jnp.cumsum(size_E)
 
-    def expert(e: Array, carry: Array) -> Array:
+    def expert(e: Array, carry: Any) -> Any:
         first, end = end_E[e] - size_E[e], end_E[e]
+        taken = take(e)
         smaller = blocks[-2] if len(blocks) > 1 else 0
         whole = size_E[e] // blocks[-1] + (size_E[e] % blocks[-1] > smaller)
-        step = lambda i, c: body(c, e, first + i * blocks[-1], end, blocks[-1])  # noqa: E731
+        step = lambda i, c: body(c, taken, e, first + i * blocks[-1], end, blocks[-1])  # noqa: E731
         carry = jax.lax.fori_loop(0, whole, step, carry)
         left = first + whole * blocks[-1]
         for less, block in zip((0, *blocks), blocks[:-1], strict=False):
             chosen = (left + less < end) & (end <= left + block)
-            step = lambda i, c, block=block: body(c, e, left + i * block, end, block)  # noqa: E731
+            step = lambda i, c, block=block: body(c, taken, e, left + i * block, end, block)  # noqa: E731
             carry = jax.lax.fori_loop(0, chosen.astype(jnp.int32), step, carry)
         return carry
 
@@ -112,59 +119,76 @@ def _rows_of_nobody_are_zero(y: Array, size_E: Array, block: int) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(y, jnp.zeros((block, *y.shape[1:]), y.dtype), size_E.sum(), 0)
 
 
-def _product(x_RxI: Array, w_ExIxO: Array, size_E: Array, blocks: tuple[int, ...], contract: int) -> Array:
-    """The walk; `contract` is the dim of the expert's matrix that is summed (0: x @ w, 1: x @ w.T)."""
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _walk(experts: Any, x_RxD: Array, size_E: Array, blocks: tuple[int, ...]) -> Array:
+    def body(y: Array, one: Any, e: Array, row: Array, end: Array, block: int) -> Array:
+        return _put(y, apply(one, _block(x_RxD, row, block), jnp.matmul), row)
 
-    def body(y: Array, e: Array, row: Array, end: Array, block: int) -> Array:
-        rows = jax.lax.dynamic_slice_in_dim(x_RxI, row, block)
-        w = jax.lax.dynamic_index_in_dim(w_ExIxO, e, keepdims=False)
-        part = jax.lax.dot_general(rows, w, (((1,), (contract,)), ((), ())))
-        return jax.lax.dynamic_update_slice_in_dim(y, part, row, 0)
-
-    y = _loop(size_E, blocks, body, jnp.zeros((x_RxI.shape[0], w_ExIxO.shape[2 - contract]), x_RxI.dtype))
+    y = _loop(size_E, blocks, partial(_one, experts), body, jnp.zeros(x_RxD.shape, x_RxD.dtype))
     return _rows_of_nobody_are_zero(y, size_E, blocks[-1])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _walk(x_RxI: Array, w_ExIxO: Array, size_E: Array, blocks: tuple[int, ...]) -> Array:
-    """Of x with a largest block of rows of nobody at its end."""
-    return _product(x_RxI, w_ExIxO, size_E, blocks, contract=0)
+def _walk_fwd(experts: Any, x_RxD: Array, size_E: Array, blocks: tuple[int, ...]):
+    x_RxD = _rows_of_nobody_are_zero(x_RxD, size_E, blocks[-1])  # a weight of 0 would not stop NaN on the way back
+    like = jax.eval_shape(lambda e, x: _one(e, 0).first(x, jnp.matmul), experts, x_RxD)
+
+    def body(carry, one: Any, e: Array, row: Array, end: Array, block: int):
+        kept = one.first(_block(x_RxD, row, block), jnp.matmul)
+        parts = (one.second(kept, jnp.matmul), *kept)
+        return tuple(_put(c, p, row) for c, p in zip(carry, parts, strict=True))
+
+    init = tuple(jnp.zeros((x_RxD.shape[0], s.shape[1]), s.dtype) for s in (x_RxD, *like))
+    y, *kept = _loop(size_E, blocks, partial(_one, experts), body, init)
+    return _rows_of_nobody_are_zero(y, size_E, blocks[-1]), (experts, x_RxD, size_E, tuple(kept))
 
 
-def _walk_fwd(x_RxI: Array, w_ExIxO: Array, size_E: Array, blocks: tuple[int, ...]):
-    return _walk(x_RxI, w_ExIxO, size_E, blocks), (x_RxI, w_ExIxO, size_E)
+def _walk_bwd(blocks: tuple[int, ...], residuals, dy_RxD: Array):
+    experts, x_RxD, size_E, kept = residuals
 
+    def take(e: Array) -> Any:
+        return jax.tree.map(lambda w: jax.lax.optimization_barrier(w.T), _one(experts, e))
 
-def _walk_bwd(blocks: tuple[int, ...], saved, dy_RxO: Array):
-    x_RxI, w_ExIxO, size_E = saved
+    def body(carry, one: Any, e: Array, row: Array, end: Array, block: int):
+        dx, dw = carry
+        dy = jnp.where((row + jnp.arange(block) < end)[:, None], _block(dy_RxD, row, block), 0)
+        here = tuple(_block(s, row, block) for s in kept)
+        _, second = jax.vjp(lambda w, h: w.second(h, _by_transposed), one, here)
+        d_second, dh = second(dy)
+        _, first = jax.vjp(lambda w, x: w.first(x, _by_transposed), one, _block(x_RxD, row, block))
+        d_first, part = first(dh)
+        add = lambda d, a, b: _put(d, _one(d, e) + (a + b).T, e)  # noqa: E731
+        return _put(dx, part, row), jax.tree.map(add, dw, d_first, d_second)
 
-    def body(dw: Array, e: Array, row: Array, end: Array, block: int) -> Array:
-        mine = (row + jnp.arange(block) < end)[:, None]
-        x, dy = (jnp.where(mine, jax.lax.dynamic_slice_in_dim(a, row, block), 0) for a in (x_RxI, dy_RxO))
-        old = jax.lax.dynamic_index_in_dim(dw, e, keepdims=True)
-        return jax.lax.dynamic_update_slice_in_dim(dw, old + (x.T @ dy)[None], e, 0)
-
-    dw = _loop(size_E, blocks, body, jnp.zeros(w_ExIxO.shape, w_ExIxO.dtype))
-    return _product(dy_RxO, w_ExIxO, size_E, blocks, contract=1), dw, None
+    init = jnp.zeros(x_RxD.shape, x_RxD.dtype), jax.tree.map(jnp.zeros_like, experts)
+    dx, dw = _loop(size_E, blocks, take, body, init)
+    return dw, _rows_of_nobody_are_zero(dx, size_E, blocks[-1]), None
 
 
 _walk.defvjp(_walk_fwd, _walk_bwd)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _walk_experts(experts: Any, x_RxD: Array, size_E: Array, blocks: tuple[int, ...]) -> Array:
-    def body(y: Array, e: Array, row: Array, end: Array, block: int) -> Array:
-        one = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, e, keepdims=False), experts)
-        part = one(jax.lax.dynamic_slice_in_dim(x_RxD, row, block), jnp.matmul)
-        return jax.lax.dynamic_update_slice_in_dim(y, part.astype(y.dtype), row, 0)
-
-    y = _loop(size_E, blocks, body, jnp.zeros(x_RxD.shape, x_RxD.dtype))
-    return _rows_of_nobody_are_zero(y, size_E, blocks[-1])
+@jax.custom_vjp
+def _by_transposed(x_RxI: Array, w_OxI: Array) -> Array:
+    """x @ w.T, of which the way back is wanted alone: with the transposed matrix at hand it is the fast kind of product
+    (of few rows with a matrix to be transposed Eigen makes a third of the rate)."""
+    return x_RxI @ w_OxI.T
 
 
-def _walk_experts_fwd(experts: Any, x_RxD: Array, size_E: Array, blocks: tuple[int, ...]):
-    """With a gradient, product by product: what is between them is saved, so nothing is computed twice."""
-    return jax.vjp(lambda experts, x: experts(x, lambda rows, w: _walk(rows, w, size_E, blocks)), experts, x_RxD)
+def _by_transposed_bwd(residuals, dy_RxO: Array):
+    x_RxI, w_OxI = residuals
+    return dy_RxO @ w_OxI, (x_RxI.T @ dy_RxO).T
 
 
-_walk_experts.defvjp(_walk_experts_fwd, lambda blocks, back, dy: (*back(dy), None))
+_by_transposed.defvjp(lambda x, w: (x @ w.T, (x, w)), _by_transposed_bwd)
+
+
+def _one(experts: Any, e: Any) -> Any:
+    return jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, e, keepdims=False), experts)
+
+
+def _block(x: Array, row: Array, block: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(x, row, block)
+
+
+def _put(x: Array, part: Array, row: Array) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype).reshape(-1, *x.shape[1:]), row, 0)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from moe_jax.layers.param import Module, Rngs
 from moe_jax.moe import dispatch as dispatches
 from moe_jax.moe.experts import Gated
+from moe_jax.moe.grouped import Experts
 from moe_jax.moe.routers import MAX_TASKS, TopK
 from moe_jax.types import Array, RouterStats, RoutingDecision, TokenInfo
 
@@ -31,7 +32,7 @@ class MoeFfn(Module):
         num_experts: int = 8,
         hidden: int,
         router: Callable[..., Module] = TopK,
-        experts: Callable[..., Module] = Gated,
+        experts: Callable[..., Experts] = Gated,
         dispatch: dispatches.Dispatcher = dispatches.dropless,
         evaluation: dispatches.Dispatcher = dispatches.dropless,
         rngs: Rngs,
@@ -44,7 +45,7 @@ class MoeFfn(Module):
     def __call__(self, x_BxLxD: Array, info: TokenInfo, key: Array | None = None) -> tuple[Array, RouterStats]:
         decision = self.router(x_BxLxD, info, key)
         to = (self.evaluation if key is None else self.dispatch)(decision, self.num_experts)
-        y = to.recv(to.each(self.experts, to.send(x_BxLxD)))
+        y = to.recv(to.apply(self.experts, to.send(x_BxLxD)))
         return y, router_stats(decision, info, to.dropped, self.num_experts)
 
 
