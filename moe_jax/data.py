@@ -149,9 +149,12 @@ def _counted(
     for example in examples:
         if example.task not in names:
             raise ValueError(f"unknown task id {example.task}; known: {dict(families)}")
-        if not 0 < min(example.tokens, default=0) <= max(example.tokens, default=0) < vocab_size:
+        tokens = np.asarray(example.tokens)
+        if not (tokens.size and tokens.min() > 0 and tokens.max() < vocab_size):
             raise ValueError(f"token ids outside of [1, {vocab_size}) in an example of {names[example.task]}")
-        tallies[names[example.task]].update(examples=1, tokens=len(example.tokens))
+        tally = tallies[names[example.task]]
+        tally["examples"] += 1
+        tally["tokens"] += tokens.size
         yield example
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,35 +28,30 @@ class Packable(NamedTuple):
 
 
 def pack(examples: Iterable[Packable], length: int) -> Iterator[Rows]:
-    """Packs whole examples into rows of `length`: each goes where it leaves the least room (best fit).
+    """Packs whole examples into rows of `length`: each goes where it leaves the least room (best fit), of equals into
+    the row that was opened first.
 
     Raises ValueError for an example that is longer than a row, or empty.
     """
-    open_rows: list[list[Packable]] = []
-    rooms: list[int] = []
-
-    def close(index: int) -> Rows:
-        del rooms[index]
-        return _row(open_rows.pop(index), length)
-
-    for example in examples:
+    rows: list[tuple[int, int, list[Packable]]] = []  # ascending: (room, which example opened it, what is in it)
+    for number, example in enumerate(examples):
         size = len(example.tokens)
         if not 0 < size <= length or len(example.roles) != size:
             raise ValueError(f"cannot pack an example of {size} tokens into rows of {length}")
-        fitting = [i for i, room in enumerate(rooms) if size <= room]
-        if not fitting:
-            if len(rooms) == OPEN_ROWS:
-                yield close(rooms.index(min(rooms)))
-            open_rows.append([])
-            rooms.append(length)
-            fitting = [len(rooms) - 1]
-        best = min(fitting, key=rooms.__getitem__)
-        open_rows[best].append(example)
-        rooms[best] -= size
-        if rooms[best] == 0 or len(open_rows[best]) == MAX_SEGMENTS:
-            yield close(best)
-    while rooms:
-        yield close(0)
+        best = bisect_left(rows, (size, -1, []))
+        if best < len(rows):
+            room, opened, row = rows.pop(best)
+        else:
+            if len(rows) == OPEN_ROWS:
+                yield _row(rows.pop(0)[-1], length)
+            room, opened, row = length, number, []
+        row.append(example)
+        if room == size or len(row) == MAX_SEGMENTS:
+            yield _row(row, length)
+        else:
+            insort(rows, (room - size, opened, row))
+    for _, _, row in sorted(rows, key=itemgetter(1)):
+        yield _row(row, length)
 
 
 def _row(examples: Sequence[Packable], length: int) -> Rows:

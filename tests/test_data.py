@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.data import Prepared, _permutation, write_prepared
-from moe_jax.packing import COLUMNS, MAX_SEGMENTS, Packable, pack, to_batch
+from moe_jax.packing import COLUMNS, MAX_SEGMENTS, OPEN_ROWS, Packable, pack, to_batch
 from moe_jax.text import tokeniser as tk
 
 FAMILIES = {"asr": 1, "ocr": 2, "mt": 3}
@@ -40,6 +40,39 @@ def unpack(row) -> list[tuple]:
         (task,) = set(row["tasks"][at].tolist())
         found.append((row["tokens"][at].tolist(), row["roles"][at].tolist(), task))
     return found
+
+
+def slowly_packed(sizes: list[int], length: int) -> list[list[int]]:
+    """Which examples share a row, by looking at every open row for each."""
+    closed, rows, rooms = [], [], []
+    for example, size in enumerate(sizes):
+        fitting = [i for i, room in enumerate(rooms) if size <= room]
+        if not fitting:
+            if len(rows) == OPEN_ROWS:
+                fullest = rooms.index(min(rooms))
+                closed.append(rows.pop(fullest))
+                rooms.pop(fullest)
+            rows.append([])
+            rooms.append(length)
+            fitting = [len(rows) - 1]
+        best = min(fitting, key=rooms.__getitem__)  # the first opened of equals
+        rows[best].append(example)
+        rooms[best] -= size
+        if not rooms[best] or len(rows[best]) == MAX_SEGMENTS:
+            closed.append(rows.pop(best))
+            rooms.pop(best)
+    return closed + rows
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 2**32), st.integers(1, 500), st.sampled_from([8, 24, 300, 3000]), st.integers(1, 200))
+def test_packing_equals_a_slow_search(seed, count, length, shortest):
+    """Folders that were prepared before stay the same: which rows there are, and their order."""
+    shortest = min(shortest, length)
+    sizes = np.random.default_rng(seed).integers(shortest, max(shortest, length // 2) + 1, count).tolist()
+    examples = [Packable([1 + i] * size, [1] * size, 1) for i, size in enumerate(sizes)]
+    found = [list(dict.fromkeys(row["tokens"][row["segments"] > 0].tolist())) for row in pack(examples, length)]
+    assert found == [[1 + i for i in row] for row in slowly_packed(sizes, length)]
 
 
 @settings(max_examples=60)
