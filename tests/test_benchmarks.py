@@ -2,10 +2,16 @@
 
 import json
 import sys
+from functools import partial
 
+import numpy as np
 import pytest
 
-from benchmarks import measure, moe_layer, peer
+from benchmarks import input_pipeline, measure, moe_layer, peer
+from moe_jax.layers.attention import Attention
+from moe_jax.layers.ffn import DenseFfn
+from moe_jax.layers.param import Rngs
+from moe_jax.models.corrector import Corrector
 
 
 def test_rivals_take_turns():
@@ -61,3 +67,50 @@ def test_a_missing_peer_is_one_line(monkeypatch):
     shape = peer.Shape(d=16, layers=1, heads=2, hidden=8, experts=2, vocab=16)
     with pytest.raises(SystemExit, match=r"needs torch and transformers: pip install -e '.\[bench\]'"):
         peer.theirs(shape, peer.ours(shape))
+
+
+def test_made_up_examples_follow_the_laws_and_come_again():
+    examples = input_pipeline.made_up(4000, 256, 300)
+    again = input_pipeline.made_up(4000, 256, 300)
+    assert all(
+        (a.tokens == b.tokens).all() and (a.roles == b.roles).all() for a, b in zip(examples, again, strict=True)
+    )
+    sizes = np.array([len(e.tokens) for e in examples])
+    assert sizes.min() >= input_pipeline.SHORTEST and sizes.max() == 256  # the longest of "mt" are cut
+    for number, (share, mean, deviation) in enumerate(input_pipeline.LAWS.values(), 1):
+        logs = np.log(sizes[[e.task == number for e in examples]])
+        assert abs(len(logs) / 4000 - share) < 0.03 and abs(logs.mean() - mean) < 0.05
+        assert abs(logs.std() - deviation) < 0.05
+    assert all(e.tokens.min() > 0 and e.tokens.max() < 300 and {*e.roles} == {1, 2} for e in examples)
+
+
+def test_rows_in_order_close_at_the_first_that_does_not_fit():
+    assert [input_pipeline.in_order(sizes, 10) for sizes in ([], [10], [6, 4], [6, 5, 5], [6, 5, 4, 6])] == [
+        0,
+        1,
+        1,
+        2,
+        3,
+    ]
+
+
+def test_the_input_is_measured_on_a_folder_of_its_own(monkeypatch):
+    def once(rivals, **_):
+        for call in rivals.values():
+            call()
+        return dict.fromkeys(rivals, 2.0)
+
+    def tiny(vocab):
+        parts = {"attention": partial(Attention, heads=2), "ffn": partial(DenseFfn, hidden=8)}
+        return Corrector(d=16, layers=1, vocab=vocab, **parts, rngs=Rngs(params=0))
+
+    monkeypatch.setattr(input_pipeline, "interleaved", once)
+    monkeypatch.setattr(input_pipeline, "EXAMPLES", 300)
+    monkeypatch.setattr(input_pipeline, "quickstart", tiny)
+    rows = {
+        (name, r["case"]): r for name in ("pack", "read B8", "wait", "resume") for r in input_pipeline.CASES[name]()
+    }
+    assert rows["read B8", "batch"]["rows/s"] == 4.0  # eight rows in the two seconds that it took
+    assert rows["pack", "pack"]["rows/s"] == 1000 / rows["pack", "pack"]["ours"]
+    assert rows["pack", "padding"]["ratio"] < 1 and rows["resume", "state"]["ours"] < 1000
+    assert {("pack", "write"), ("read B8", "gather"), ("wait", "step"), ("resume", "first batch")} < set(rows)
