@@ -1,6 +1,6 @@
 """The input: examples into packed rows, rows into batches, what a training step waits for them, and going on.
 
-    python -m benchmarks.input_pipeline --json input.json        # about two minutes on two cores
+    python -m benchmarks.input_pipeline --json input.json        # about a minute on two cores
 
 Examples are made up: families in the shares, and lengths by the log-normal laws, that the embedded corpus has. One
 thread does all the work. Goals are 5,000 rows of 512 tokens a second, a hundredth of a training step, 1 kB of state.

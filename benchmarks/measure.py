@@ -88,7 +88,10 @@ def machine() -> dict[str, Any]:
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as a table, a column a key; numbers to three digits, and a mark where a target is missed."""
+    """The rows as a table, a column a key; numbers to three digits, and a mark where a target is missed.
+
+    What is itself a mapping is for the file alone.
+    """
 
     def cell(key: str, value: Any, of: Mapping[str, Any]) -> str:
         if value is None:
@@ -99,24 +102,36 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
             return f"{text} (missed)" if missed else text
         return str(value)
 
-    keys = list(dict.fromkeys(key for r in rows for key in r))
+    keys = list(dict.fromkeys(k for r in rows for k, value in r.items() if not isinstance(value, Mapping)))
     lines = [keys, ["---"] + ["--:"] * (len(keys) - 1)]
     lines += [[cell(k, r.get(k), r) for k in keys] for r in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def main(doc: str, cases: Mapping[str, Callable[[], Iterable[dict[str, Any]]]]) -> None:
-    """The command line of a benchmark: `--only` some cases, `--json` a file; each case gives rows."""
+def main(
+    doc: str,
+    cases: Mapping[str, Callable[[], Iterable[dict[str, Any]]]],
+    draw: Callable[[str, list[dict[str, Any]]], str] | None = None,
+) -> None:
+    """The command line of a benchmark: `--only` some cases, `--json` a file; each case gives rows. With `draw`, (case,
+    rows) -> SVG, also `--plot` a folder.
+    """
     parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     parser.add_argument("--json", type=Path, help="write the rows there")
     parser.add_argument("--only", default="", help="cases whose name contains this")
+    if draw:
+        parser.add_argument("--plot", type=Path, help="draw each case in this folder")
     args = parser.parse_args()
     chosen = {name: make for name, make in cases.items() if args.only in name}
     if not chosen:
         parser.error(f"no case contains {args.only!r}; there are: {', '.join(cases)}")
     about, rows = machine(), []
     for name, make in tqdm(chosen.items(), unit="case"):
-        rows += [{**r, "case": f"{name}: {r['case']}"} for r in make()]
+        found = list(make())
+        if draw and args.plot:
+            args.plot.mkdir(parents=True, exist_ok=True)
+            partfile.write_text(args.plot / f"{name}.svg", draw(name, found))
+        rows += [{**r, "case": f"{name}: {r['case']}"} for r in found]
         if args.json:  # after each case: what is measured stays when the next one is stopped
             partfile.write_text(args.json, json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
     print(", ".join(f"{k} {v}" for k, v in about.items()))

@@ -3,11 +3,12 @@
 import json
 import sys
 from functools import partial
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
-from benchmarks import input_pipeline, measure, moe_layer, peer
+from benchmarks import input_pipeline, measure, moe_layer, peer, scaling
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.ffn import DenseFfn
 from moe_jax.layers.param import Rngs
@@ -30,6 +31,10 @@ def test_a_table_says_where_a_target_is_missed():
     assert head == "| case | ours | rival | ratio | target | unit | n |"
     assert fast == "| fast | 1 | 2 | 0.5 | 0.6 | ms |  |"
     assert slow == "| slow | 2 | 2 | 1 (missed) | 0.6 |  |  |" and other.endswith("| 2,000 |")
+
+
+def test_points_are_for_the_file_not_for_the_table():
+    assert measure.markdown([{"case": "a", "points": {1: 2.0}, "n": 3}]).splitlines()[0] == "| case | n |"
 
 
 @pytest.mark.parametrize("skewed", [False, True])
@@ -114,3 +119,52 @@ def test_the_input_is_measured_on_a_folder_of_its_own(monkeypatch):
     assert rows["pack", "pack"]["rows/s"] == 1000 / rows["pack", "pack"]["ours"]
     assert rows["pack", "padding"]["ratio"] < 1 and rows["resume", "state"]["ours"] < 1000
     assert {("pack", "write"), ("read B8", "gather"), ("wait", "step"), ("resume", "first batch")} < set(rows)
+
+
+@pytest.mark.parametrize("exponent", [-1.0, 0.0, 0.5, 2.0])
+def test_a_fit_finds_the_law_that_made_the_points(exponent):
+    x = np.array([4, 8, 16, 32, 64])
+    found, error = scaling.fit(x, 3 * x**exponent)
+    assert found == pytest.approx(exponent, abs=1e-9) and error < 1e-9
+    noisy = [scaling.fit(x, x**exponent * np.exp(np.random.default_rng(i).normal(0, 0.1, 5))) for i in range(200)]
+    slopes, errors = np.transpose(noisy)
+    assert np.mean(np.abs(slopes - exponent) < 3 * errors) > 0.9  # Student's t of three degrees: 0.94
+    assert slopes.std() == pytest.approx(np.sqrt(np.mean(errors**2)), rel=0.2)
+
+
+def test_a_law_that_bends_shows_its_upper_half():
+    straight = scaling.law("time", {x: 5.0 * x for x in (1, 2, 4, 8)}, 1, "ms")
+    assert straight["ours"] == pytest.approx(1) and straight["ratio"] == pytest.approx(1)
+    assert straight["upper half"] is None and straight["points"][8] == 40.0
+    bent = scaling.law("time", {1: 1.0, 2: 1.0, 4: 1.0, 8: 1.0, 16: 4.0, 32: 16.0, 64: 64.0}, 0, "ms")
+    assert bent["upper half"] > bent["ours"] > 0.5
+    assert bent["ratio"] == pytest.approx(2 ** bent["ours"]) and bent["ratio"] > bent["target"]
+
+
+def test_a_sweep_has_a_row_for_each_cost(monkeypatch):
+    """Each point costs as many milliseconds as it has tokens, and as many bytes as its input."""
+    program = lambda function, moe, x, *_: measure.Program(lambda: None, x.nbytes, 0.0)  # noqa: E731
+    costs = lambda rivals, **_: {name: 1e-3 * int(name.split()[1]) for name in rivals}  # noqa: E731
+    monkeypatch.setattr(scaling, "program", program)
+    monkeypatch.setattr(scaling, "interleaved", costs)
+    rows = list(scaling.swept(scaling.Sweep("T", (16, 32, 64), 1, 2, scaling.Shape(d=8, E=2, k=1))))
+    assert [r["case"] for r in rows] == ["forward, time", "both, time", "forward, memory", "both, memory"]
+    assert [r["rival"] for r in rows] == [1, 1, 2, 2]
+    assert rows[0]["points"] == pytest.approx({16: 16, 32: 32, 64: 64}) and rows[0]["ratio"] == pytest.approx(1)
+    assert rows[3]["points"] == {T: T * 8 * 4 / 2**20 for T in (16, 32, 64)} and rows[3]["ratio"] == pytest.approx(0.5)
+
+
+def test_devices_share_rows_and_experts():
+    """On the eight devices of the tests; the sweep has a process for each number of them."""
+    found = {layout: scaling.per_device(layout, scaling.Shape(T=64, d=16)) for layout in ("data", "expert")}
+    weights = 8 * 3 * 16 * 32 * 4 / 2**20
+    assert found["data"]["arguments"] > weights > 4 * found["expert"]["arguments"]
+    assert all(cost > 0 for of in found.values() for cost in of.values())
+
+
+def test_a_drawing_stands_alone():
+    rows = [scaling.law(f"a < {n}", {x: float(x**n) for x in (1, 2, 4, 8)}, n, "ms") for n in (1, 2)]
+    root = ElementTree.fromstring(scaling.draw("tokens", rows))
+    names = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert "a < 1: 1.00 ± 0.00, law 1" in names and "a < 2: 2.00 ± 0.00, law 2" in names
+    assert len(list(root.iter("{http://www.w3.org/2000/svg}polyline"))) == 4  # two costs and their two laws
