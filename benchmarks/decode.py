@@ -7,37 +7,46 @@ Neither stops early. Greedy texts must be the same token by token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from benchmarks import peer
-from benchmarks.measure import interleaved, main, row
+from benchmarks.measure import apart, interleaved, main, row
 from moe_jax import decode, tree
+from moe_jax.models.corrector import Corrector
 
 PROMPT, NEW, TARGET = 60, 128, 1 / 3
 
 
-def generate(shape: peer.Shape, batch: int, beams: int) -> Iterator[dict[str, Any]]:
-    import torch
-
-    prompts = np.random.default_rng(0).integers(3, shape.vocab, (batch, PROMPT))
+def network(shape: peer.Shape) -> Corrector:
+    """Neither the pad nor the end-of-text token is ever the best."""
     model = peer.ours(shape)
-    table = tree.flatten(model)  # neither the pad nor the end-of-text token is ever the best
-    model = tree.unflatten(model, table | {"output": table["output"].at[:, : decode.EOS + 1].set(0.0)})
-    network = peer.theirs(shape, model)
-    peer.agree(shape, model, network)
-    ids = torch.from_numpy(prompts)
+    table = tree.flatten(model)
+    return tree.unflatten(model, table | {"output": table["output"].at[:, : decode.EOS + 1].set(0.0)})
 
-    def ours() -> list[list[int]]:
+
+def ours(shape: peer.Shape, prompts: np.ndarray, beams: int) -> Callable[[], list[list[int]]]:
+    model = network(shape)
+
+    def call() -> list[list[int]]:
         read = decode.prefill(model, prompts.tolist())
         return [d.tokens for d in decode.search(model, read, beams=beams, max_new=NEW + 1, alpha=0.0)]
 
-    def theirs() -> list[list[int]]:
+    return call
+
+
+def theirs(shape: peer.Shape, prompts: np.ndarray, beams: int) -> Callable[[], list[list[int]]]:
+    import torch
+
+    model = peer.theirs(shape, network(shape))
+    ids = torch.from_numpy(prompts)
+
+    def call() -> list[list[int]]:
         with torch.inference_mode():
-            out = network.generate(
+            out = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 do_sample=False,
@@ -48,10 +57,18 @@ def generate(shape: peer.Shape, batch: int, beams: int) -> Iterator[dict[str, An
             )
         return out[:, PROMPT:].tolist()
 
-    first, second = ours(), theirs()
-    if beams == 1 and [t[:NEW] for t in first] != second:
-        raise ValueError("the two wrote different texts")
-    times = interleaved({"ours": ours, "theirs": theirs}, rounds=5)
+    return call
+
+
+def generate(shape: peer.Shape, batch: int, beams: int) -> Iterator[dict[str, Any]]:
+    prompts = np.random.default_rng(0).integers(3, shape.vocab, (batch, PROMPT))
+    model = network(shape)
+    peer.agree(shape, model, peer.theirs(shape, model))
+    with apart(ours, shape, prompts, beams) as mine, apart(theirs, shape, prompts, beams) as other:
+        first, second = mine(), other()
+        if beams == 1 and [t[:NEW] for t in first] != second:
+            raise ValueError("the two wrote different texts")
+        times = interleaved({"ours": mine, "theirs": other}, rounds=5)
     more = {"unit": "ms", "tokens/s": batch * NEW / times["ours"], "theirs tokens/s": batch * NEW / times["theirs"]}
     yield row("generate", 1e3 * times["ours"], 1e3 * times["theirs"], TARGET, **more)
 

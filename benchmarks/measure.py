@@ -6,12 +6,15 @@ A machine drifts by tens of percent within minutes; a ratio of two programs that
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from moe_jax import partfile, xla
+from moe_jax import launch, partfile, xla
 from moe_jax.types import TokenInfo
 
 
@@ -51,6 +54,24 @@ def unpadded(rows: int, length: int) -> TokenInfo:
     """Of rows that are one segment each, of one family, full to the end."""
     ones = jnp.ones((rows, length), jnp.int32)
     return TokenInfo(ones, ones > 0, ones, jnp.broadcast_to(jnp.arange(length), (rows, length)))
+
+
+@contextlib.contextmanager
+def apart(make: Callable[..., Callable], *args: Any) -> Generator[Callable]:
+    """What `make(*args)` gives, to be called in a process of its own: allocators and threads of rivals never meet."""
+    with ProcessPoolExecutor(1, get_context("spawn"), _begin, (make, args)) as pool:
+        yield lambda *given: pool.submit(_call, *given).result()
+
+
+_made: list[Callable] = []
+
+
+def _begin(make: Callable[..., Callable], args: Sequence[Any]) -> None:
+    _made.append(make(*args))
+
+
+def _call(*given: Any) -> Any:
+    return _made[0](*given)
 
 
 def interleaved(rivals: Mapping[str, Callable[[], Any]], *, seconds: float = 2.0, rounds: int = 7) -> dict[str, float]:
@@ -116,6 +137,7 @@ def main(
     """The command line of a benchmark: `--only` some cases, `--json` a file; each case gives rows. With `draw`, (case,
     rows) -> SVG, also `--plot` a folder.
     """
+    launch.command()
     parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     parser.add_argument("--json", type=Path, help="write the rows there")
     parser.add_argument("--only", default="", help="cases whose name contains this")

@@ -6,10 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from moe_jax import __version__, correct, main
+from moe_jax import __version__, correct, launch, main
 
 
 def entry(argv: Sequence[str] | None = None) -> int:
+    if argv is None:
+        launch.command()
     parser = argparse.ArgumentParser(prog="moe-jax", description="Correct what a recogniser wrote.")
     parser.add_argument("--version", action="version", version=f"moe-jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

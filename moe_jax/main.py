@@ -20,6 +20,8 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from moe_jax import launch
+
 PACKAGE = Path(__file__).resolve().parent
 CHECKOUT = PACKAGE.parent
 GIN = CHECKOUT / "gin" if (CHECKOUT / "setup.cfg").exists() else PACKAGE / "_gin"
@@ -240,6 +242,8 @@ def report(error: Exception) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    if argv is None:
+        launch.command()
     parser = argparse.ArgumentParser(prog="python -m moe_jax.main", description=__doc__.split("\n")[0])
     add_arguments(parser)
     return start(parser.parse_args(rewritten(sys.argv[1:] if argv is None else argv)))

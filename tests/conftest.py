@@ -8,6 +8,7 @@ import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # also of child processes; must precede the first import of jax
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+os.environ.setdefault("GLIBC_TUNABLES", "")  # or a command called here would put itself in the place of pytest
 # Tests compile much and compute little. (XLA aborts on a flag that it does not know, so this one goes by version.)
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if importlib.metadata.version("jaxlib").startswith("0.10."):

@@ -20,7 +20,7 @@ FILES = {
 
 # A room imports itself and rooms of the lines above; a room is a file or a folder of moe_jax, and `tasks`.
 LINES = """
-types text metrics formats partfile report logs xla
+types text metrics formats partfile report logs xla launch
 sharding losses tree packing correct tasks
 layers optim checkpoint data
 moe
@@ -44,11 +44,12 @@ ONLY = {
     "moe": {"types", "sharding", "layers"},
     "layers": {"types", "sharding"},
     "xla": set(),
+    "launch": set(),
     "data": {"types", "text", "packing"},
 }
 OPENS_TASKS = {"seqio_data", "main"}  # `main` for the files that are shipped there
 
-WITHOUT_JAX = ("text", "metrics", "formats", "partfile", "report", "logs", "correct", "tasks")
+WITHOUT_JAX = ("text", "metrics", "formats", "partfile", "report", "logs", "correct", "tasks", "launch")
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
 TENSORFLOW = ("seqio", "tensorflow", "tensorflow_datasets", "tf_keras", "t5")
 UNSAFE = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml", "torch")

@@ -168,3 +168,13 @@ def test_a_drawing_stands_alone():
     names = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
     assert "a < 1: 1.00 ± 0.00, law 1" in names and "a < 2: 2.00 ± 0.00, law 2" in names
     assert len(list(root.iter("{http://www.w3.org/2000/svg}polyline"))) == 4  # two costs and their two laws
+
+
+def counter(first: int):
+    numbers = iter(range(first, 100))
+    return lambda times: [next(numbers) for _ in range(times)]
+
+
+def test_a_rival_apart_keeps_its_state_in_its_own_process():
+    with measure.apart(counter, 5) as call:
+        assert (call(2), call(1)) == ([5, 6], [7])

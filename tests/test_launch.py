@@ -1,0 +1,46 @@
+"""What commands set before they start."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from moe_jax import launch
+
+SHOW = """
+import json, os, sys
+from moe_jax import launch
+launch.command()
+print(json.dumps([os.environ.get("GLIBC_TUNABLES"), os.environ[launch.CACHE], sys.argv, sys.stdin.read()]))
+"""
+
+
+def shown(**env: str) -> list:
+    keep = {k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES", launch.CACHE)}
+    args = [sys.executable, "-c", SHOW, "a b", "--c"]
+    return json.loads(
+        subprocess.run(args, env=keep | env, input="in", capture_output=True, text=True, check=True).stdout
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="another malloc")
+def test_a_command_starts_anew_with_its_arguments_and_its_input():
+    assert shown(XDG_CACHE_HOME="/c")[:1] + shown(XDG_CACHE_HOME="/c")[2:] == [
+        launch.KEEP_MEMORY,
+        ["-c", "a b", "--c"],
+        "in",
+    ]
+
+
+def test_what_the_user_set_stays():
+    assert shown(GLIBC_TUNABLES="", **{launch.CACHE: "mine"})[:2] == ["", "mine"]
+
+
+def test_programs_are_kept_by_machine_and_compiler(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/c")
+    folder = launch.compiled_programs()
+    assert folder == launch.compiled_programs() and str(folder).startswith("/c/moe_jax/xla/")
+    monkeypatch.setattr(launch, "version", lambda package: "another")
+    assert launch.compiled_programs() != folder
