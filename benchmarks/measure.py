@@ -34,11 +34,13 @@ class Program:
     Attributes:
       temporary: bytes that XLA allocates while it runs, besides arguments and results.
       compile_s: seconds to trace and to compile it.
+      hlo: its text, as it was compiled.
     """
 
     run: Callable[[], Any]
     temporary: int
     compile_s: float
+    hlo: Callable[[], str]
 
 
 def program(function: Callable, *args: Any) -> Program:
@@ -47,7 +49,8 @@ def program(function: Callable, *args: Any) -> Program:
     compiled = jax.jit(function, compiler_options=xla.options()).lower(*args).compile()
     took = time.perf_counter() - began
     memory: Any = compiled.memory_analysis()
-    return Program(lambda: jax.block_until_ready(compiled(*args)), memory.temp_size_in_bytes, took)
+    run, hlo = lambda: jax.block_until_ready(compiled(*args)), lambda: str(compiled.as_text())
+    return Program(run, memory.temp_size_in_bytes, took, hlo)
 
 
 def unpadded(rows: int, length: int) -> TokenInfo:

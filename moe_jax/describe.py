@@ -34,6 +34,7 @@ KNOWN: dict[str, Callable] = {
         routers.BiasBalanced,
         dispatch.dropless,
         dispatch.ragged,
+        dispatch.exchanged,
         dispatch.slots,
         dispatch.gathered,
         grouped.walk,

@@ -8,11 +8,12 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from benchmarks import input_pipeline, measure, moe_layer, peer, scaling
+from benchmarks import exchange, input_pipeline, measure, moe_layer, peer, scaling
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.ffn import DenseFfn
 from moe_jax.layers.param import Rngs
 from moe_jax.models.corrector import Corrector
+from moe_jax.moe import dispatch
 
 
 def test_rivals_take_turns():
@@ -72,6 +73,35 @@ def test_a_missing_peer_is_one_line(monkeypatch):
     shape = peer.Shape(d=16, layers=1, heads=2, hidden=8, experts=2, vocab=16)
     with pytest.raises(SystemExit, match=r"needs torch and transformers: pip install -e '.\[bench\]'"):
         peer.theirs(shape, peer.ours(shape))
+
+
+def test_what_a_program_moves_is_read_from_its_text():
+    hlo = """
+%body (p: f32[4]) -> f32[4] {
+  %a = (f32[2,8]{1,0}, f32[2,8]{1,0}) all-to-all(%x, %y), replica_groups={{0,1},{2,3}}, dimensions={0}
+}
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %b = bf16[4,100]{1,0} all-gather(%p), replica_groups=mesh['a'=2,'b'=4], device_ids=([2,4]T(1,0)) {'b'}, dimensions={0}
+  %c = f32[10]{0} all-reduce(%p), replica_groups=[2,4]<=[8], to_apply=%add
+  %d = f32[] fusion(%b), calls=%all-reduce-like
+  %e = (s32[], pred[3]{0}) collective-permute(%b), source_target_pairs={{0,1},{1,2}}
+}
+"""
+    assert list(exchange.collectives(hlo)) == [
+        ("all-to-all", True, 128 / 2),  # one of two parts stays
+        ("all-gather", False, 800 * 3 / 4),
+        ("all-reduce", False, 40 * 2 * 3 / 4),  # as a reduce-scatter and an all-gather
+        ("collective-permute", False, 7),
+    ]
+
+
+@pytest.mark.parametrize("skewed", [False, True])
+def test_expert_parallelism_is_counted(skewed, monkeypatch):
+    monkeypatch.setattr(exchange, "FORMS", {"slots": dispatch.slots})
+    (row,) = exchange.compare({"data": 4, "expert": 2}, skewed, (8, 16, 8, 4, 2))
+    assert row["case"] == "slots" and row["all-to-all"] == "4 + 0" and row["ratio"] == 1
+    # Four times C = 1.25 * 16 * 2 / 4 slots of four experts, of 8 numbers each: half of them go to the other device.
+    assert row["moved MiB"] * 2**20 > 4 * 4 * 10 * 8 * 4 / 2
 
 
 def test_made_up_examples_follow_the_laws_and_come_again():
@@ -143,7 +173,7 @@ def test_a_law_that_bends_shows_its_upper_half():
 
 def test_a_sweep_has_a_row_for_each_cost(monkeypatch):
     """Each point costs as many milliseconds as it has tokens, and as many bytes as its input."""
-    program = lambda function, moe, x, *_: measure.Program(lambda: None, x.nbytes, 0.0)  # noqa: E731
+    program = lambda function, moe, x, *_: measure.Program(lambda: None, x.nbytes, 0.0, str)  # noqa: E731
     costs = lambda rivals, **_: {name: 1e-3 * int(name.split()[1]) for name in rivals}  # noqa: E731
     monkeypatch.setattr(scaling, "program", program)
     monkeypatch.setattr(scaling, "interleaved", costs)

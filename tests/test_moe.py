@@ -6,6 +6,7 @@ Both are found by introspection, so that a new one is tested from its first day.
 import inspect
 import re
 from functools import cache, partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +95,7 @@ def experts_of(layer) -> list:
 
 def test_what_there_is():
     assert {"Router", "Switch", "TaskMapped", "TaskBiased", "ByTask", "BiasBalanced"} <= set(ROUTERS)
-    assert {"ragged", "slots", "gathered", "dropless"} <= set(DISPATCHES)
+    assert {"ragged", "exchanged", "slots", "gathered", "dropless"} <= set(DISPATCHES)
     assert (set(ROUTERS) | set(DISPATCHES)) <= set(describe.KNOWN), "a checkpoint could not describe it"
 
 
@@ -112,7 +113,7 @@ def test_every_dispatch_of_every_router_equals_the_oracle(router):
     def everyway(layer, x, info):
         decision = layer.router(x, info, KEY)
         ways = {name: configured(DISPATCHES[name], **half)(decision, E) for name in CHOSEN}
-        return {name: (to.recv(to.apply(layer.experts, to.send(x))), to.dropped) for name, to in ways.items()}
+        return {name: (to.apply(layer.experts, x), to.dropped) for name, to in ways.items()}
 
     for name, (y, dropped) in everyway(case.layer, case.x, case.info).items():
         limited = "factor" in inspect.signature(DISPATCHES[name]).parameters
@@ -197,21 +198,23 @@ def test_evaluation_drops_nothing_whatever_the_dispatch():
 
 def test_a_handful_of_positions_is_gathered_and_more_are_sorted(monkeypatch):
     seen = []
-    for name in ("gathered", "ragged"):
+    for name in ("gathered", "exchanged"):
         monkeypatch.setattr(dispatch, name, lambda decision, e, name=name, **_: seen.append(name))
     for positions in (dispatch.GATHER_ROWS // 2, dispatch.GATHER_ROWS // 2 + 1):
         experts = jnp.zeros((1, positions, 2), int)
         dispatch.dropless(RoutingDecision(experts, jnp.zeros(experts.shape), jnp.zeros((1, positions, E))), E)
-    assert seen == ["gathered", "ragged"]
+    assert seen == ["gathered", "exchanged"]
 
 
 def test_the_capacity_of_a_slot_table():
     # L = 3, K = 1, E = 2, factor 1: ceil(1 * 3 * 1 / 2) = 2 slots an expert; all three want expert 1.
     decision = RoutingDecision(jnp.ones((1, 3, 1), int), jnp.ones((1, 3, 1)), jnp.zeros((1, 3, 2)))
     to = dispatch.slots(decision, 2, factor=1.0)
-    rows = to.send(jnp.arange(1.0, 4).reshape(1, 3, 1))
-    np.testing.assert_array_equal(rows[0, :, :, 0], [[0, 0], [1, 2]])
-    np.testing.assert_array_equal(to.recv(rows)[0, :, 0], [1, 2, 0])
+    seen = []
+    same = SimpleNamespace(first=lambda rows, matmul: seen.append(rows) or (rows,), second=lambda kept, matmul: kept[0])
+    y = to.apply(same, jnp.arange(1.0, 4).reshape(1, 3, 1))
+    np.testing.assert_array_equal(seen[0][0, :, :, 0], [[0, 0], [1, 2]])
+    np.testing.assert_array_equal(y[0, :, 0], [1, 2, 0])
     assert float(to.dropped) == 1
 
 

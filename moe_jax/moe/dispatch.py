@@ -1,11 +1,10 @@
 """A dispatch is a value that knows how to send positions to experts, multiply there, and bring them back.
 
-    rows = dispatch.send(x)               # the layout that the experts see
-    rows = dispatch.apply(experts, rows)  # each row through its own expert
-    y    = dispatch.recv(rows)            # the weighted sum of a position's experts
+    y = dispatch.apply(experts, x)     # the weighted sum of a position's experts
 
-Experts know neither capacity nor raggedness; all dispatches that drop nothing agree to rounding. Everything is by
-index: a one-hot product would leak NaN out of padding and build a [B, L, K, E, C] tensor. `Dispatcher` is (decision,
+`experts` are `grouped.Experts`; in what layout of rows they compute is the dispatch's choice: they know neither
+capacity nor raggedness, nor on which device they are. All dispatches that drop nothing agree to rounding. Everything is
+by index: a one-hot product would leak NaN out of padding and build a [B, L, K, E, C] tensor. `Dispatcher` is (decision,
 num_experts) -> Dispatch.
 """
 
@@ -13,10 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
+from moe_jax import sharding
+from moe_jax.moe import exchange
 from moe_jax.moe.grouped import Experts, Product, apply, best
 from moe_jax.sharding import constrain
 from moe_jax.types import Array, RoutingDecision
@@ -24,49 +26,39 @@ from moe_jax.types import Array, RoutingDecision
 
 @dataclasses.dataclass(frozen=True)
 class Dispatch:
-    """send: x_BxLxD -> rows; apply: (experts, rows) -> rows; recv: rows -> y_BxLxD; dropped: lost assignments."""
+    """apply: (experts, x_BxLxD) -> y_BxLxD; dropped: lost assignments."""
 
-    send: Callable[[Array], Array]
     apply: Callable[[Experts, Array], Array]
-    recv: Callable[[Array], Array]
     dropped: Array
 
 
 Dispatcher = Callable[[RoutingDecision, int], Dispatch]
 
 
-@jax.custom_vjp
-def _permute(x: Array, index: Array, inverse: Array) -> Array:
-    """x[index] for a permutation: its transpose is a gather by the inverse, where autodiff would write a slow
-    scatter.
-    """
-    return x[index]
-
-
-_permute.defvjp(lambda x, i, j: (x[i], j), lambda j, dy: (dy[j], None, None))
-
-
 def ragged(decision: RoutingDecision, num_experts: int, *, product: Product | None = None) -> Dispatch:
     """Dropless: assignments sorted by expert, grouped matrix products (by default the backend's best way). Padding
     sorts behind everyone and is not computed.
     """
-    B, L, K = decision.expert_BxLxK.shape
-    expert_R = decision.expert_BxLxK.reshape(-1)
-    order_R = jnp.argsort(expert_R, stable=True)
-    inverse_R = jnp.zeros_like(order_R).at[order_R].set(jnp.arange(order_R.size), unique_indices=True)
-    size_E = jnp.bincount(expert_R, length=num_experts + 1)[:num_experts]
-    grouped = (product or best())(size_E, B * L * K)
-    order_R = jnp.pad(order_R, (0, grouped.spare))
+    through = partial(exchange.here, num_experts=num_experts, product=product or best())
+    return Dispatch(partial(_by_position, through, decision), jnp.zeros(()))
 
-    def send(x_BxLxD: Array) -> Array:
-        x = jnp.broadcast_to(x_BxLxD[:, :, None], (B, L, K, x_BxLxD.shape[-1])).reshape(B * L * K, -1)
-        return _permute(x, order_R, inverse_R)
 
-    def recv(rows_RxD: Array) -> Array:
-        y = _permute(rows_RxD, inverse_R, order_R).reshape(B, L, K, -1)
-        return _combine(y, decision)
-
-    return Dispatch(send, grouped.apply, recv, jnp.zeros(()))
+def exchanged(
+    decision: RoutingDecision, num_experts: int, *, share: float = 1.25, product: Product | None = None
+) -> Dispatch:
+    """Dropless over the devices of a mesh: each sorts its own rows and exchanges them with those that hold their
+    experts (`exchange.over_devices`, also for `share`); padding stays where it is. Where every device holds all experts
+    nothing moves. On one device, or if rows of the batch do not divide over the mesh, it is `ragged`.
+    """
+    devices, group = sharding.devices("batch"), sharding.devices("expert")
+    if devices == 1 or decision.expert_BxLxK.shape[0] % devices:
+        return ragged(decision, num_experts, product=product)
+    apart = group > 1 and num_experts % group == 0
+    through = partial(exchange.over_devices, group=group, share=share) if apart else exchange.here
+    through = partial(through, num_experts=num_experts, product=product or best())
+    words = ("batch", "expert" if apart else None, "batch")
+    run = sharding.on_each_device(partial(_by_position, through), words, "batch")
+    return Dispatch(partial(run, decision), jnp.zeros(()))
 
 
 def slots(decision: RoutingDecision, num_experts: int, *, factor: float = 1.25) -> Dispatch:
@@ -106,7 +98,7 @@ def slots(decision: RoutingDecision, num_experts: int, *, factor: float = 1.25) 
         return jnp.einsum("beci,eio->beco", rows_BxExCxI, w_ExIxO)
 
     dropped = ((expert_BxR < E) & ~kept_BxR).sum().astype(jnp.float32)
-    return Dispatch(send, lambda experts, rows: apply(experts, rows, matmul), recv, dropped)
+    return Dispatch(lambda experts, x: recv(apply(experts, send(x), matmul)), dropped)
 
 
 def gathered(decision: RoutingDecision, num_experts: int) -> Dispatch:
@@ -120,18 +112,24 @@ def gathered(decision: RoutingDecision, num_experts: int) -> Dispatch:
     def matmul(rows_BxLxKxI: Array, w_ExIxO: Array) -> Array:
         return jnp.einsum("blki,blkio->blko", rows_BxLxKxI, w_ExIxO[expert_BxLxK])
 
-    recv = lambda rows: _combine(rows, decision)  # noqa: E731
-    return Dispatch(send, lambda experts, rows: apply(experts, rows, matmul), recv, jnp.zeros(()))
+    return Dispatch(lambda experts, x: _combine(apply(experts, send(x), matmul), decision), jnp.zeros(()))
 
 
 GATHER_ROWS = 8  # below this many assignments reading the chosen matrices beats sorting (measured on CPU)
 
 
 def dropless(decision: RoutingDecision, num_experts: int, *, product: Product | None = None) -> Dispatch:
-    """`gathered` for a handful of positions, `ragged` above: the default, chosen by shape at trace time."""
+    """`gathered` for a handful of positions, `exchanged` above: the default, chosen by shape at trace time."""
     if decision.expert_BxLxK.size <= GATHER_ROWS:
         return gathered(decision, num_experts)
-    return ragged(decision, num_experts, product=product)
+    return exchanged(decision, num_experts, product=product)
+
+
+def _by_position(through: Callable[..., Array], decision: RoutingDecision, experts: Experts, x_BxLxD: Array) -> Array:
+    """y_BxLxD; `through(experts, x_TxD, expert_TxK) -> y_TxKxD` knows no batch."""
+    B, L, K = decision.expert_BxLxK.shape
+    y = through(experts, x_BxLxD.reshape(B * L, -1), decision.expert_BxLxK.reshape(B * L, K))
+    return _combine(y.reshape(B, L, K, -1), decision)
 
 
 def _combine(y_BxLxKxD: Array, decision: RoutingDecision) -> Array:

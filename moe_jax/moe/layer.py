@@ -45,8 +45,7 @@ class MoeFfn(Module):
     def __call__(self, x_BxLxD: Array, info: TokenInfo, key: Array | None = None) -> tuple[Array, RouterStats]:
         decision = self.router(x_BxLxD, info, key)
         to = (self.evaluation if key is None else self.dispatch)(decision, self.num_experts)
-        y = to.recv(to.apply(self.experts, to.send(x_BxLxD)))
-        return y, router_stats(decision, info, to.dropped, self.num_experts)
+        return to.apply(self.experts, x_BxLxD), router_stats(decision, info, to.dropped, self.num_experts)
 
 
 def router_stats(decision: RoutingDecision, info: TokenInfo, dropped: Array, num_experts: int) -> RouterStats:

@@ -1,0 +1,121 @@
+"""Rows through their experts: on one device by sorting them, over devices by sorting and exchanging them.
+
+Each device of an expert group holds the weights of E / n experts, in order. In a turn each device sends every other at
+most C of the rows that want an expert there; they are computed and go back. Turns follow until all rows are served, so
+nothing is dropped whatever the skew, and buffers have n * C rows, never the worst case. As long as no device wants more
+than C of another that is one turn: an all-to-all there and one back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax import sharding
+from moe_jax.moe.grouped import Experts, Product
+from moe_jax.types import Array
+
+
+def here(experts: Experts, x_TxD: Array, expert_TxK: Array, num_experts: int, product: Product) -> Array:
+    """y_TxKxD: each row through each of its experts; zeros for nobody (E)."""
+    order_R, size_E = _by_expert(expert_TxK, num_experts)
+    grouped = product(size_E, order_R.size)
+    back_TxK = _inverse(order_R, expert_TxK.shape)
+    order_R = jnp.pad(order_R, (0, grouped.spare), constant_values=order_R.size)
+    rows_RxD = grouped.apply(experts, _take(x_TxD, order_R, back_TxK))
+    return _take(rows_RxD, back_TxK, order_R[:, None])
+
+
+def over_devices(
+    experts: Experts, x_TxD: Array, expert_TxK: Array, num_experts: int, product: Product, *, group: int, share: float
+) -> Array:
+    """The same on each device of a group of n, within `sharding.on_each_device`; `experts` are its own, E / n of them.
+
+    Args:
+      share: C, as a multiple of the rows that one device has for another when loads are balanced. Room is held, copied
+        and sent whether it is used or not; too little of it costs turns (`benchmarks/exchange.py`).
+    """
+    order_R, size_E = _by_expert(expert_TxK, num_experts)
+    C = min(max(-int(-share * order_R.size // group), 1), order_R.size)
+    to_nxE = size_E.reshape(group, -1)  # E / n columns: how many rows each expert of each device gets from here
+    turns = sharding.largest(-(-to_nxE.sum(1).max() // C))
+    plan = (expert_TxK, order_R, to_nxE, sharding.swap(to_nxE))
+    return _in_turns(partial(_turn, C, product), turns, plan, experts, x_TxD)
+
+
+def _turn(C: int, product: Product, turn: Array | int, plan: Any, experts: Experts, x_TxD: Array) -> Array:
+    """y_TxKxD of the rows that are served in this turn; zeros for others."""
+    expert_TxK, order_R, to_nxE, from_nxE = plan
+    place_C = turn * C + jnp.arange(C)  # in the queue from one device to another, which is sorted by expert
+    ready_n = to_nxE.sum(1)
+    first_n = jnp.cumsum(ready_n) - ready_n
+    sent_nxC = order_R.at[first_n[:, None] + place_C].get(mode="clip")
+    sent_S = jnp.where(place_C < ready_n[:, None], sent_nxC, order_R.size).reshape(-1)
+    slot_TxK = _inverse(sent_S, expert_TxK.shape)
+    expert_S = (place_C[:, None] >= jnp.cumsum(from_nxE, axis=1)[:, None]).sum(-1).reshape(-1, 1)
+    rows_SxD = sharding.swap(_take(x_TxD, sent_S, slot_TxK))
+    rows_SxD = sharding.swap(here(experts, rows_SxD, expert_S, to_nxE.shape[1], product)[:, 0])
+    return _take(rows_SxD, slot_TxK, sent_S[:, None])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_turns(one: Callable[..., Array], turns: Array, plan: Any, experts: Experts, x: Array) -> Array:
+    """The sum over turns of `one(turn, plan, experts, x)`; there is one at least.
+
+    Its gradient keeps what the first turn saves, and computes later ones again: their number is only known to data.
+    """
+    more = lambda i, y: y + one(i, plan, experts, x)  # noqa: E731
+    return jax.lax.fori_loop(1, turns, more, one(0, plan, experts, x))
+
+
+def _in_turns_fwd(one: Callable[..., Array], turns: Array, plan: Any, experts: Experts, x: Array):
+    y, back = jax.vjp(partial(one, 0, plan), experts, x)
+    y = jax.lax.fori_loop(1, turns, lambda i, y: y + one(i, plan, experts, x), y)
+    return y, (back, turns, plan, experts, x)
+
+
+def _in_turns_bwd(one: Callable[..., Array], saved: Any, dy: Array):
+    back, turns, plan, experts, x = saved
+
+    def more(i: Array, gradients: Any) -> Any:
+        return jax.tree.map(jnp.add, gradients, jax.vjp(partial(one, i, plan), experts, x)[1](dy))
+
+    return None, None, *jax.lax.fori_loop(1, turns, more, back(dy))
+
+
+_in_turns.defvjp(_in_turns_fwd, _in_turns_bwd)
+
+
+def _by_expert(expert_TxK: Array, num_experts: int) -> tuple[Array, Array]:
+    """(order_R, size_E): assignments sorted by expert, and how many each has; those to nobody come last."""
+    expert_R = expert_TxK.reshape(-1)
+    return jnp.argsort(expert_R, stable=True), jnp.bincount(expert_R, length=num_experts + 1)[:num_experts]
+
+
+def _inverse(index_S: Array, shape: tuple[int, ...]) -> Array:
+    """Of `shape`: where in `index_S` each number is; S where it is not."""
+    S = index_S.size
+    where = jnp.full((math.prod(shape),), S, jnp.int32).at[index_S].set(jnp.arange(S), mode="drop", unique_indices=True)
+    return where.reshape(shape)
+
+
+@jax.custom_vjp
+def _take(x_TxD: Array, index: Array, inverse_TxK: Array) -> Array:
+    """x[index // K], and zeros where `index` is T * K; `inverse_TxK` says where each copy of a row went.
+
+    Its transpose is a gather by the inverse, where autodiff would write a slow scatter.
+    """
+    return x_TxD.at[index // inverse_TxK.shape[1]].get(mode="fill", fill_value=0)
+
+
+def _take_bwd(inverse_TxK: Array, dy: Array):
+    dy = dy.reshape(-1, dy.shape[-1])
+    return dy.at[inverse_TxK].get(mode="fill", fill_value=0).sum(1), None, None
+
+
+_take.defvjp(lambda x, index, inverse: (_take(x, index, inverse), inverse), _take_bwd)
