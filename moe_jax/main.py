@@ -193,6 +193,9 @@ def _references(value: Any) -> list[tuple[str, str]]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gin_file", action="append", default=[], help="a gin file; may be repeated")
     parser.add_argument("--gin_bindings", action="append", default=[], metavar="NAME=VALUE", help="or --gin.NAME=VALUE")
+    parser.add_argument(
+        "--profile", type=int, metavar="STEPS", help="trace so many steps of training; --gin.PROFILE=STEPS"
+    )
     parser.add_argument("--show_config", action="store_true", help="print what is bound, and stop")
 
 
@@ -206,7 +209,7 @@ def start(args: argparse.Namespace) -> int:
     try:
         if not args.gin_file:
             raise ConfigError("give --gin_file=..., such as runs/quickstart.gin")
-        load(args.gin_file, args.gin_bindings)
+        load(args.gin_file, args.gin_bindings + ([f"PROFILE={args.profile}"] if args.profile else []))
         import gin
 
         if args.show_config:

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from moe_jax import checkpoint, describe, losses, sharding, tree, xla
+from moe_jax import checkpoint, describe, losses, profile, sharding, tree, xla
 from moe_jax.data import Prepared
 from moe_jax.layers.param import Rngs
 from moe_jax.logs import Logs
@@ -192,6 +192,7 @@ def train(
     init_from: str | None = None,
     init_rules: Sequence[checkpoint.Rule] = (),
     config: Mapping[str, Any] | None = None,
+    profile_steps: int = 0,
     progress: bool = True,
 ) -> Run:
     """Train to `steps`, going on from the latest checkpoint of `run_dir` if there is one.
@@ -204,6 +205,7 @@ def train(
       micro_batches: gradient accumulation.
       init_from: a safetensors checkpoint to start from, changed by `init_rules` (`checkpoint.transplant`).
       config: the resolved configuration, kept as JSON beside the checkpoints (never executed).
+      profile_steps: so many steps are traced, in `run_dir`/profile (`moe_jax.profile`).
 
     Raises:
       Stopped: SIGINT or SIGTERM came; a checkpoint holds everything.
@@ -271,6 +273,7 @@ def train(
                 progress=progress,
                 # 6 x active parameters (attention scores are not counted), as a share of the machine's peak: MFU.
                 flops_per_token=6 * active_params(network),
+                tracing=profile.Steps(folder / "profile", state.step, profile_steps),
             )
         finally:
             logs.close()
@@ -306,6 +309,7 @@ def _loop(
     save_every: int,
     progress: bool,
     flops_per_token: int,
+    tracing: profile.Steps,
 ) -> None:
     if state.step >= steps and store.latest() is not None:
         return
@@ -331,8 +335,9 @@ def _loop(
     peak = xla.peak_flops()
     bar = tqdm(total=steps, initial=state.step, unit="step", disable=None if progress else True, mininterval=1)
     clock, tokens, waited = time.monotonic(), 0, 0.0
-    with Signals("saving") as stop, bar:
+    with Signals("saving") as stop, bar, tracing:
         while state.step < steps:
+            tracing(state.step, state.params)
             began = time.monotonic()
             batch = fetch(state.step)
             waited += time.monotonic() - began

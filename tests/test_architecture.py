@@ -25,7 +25,7 @@ sharding losses tree packing correct tasks
 layers optim checkpoint data
 moe
 models
-describe decode
+describe decode profile
 pipeline
 train evaluate seqio_data
 prepare main
