@@ -69,7 +69,7 @@ def _members(text: str) -> int:
     return int(np.prod([int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2])]))
 
 
-def compare(sizes: dict[str, int], skewed: bool, shape: tuple[int, ...] = SHAPE) -> Iterator[dict[str, Any]]:
+def compare(sizes: dict[str, Any], skewed: bool, shape: tuple[int, ...] = SHAPE) -> Iterator[dict[str, Any]]:
     B, L, d, E, k = shape
     mesh = sharding.make_mesh(**sizes)
     x = np.random.default_rng(0).normal(size=(B, L, d)).astype(np.float32)

@@ -30,12 +30,12 @@ RULES: Mapping[str, str | tuple[str, ...]] = {
 _context: contextvars.ContextVar[tuple[Mesh, Mapping] | None] = contextvars.ContextVar("mesh", default=None)
 
 
-def make_mesh(data: int = -1, expert: int = 1, model: int = 1) -> Mesh:
-    """A mesh over all devices; `data=-1` takes what the other axes leave.
+def make_mesh(data: int = -1, expert: int = 1, model: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over all devices (or those given); `data=-1` takes what the other axes leave.
 
     Raises ValueError where the sizes do not multiply to the number of devices.
     """
-    devices = jax.devices()
+    devices = devices or jax.devices()
     if data == -1:
         data = len(devices) // (expert * model)
     if data * expert * model != len(devices) or data < 1:

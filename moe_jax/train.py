@@ -49,18 +49,25 @@ def build(model: Callable, *, vocab: int, seed: int) -> Any:
     return model(vocab=vocab, rngs=Rngs(params=jax.random.fold_in(jax.random.key(seed), 1)))
 
 
-def start(model: Any, optimizer: optax.GradientTransformation, mesh) -> State:
-    """Parameters and optimiser state laid out on the mesh; optimiser leaves lie as their parameters do."""
+def layout(model: Any, optimizer: optax.GradientTransformation, mesh) -> tuple[dict[str, jax.ShapeDtypeStruct], Any]:
+    """Shapes and shardings of parameters and optimiser state; optimiser leaves lie as their parameters do."""
     params = tree.flatten(model)
-    layout = sharding.shardings(tree.axes(model), params, mesh)
-    params = {path: jax.device_put(x, layout[path]) for path, x in params.items()}
-    shapes = jax.eval_shape(optimizer.init, params)
+    where = sharding.shardings(tree.axes(model), params, mesh)
 
     def beside(path, leaf):  # an optimiser leaf of a parameter's shape, under its path, lies as the parameter does
-        own = next((k.key for k in path if getattr(k, "key", None) in layout), None)
-        return layout[own] if own and params[own].shape == leaf.shape else sharding.replicated(mesh)
+        own = next((k.key for k in path if getattr(k, "key", None) in where), None)
+        lies = where[own] if own and params[own].shape == leaf.shape else sharding.replicated(mesh)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=lies)
 
-    opt = jax.jit(optimizer.init, out_shardings=jax.tree_util.tree_map_with_path(beside, shapes))(params)
+    opt = jax.tree_util.tree_map_with_path(beside, jax.eval_shape(optimizer.init, params))
+    return {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[p]) for p, x in params.items()}, opt
+
+
+def start(model: Any, optimizer: optax.GradientTransformation, mesh) -> State:
+    """Parameters and optimiser state laid out on the mesh."""
+    like, like_opt = layout(model, optimizer, mesh)
+    params = {path: jax.device_put(x, like[path].sharding) for path, x in tree.flatten(model).items()}
+    opt = jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda s: s.sharding, like_opt))(params)
     return State(params, opt, 0)
 
 

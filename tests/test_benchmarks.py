@@ -1,6 +1,8 @@
 """What benchmarks share: turns, rows, tables, files. How fast anything is, is no test."""
 
+import importlib.util
 import json
+import subprocess
 import sys
 from functools import partial
 from xml.etree import ElementTree
@@ -8,7 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from benchmarks import exchange, input_pipeline, measure, moe_layer, peer, scaling
+from benchmarks import exchange, input_pipeline, measure, moe_layer, peer, scaling, tpu_aot
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.ffn import DenseFfn
 from moe_jax.layers.param import Rngs
@@ -208,3 +210,51 @@ def counter(first: int):
 def test_a_rival_apart_keeps_its_state_in_its_own_process():
     with measure.apart(counter, 5) as call:
         assert (call(2), call(1)) == ([5, 6], [7])
+
+
+def test_collectives_are_counted_once_though_they_start_and_end():
+    hlo = """
+      %a2a = (bf16[8]{0}, bf16[8]{0}) all-to-all(%x, %y), channel_id=1
+      %start = (f32[2]{0:T(128)}, f32[16]{0}) all-gather-start(%z), dimensions={0}
+      %done = f32[16]{0} all-gather-done(%start)
+      ROOT %sum = f32[] all-reduce(%done), to_apply=%add.all-reduce
+      %use = f32[] fusion(%all-reduce.3), calls=%all-to-all.clone
+      %other = f32[8]{0} all-gather(%w), dimensions={0}
+    """
+    assert tpu_aot.collectives(hlo) == {"all-gather": 2, "all-reduce": 1, "all-to-all": 1}
+
+
+def test_kernels_are_counted_by_what_they_declare():
+    hlo = """
+      %a = f32[8]{0} custom-call(%x), backend_config={"custom_call_config":{"cost_estimate":{"flops":"12",\
+"transcendentals":"0","bytes_accessed":"34","remote_bytes_transferred":"0"}}}
+      %b = f32[8]{0} custom-call(%x), custom_call_target="AllocateBuffer"
+    """.replace("\\\n", "")
+    assert tpu_aot.kernels(hlo) == [(12, 34)]
+
+
+def test_a_row_of_two_programs_names_both():
+    ours = tpu_aot.Estimate(2e-3, 2**20, 3e9, 4e9, {"all-to-all": 4, "all-reduce": 1}, [], 1.0)
+    row = tpu_aot.beside("x", ours, tpu_aot.Estimate(1e-3, 2**21, 1e9, 1e9, {}, [], 1.0), 1.25)
+    assert (row["ours"], row["rival"], row["ratio"], row["unit"]) == (2.0, 1.0, 2.0, "ms")
+    assert (row["MiB"], row["rival MiB"], row["GFLOP"], row["GB"]) == (1.0, 2.0, 3.0, 4.0)
+    assert row["collectives"] == "4 all-to-all, 1 all-reduce" and row["rival collectives"] == ""
+
+
+def test_a_missing_compiler_for_tpus_is_one_line(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"needs libtpu, the compiler for TPUs: pip install -e '.\[tpu-aot\]'"):
+        tpu_aot.devices("v5e:2x2")
+
+
+ONE_LAYER = """
+from benchmarks import tpu_aot
+forward, *_ = tpu_aot.layer("v5e", tpu_aot.Shape(256, 128, 4, 2, T=512, L=256))
+assert forward["ours"] > 0 and forward["GFLOP"] >= 0.9 * forward["rival GFLOP"] > 0 and not forward["collectives"]
+"""
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
+def test_a_layer_compiles_for_a_tpu():
+    """In a process of its own: libtpu takes a lock."""
+    subprocess.run([sys.executable, "-c", ONE_LAYER], check=True, timeout=300)

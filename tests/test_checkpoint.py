@@ -185,7 +185,7 @@ def test_what_a_crash_left_half_written_is_no_step(tmp_path, store, saved):
     store.close()
     half = store.folder / "4.orbax-checkpoint-tmp"
     shutil.copytree(store.folder / "3", half)
-    (half / "commit_success.txt").unlink()
+    (half / "commit_success.txt").unlink(missing_ok=True)
     again = checkpoint.Run(tmp_path)
     assert again.latest() == 3
     again.save(4, saved[1].params, saved[1].opt, META, 0.7)

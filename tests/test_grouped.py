@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from moe_jax import tree
 from moe_jax.layers.param import Rngs
-from moe_jax.moe import grouped
+from moe_jax.moe import grouped, megablox
 from moe_jax.moe.experts import Gated
 from moe_jax.moe.grouped import block_rows
 
@@ -85,9 +85,9 @@ def expected(x, dy, sizes):
     return y, *back(dy), y
 
 
-def close(a, b):
+def close(a, b, atol=1e-5):
     for one, other in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-5)
+        np.testing.assert_allclose(one, other, atol=atol)
 
 
 @pytest.mark.parametrize("skew", SKEWS)
@@ -122,8 +122,34 @@ def test_nan_behind_the_last_row_goes_nowhere(skew, product):
 
 def test_each_backend_has_its_way(monkeypatch):
     assert grouped.best() is grouped.walk
-    monkeypatch.setattr(grouped.jax, "default_backend", lambda: "gpu")
-    assert grouped.best() is grouped.ragged_dot
+    for backend, way in (("gpu", grouped.ragged_dot), ("tpu", grouped.megablox)):
+        monkeypatch.setattr(grouped.jax, "default_backend", lambda backend=backend: backend)
+        assert grouped.best() is way
+
+
+@pytest.mark.parametrize("sizes", [(100, 28, 0, 200), (0, 129, 127, 1), (384, 0, 0, 0)])
+def test_tpu_kernels_over_more_than_one_tile_of_rows(sizes):
+    x, dy = operands(384)
+    close(run(x, dy, jnp.array(sizes), grouped.megablox), expected(x, dy, jnp.array(sizes)), 1e-4)
+
+
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("experts, inputs, outputs", [(8, 4096, 14336), (8, 14336, 4096), (64, 2048, 1024), (4, 3, 5)])
+def test_tiles_fit_a_tpu(experts, inputs, outputs, weights):
+    rows, *columns = megablox.tiling(16384, inputs, outputs, experts, 2, weights=weights)
+    assert 16384 % rows == 0
+    assert all(
+        c == size or (c % 128 == 0 and c < size + 128) for c, size in zip(columns, (inputs, outputs), strict=True)
+    )
+    i, o = columns
+    blocks = 2 * 2 * (rows * i + i * o + rows * o) + 4 * (i if weights else rows) * o
+    assert blocks <= 16 << 20
+
+
+def test_tiles_of_rows_grow_with_the_load_and_divide_it():
+    """Few rows of each expert take small tiles, many take larger ones, of what divides all rows."""
+    rows = [megablox.tiling(r, 4096, 4096, 8, 2)[0] for r in (1024, 16384, 1 << 20, (1 << 20) + 256, (1 << 20) + 128)]
+    assert rows == [128, 256, 512, 256, 128]
 
 
 @pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)

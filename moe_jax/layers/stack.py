@@ -15,10 +15,14 @@ import jax
 from moe_jax.layers.param import Module, Rngs
 from moe_jax.types import Array
 
+PRODUCT = "product"  # what `checkpoint_name` calls products with weights that "dots" would not know as such
 REMAT: dict[str, Callable | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    ),
 }
 
 

@@ -73,8 +73,8 @@ def slots(decision: RoutingDecision, num_experts: int, *, factor: float = 1.25) 
     E = num_experts
     C = min(max(-int(-factor * L * K // E), 1), L * K)
     expert_BxR = decision.expert_BxLxK.reshape(B, L * K)
-    taken_BxRxE = jnp.cumsum(jax.nn.one_hot(expert_BxR, E, dtype=jnp.int32), axis=1)
-    rank_BxR = jnp.take_along_axis(taken_BxRxE, jnp.minimum(expert_BxR, E - 1)[..., None], axis=2)[..., 0] - 1
+    mine_BxRxE = jax.nn.one_hot(expert_BxR, E, dtype=jnp.int32)
+    rank_BxR = (jnp.cumsum(mine_BxRxE, axis=1) * mine_BxRxE).sum(2) - 1
     kept_BxR = (expert_BxR < E) & (rank_BxR < C)
     slot_BxR = jnp.where(kept_BxR, expert_BxR * C + rank_BxR, E * C)
     # The assignment in each slot; L * K where the slot is empty. Under vmap, or XLA adds all-gathers.

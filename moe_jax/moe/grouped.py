@@ -3,7 +3,8 @@
 A way is a function (size_E, rows) -> `Grouped`; `best()` names the backend's. `jax.lax.ragged_dot` is this on GPU.
 XLA:CPU lowers it to computing every expert for every row, so there `walk` goes over blocks of rows: each touches one
 expert and writes in place, and the garbage that its tail leaves is overwritten by the next expert's first block. Work
-is (rows + half a small block an expert) instead of rows x experts.
+is (rows + half a small block an expert) instead of rows x experts. XLA:TPU does so for a gradient, so there it is
+`megablox`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from moe_jax.layers.stack import PRODUCT
+from moe_jax.moe import megablox as kernels
 from moe_jax.types import Array
 
 Matmul = Callable[[Array, Array], Array]
@@ -35,7 +39,9 @@ class Experts(Protocol):
 
 
 def apply(experts: Experts, rows: Array, matmul: Matmul) -> Array:
-    return experts.second(experts.first(rows, matmul), matmul)
+    """Gradient checkpointing keeps these products as it does a dense layer's, whatever makes them."""
+    named = lambda rows, w: checkpoint_name(matmul(rows, w), PRODUCT)  # noqa: E731
+    return experts.second(experts.first(rows, named), named)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +79,18 @@ def walk(size_E: Array, rows: int) -> Grouped:
     return Grouped(sizes[-1], lambda experts, x: _walk(experts, x, size_E, sizes))
 
 
-BEST: dict[str, Product] = {"cpu": walk}
+def megablox(size_E: Array, rows: int) -> Grouped:
+    """Kernels for TPU; elsewhere they are interpreted, slowly."""
+    tile = kernels.ROWS[-1]
+    matmul = lambda x, w: kernels.matmul(x, w, size_E.astype(jnp.int32))  # noqa: E731
+    return Grouped(-rows % tile if rows else tile, lambda experts, x: apply(experts, x, matmul))
+
+
+BEST: dict[str, Product] = {"cpu": walk, "tpu": megablox}
 
 
 def best() -> Product:
-    """The fastest way that was measured on the default backend."""
+    """The fastest way that was measured on the default backend (on TPU: as its compiler estimates)."""
     return BEST.get(jax.default_backend(), ragged_dot)
 
 

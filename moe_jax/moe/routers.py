@@ -19,6 +19,16 @@ from moe_jax.types import Array, RouterStats, RoutingDecision, TokenInfo
 MAX_TASKS = 16  # the shape of every task table (tasks/families.py: MAX_FAMILIES)
 
 
+def chosen(score_BxLxE: Array, expert_BxLxK: Array) -> Array:
+    """score_BxLxK of the chosen experts; 0 for nobody (E).
+
+    By comparing, not by index: gathering single numbers took XLA:TPU three times as long as a small dense layer takes
+    (benchmarks/tpu_aot.py), and the way back would be a scatter.
+    """
+    mine_BxLxKxE = jax.nn.one_hot(expert_BxLxK, score_BxLxE.shape[-1], dtype=bool)
+    return jnp.where(mine_BxLxKxE, score_BxLxE[..., None, :], 0).sum(-1)
+
+
 class Router(Module):
     """Top-k of a linear gate, softmax over the chosen logits (Mixtral, WeNet, NeKo: top-k first, then softmax).
 
@@ -45,7 +55,7 @@ class Router(Module):
 
     def weigh(self, logits_BxLxE: Array, expert_BxLxK: Array) -> Array:
         """weight_BxLxK."""
-        return jax.nn.softmax(jnp.take_along_axis(logits_BxLxE, expert_BxLxK, axis=-1), axis=-1)
+        return jax.nn.softmax(chosen(logits_BxLxE, expert_BxLxK), axis=-1)
 
     def after_step(self, stats: RouterStats) -> Router:
         """The router for the next step; only balancing without a loss changes anything here."""
@@ -76,7 +86,7 @@ class Switch(Router):
         super().__init__(d, num_experts, k=1, jitter=jitter, rngs=rngs)
 
     def weigh(self, logits_BxLxE: Array, expert_BxLxK: Array) -> Array:
-        return jnp.take_along_axis(jax.nn.softmax(logits_BxLxE, axis=-1), expert_BxLxK, axis=-1)
+        return chosen(jax.nn.softmax(logits_BxLxE, axis=-1), expert_BxLxK)
 
 
 TaskMap = Mapping[int, int] | Sequence[int] | None
