@@ -39,6 +39,8 @@ KNOWN: dict[str, Callable] = {
         dispatch.gathered,
         grouped.walk,
         grouped.ragged_dot,
+        grouped.tokamax,
+        grouped.megablox,
     )
 }
 

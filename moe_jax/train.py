@@ -110,7 +110,7 @@ def make_step(
 
 def compute(model: Any, params: Table, dtype: str) -> Any:
     """The model in the dtype of computation; routers stay float32, and so does the master copy that is updated."""
-    kept = lambda path: "/router/" in path or dtype == "float32"  # noqa: E731
+    kept = lambda path: "router" in path.split("/") or dtype == "float32"  # noqa: E731
     return tree.unflatten(model, {p: x if kept(p) else x.astype(dtype) for p, x in params.items()})
 
 

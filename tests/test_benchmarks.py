@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from benchmarks import exchange, input_pipeline, measure, moe_layer, peer, scaling, tpu_aot
+from benchmarks import exchange, gpu, input_pipeline, measure, moe_layer, peer, scaling, tpu_aot
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.ffn import DenseFfn
 from moe_jax.layers.param import Rngs
@@ -258,3 +258,13 @@ assert forward["ours"] > 0 and forward["GFLOP"] >= 0.9 * forward["rival GFLOP"] 
 def test_a_layer_compiles_for_a_tpu():
     """In a process of its own: libtpu takes a lock."""
     subprocess.run([sys.executable, "-c", ONE_LAYER], check=True, timeout=300)
+
+
+def test_grouped_products_are_measured_beside_a_dense_one_and_the_layer_too():
+    shape = gpu.Shape(T=16, d=8, hidden=4, E=4, k=2)
+    rows = list(gpu.rates(shape, skewed=True))
+    assert [r["case"] for r in rows] == [f"{n}, {way}" for n in ("product", "gradients") for way in gpu.WAYS]
+    assert gpu.loads(32, 4, True).tolist()[0] == 16 and all(
+        gpu.loads(32, 4, skew).sum() == 32 for skew in (True, False)
+    )
+    assert [r["case"] for r in gpu.layers(shape)] == ["forward", "both", "memory"]

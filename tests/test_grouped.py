@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax import tree
+from moe_jax.describe import KNOWN
 from moe_jax.layers.param import Rngs
 from moe_jax.moe import grouped, megablox
 from moe_jax.moe.experts import Gated
@@ -120,11 +121,18 @@ def test_nan_behind_the_last_row_goes_nowhere(skew, product):
     assert not np.any(dirty[2][sum(sizes) :])  # no gradient there either
 
 
+def test_a_checkpoint_can_name_every_way():
+    assert set(PRODUCTS.values()) <= set(KNOWN.values())
+
+
 def test_each_backend_has_its_way(monkeypatch):
     assert grouped.best() is grouped.walk
-    for backend, way in (("gpu", grouped.ragged_dot), ("tpu", grouped.megablox)):
+    for backend, way in (("tpu", grouped.megablox), ("gpu", grouped.tokamax)):
         monkeypatch.setattr(grouped.jax, "default_backend", lambda backend=backend: backend)
         assert grouped.best() is way
+    monkeypatch.setattr(grouped.importlib.util, "find_spec", lambda name: None)
+    with pytest.warns(RuntimeWarning, match=r"pip install 'moe_jax\[gpu\]'"):
+        assert grouped.best() is grouped.ragged_dot
 
 
 @pytest.mark.parametrize("sizes", [(100, 28, 0, 200), (0, 129, 127, 1), (384, 0, 0, 0)])

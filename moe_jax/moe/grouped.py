@@ -1,15 +1,18 @@
 """Products of rows sorted by expert, each row with its own expert's matrix: one way for each backend.
 
-A way is a function (size_E, rows) -> `Grouped`; `best()` names the backend's. `jax.lax.ragged_dot` is this on GPU.
-XLA:CPU lowers it to computing every expert for every row, so there `walk` goes over blocks of rows: each touches one
-expert and writes in place, and the garbage that its tail leaves is overwritten by the next expert's first block. Work
-is (rows + half a small block an expert) instead of rows x experts. XLA:TPU does so for a gradient, so there it is
-`megablox`.
+A way is a function (size_E, rows) -> `Grouped`; `best()` names the backend's. `jax.lax.ragged_dot` is meant to be this,
+but XLA computes every expert for every row on CPU, for a gradient on TPU, and on GPU (jaxlib 0.10: 64 experts on an
+H100 take 64 times the work and gigabytes of copies of the rows). So on GPU it is `tokamax`, on TPU `megablox`, and on
+CPU `walk` goes over blocks of rows: each touches one expert and writes in place, and the garbage that its tail leaves
+is overwritten by the next expert's first block. Work is (rows + half a small block an expert) instead of rows x
+experts.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
@@ -64,8 +67,20 @@ Product = Callable[[Array, int], Grouped]
 
 def ragged_dot(size_E: Array, rows: int) -> Grouped:
     """XLA's own."""
+    return _at_once(jax.lax.ragged_dot, size_E, rows)
+
+
+def tokamax(size_E: Array, rows: int) -> Grouped:
+    """Kernels of the library of that name for GPUs (Mosaic, else Triton; elsewhere XLA's own), which is an extra:
+    pip install 'moe_jax[gpu]'."""
+    import tokamax as library
+
+    return _at_once(library.ragged_dot, size_E, rows)
+
+
+def _at_once(ragged: Callable[[Array, Array, Array], Array], size_E: Array, rows: int) -> Grouped:
     live = (jnp.arange(rows) < size_E.sum())[:, None]
-    matmul = lambda rows, w: jax.lax.ragged_dot(rows, w, size_E.astype(jnp.int32))  # noqa: E731
+    matmul = lambda rows, w: ragged(rows, w, size_E.astype(jnp.int32))  # noqa: E731
 
     def run(experts: Experts, x_RxD: Array) -> Array:
         return jnp.where(live, apply(experts, jnp.where(live, x_RxD, 0), matmul), 0)
@@ -86,12 +101,17 @@ def megablox(size_E: Array, rows: int) -> Grouped:
     return Grouped(-rows % tile if rows else tile, lambda experts, x: apply(experts, x, matmul))
 
 
-BEST: dict[str, Product] = {"cpu": walk, "tpu": megablox}
+BEST: dict[str, Product] = {"cpu": walk, "gpu": tokamax, "tpu": megablox}
 
 
 def best() -> Product:
-    """The fastest way that was measured on the default backend (on TPU: as its compiler estimates)."""
-    return BEST.get(jax.default_backend(), ragged_dot)
+    """The default backend's way: the fastest that was measured on CPU, on others by what their compilers say."""
+    way = BEST.get(jax.default_backend(), ragged_dot)
+    if way is tokamax and not importlib.util.find_spec("tokamax"):
+        text = "without tokamax every expert computes every row: pip install 'moe_jax[gpu]'"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        return ragged_dot
+    return way
 
 
 def block_rows(rows: int, experts: int) -> tuple[int, ...]:
