@@ -10,7 +10,7 @@ from contract import B, Case, D, L, make_info, verify_contract
 
 from moe_jax import tree
 from moe_jax.layers import stack
-from moe_jax.layers.attention import Attention, rotate
+from moe_jax.layers.attention import Attention, attend, rotary, rotate
 from moe_jax.layers.conv import CausalConv
 from moe_jax.layers.ffn import DenseFfn
 from moe_jax.layers.param import RMSNorm, Rngs, fan_in, param
@@ -46,7 +46,8 @@ def test_attention_equals_a_loop(name):
     a, info = case.layer, jax.device_get(case.info)
     y, _ = case.run(case.x, case.info)
     q, k, v = (np.asarray(case.x @ w[...]).reshape(B, L, -1, 4) for w in (a.q, a.k, a.v))
-    q, k = (np.asarray(rotate(jnp.asarray(x), case.info.position_BxL, a.rope_base)) for x in (q, k))
+    angles = rotary(case.info.position_BxL, 2, a.rope_base)
+    q, k = (np.asarray(rotate(x.swapaxes(1, 2), angles).swapaxes(1, 2)) for x in (q, k))
     for b in range(B):
         for l in np.flatnonzero(info.valid_BxL[b]):
             seen = [s for s in range(l + 1) if info.segment_BxL[b, s] == info.segment_BxL[b, l]]
@@ -58,10 +59,26 @@ def test_attention_equals_a_loop(name):
             np.testing.assert_allclose(y[b, l], np.concatenate(heads) @ a.o[...], atol=1e-4)
 
 
+def test_the_way_back_of_attention_is_that_of_the_formula():
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, n, 5, 4)), jnp.float32) for n in (4, 2, 2))
+    bias = jnp.where(jnp.tril(jnp.ones((5, 5), bool)), 0.0, -1e30)[None].repeat(2, 0)
+
+    def formula(q, k, v):
+        k, v = (x.repeat(2, axis=1) for x in (k, v))  # two query heads share a key head
+        return jax.nn.softmax(q @ k.swapaxes(2, 3) / 2 + bias[:, None]) @ v
+
+    y, back = jax.vjp(lambda *qkv: attend(*qkv, bias), q, k, v)
+    expected, formula_back = jax.vjp(formula, q, k, v)
+    dy = jnp.asarray(rng.normal(size=y.shape), jnp.float32)
+    for found, wanted in zip((y, *back(dy)), (expected, *formula_back(dy)), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
 def test_rotary_products_depend_on_the_distance_alone():
     rng = np.random.default_rng(0)
     q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in "qk")
-    at = lambda x, position: rotate(x, jnp.array([[position]]), 10_000.0)[0, 0, 0]  # noqa: E731
+    at = lambda x, position: rotate(x, rotary(jnp.array([[position]]), 4, 10_000.0))[0, 0, 0]  # noqa: E731
     np.testing.assert_allclose(at(q, 9) @ at(k, 4), at(q, 105) @ at(k, 100), rtol=1e-4)
     np.testing.assert_allclose(at(q, 0), q[0, 0, 0])
     # Position 1, half = 4: the first pair turns by 1 radian, (1, 0) -> (cos 1, sin 1).

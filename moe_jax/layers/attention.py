@@ -39,13 +39,21 @@ class KvCache:
         return KvCache(pad(self.key_BxNxSxH, -2), pad(self.value_BxNxSxH, -2), pad(self.segment_BxS, -1), self.index)
 
 
-def rotate(x_BxLxNxH: Array, position_BxL: Array, base: float) -> Array:
-    """Rotary embedding (Su et al. 2021), halves convention (as Llama)."""
-    half = x_BxLxNxH.shape[-1] // 2
+def rotary(position_BxL: Array, half: int, base: float) -> Array:
+    """Sines and cosines of the rotary angles (Su et al. 2021): [2, B, 1, L, half], float32.
+
+    In a loop over the two, or XLA:CPU computes them again for every head wherever they are used: a quarter of the
+    layer's time.
+    """
     frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = position_BxL[..., None, None].astype(jnp.float32) * frequency
-    sin, cos = jnp.sin(angle).astype(x_BxLxNxH.dtype), jnp.cos(angle).astype(x_BxLxNxH.dtype)
-    a, b = x_BxLxNxH[..., :half], x_BxLxNxH[..., half:]
+    angle = position_BxL[:, None, :, None].astype(jnp.float32) * frequency
+    return jax.lax.map(lambda cosine: jnp.where(cosine, jnp.cos(angle), jnp.sin(angle)), jnp.array([False, True]))
+
+
+def rotate(x_BxNxLxH: Array, rotary: Array) -> Array:
+    """Rotary embedding, halves convention (as Llama)."""
+    sin, cos = rotary.astype(x_BxNxLxH.dtype)
+    a, b = jnp.split(x_BxNxLxH, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
@@ -92,11 +100,11 @@ class Attention(Module):
         # Garbage in padding must not reach a valid position: a weight of 0 does not stop NaN, forward or backward.
         x_BxLxD = jnp.where(info.valid_BxL[..., None], x_BxLxD, 0)
         q, k, v = (
-            constrain(linear(x_BxLxD, w[...]), "batch", None, "heads").reshape(B, L, -1, self.head)
+            constrain(linear(x_BxLxD, w[...]), "batch", None, "heads").reshape(B, L, -1, self.head).swapaxes(1, 2)
             for w in (self.q, self.k, self.v)
         )
-        q, k = rotate(q, info.position_BxL, self.rope_base), rotate(k, info.position_BxL, self.rope_base)
-        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        angles = rotary(info.position_BxL, self.head // 2, self.rope_base)
+        q, k = rotate(q, angles), rotate(k, angles)
         segment = jnp.where(info.valid_BxL, info.segment_BxL, 0)
         start: Array | int = 0
         if state is not None:
@@ -114,18 +122,47 @@ class Attention(Module):
         k, v = k.astype(q.dtype), v.astype(q.dtype)
         if state is None and 0 < self.block < L:
             ends = [(i, min(i + self.block, L)) for i in range(0, L, self.block)]
-            y = jnp.concatenate(
-                [_attend(q[:, i:j], k[:, :, :j], v[:, :, :j], bias[:, i:j, :j]) for i, j in ends], axis=1
-            )
+            y = [attend(q[:, :, i:j], k[:, :, :j], v[:, :, :j], bias[:, i:j, :j]) for i, j in ends]
+            y = jnp.concatenate(y, axis=2)
         else:
-            y = _attend(q, k, v, bias)
-        return constrain(linear(y.reshape(B, L, -1), self.o[...]), "batch", None, None), state
+            y = attend(q, k, v, bias)
+        y = y.swapaxes(1, 2).reshape(B, L, -1)
+        return constrain(linear(y, self.o[...]), "batch", None, None), state
 
 
-def _attend(q_BxLxNxH: Array, k_BxKxSxH: Array, v_BxKxSxH: Array, bias_BxLxS: Array) -> Array:
-    """Grouped-query attention; the softmax is float32."""
-    B, L, N, H = q_BxLxNxH.shape
-    q = q_BxLxNxH.reshape(B, L, k_BxKxSxH.shape[1], -1, H)
-    score = jnp.einsum("blkgh,bksh->bkgls", q, k_BxKxSxH, preferred_element_type=jnp.float32) * H**-0.5
-    weight = jax.nn.softmax(score + bias_BxLxS[:, None, None], axis=-1)
-    return jnp.einsum("bkgls,bksh->blkgh", weight.astype(q.dtype), v_BxKxSxH).reshape(B, L, N, H)
+@jax.custom_vjp
+def attend(q_BxNxLxH: Array, k_BxKxSxH: Array, v_BxKxSxH: Array, bias_BxLxS: Array) -> Array:
+    """y_BxNxLxH: grouped-query attention; the softmax is float32. No row may be without a key.
+
+    Its own way back goes twice over the scores, where autodiff's goes five times (the sum over keys of weight times
+    gradient is that of output times gradient, which is smaller; Dao et al. 2022, section 3).
+    """
+    return _attend_fwd(q_BxNxLxH, k_BxKxSxH, v_BxKxSxH, bias_BxLxS)[0]
+
+
+def _attend_fwd(q_BxNxLxH: Array, k: Array, v: Array, bias_BxLxS: Array):
+    B, N, L, H = q_BxNxLxH.shape
+    q = q_BxNxLxH.reshape(B, k.shape[1], -1, L, H)
+    score = jnp.einsum("bkglh,bksh->bkgls", q, k, preferred_element_type=jnp.float32) * H**-0.5
+    score += bias_BxLxS[:, None, None]
+    weight = jnp.exp(score - score.max(-1, keepdims=True))
+    total = weight.sum(-1, keepdims=True).astype(q.dtype)
+    weight = weight.astype(q.dtype)
+    y = jnp.einsum("bkgls,bksh->bkglh", weight, v) / total
+    return y.reshape(B, N, L, H), (q, k, v, weight, total, y)
+
+
+def _attend_bwd(saved, dy_BxNxLxH: Array):
+    q, k, v, weight, total, y = saved
+    B, K, G, L, H = q.shape
+    dy = dy_BxNxLxH.reshape(q.shape) / total
+    inner = (dy * y).sum(-1, keepdims=True, dtype=jnp.float32)
+    dscore = jnp.einsum("bkglh,bksh->bkgls", dy, v, preferred_element_type=jnp.float32) - inner
+    dscore = (weight * dscore * H**-0.5).astype(q.dtype)
+    dq = jnp.einsum("bkgls,bksh->bkglh", dscore, k).reshape(B, K * G, L, H)
+    # Products with the smaller matrix transposed, which XLA:CPU copies to do it.
+    dk, dv = (jnp.einsum("bkglh,bkgls->bkhs", a, b).swapaxes(2, 3) for a, b in ((q, dscore), (dy, weight)))
+    return dq, dk, dv, None
+
+
+attend.defvjp(_attend_fwd, _attend_bwd)
