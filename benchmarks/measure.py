@@ -8,9 +8,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import json
 import os
 import platform
+import re
+import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -105,10 +108,18 @@ def machine() -> dict[str, Any]:
         "platform": device.platform,
         "devices": jax.device_count(),
         "cores": os.cpu_count(),
-        "processor": platform.machine(),
+        "processor": processor(),
         "peak_gflops": round(xla.peak_flops() / 1e9, 1),
         "jax": jax.__version__,
     }
+
+
+def processor() -> str:
+    """The model of the CPU where the system says it, else its architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    found = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
+    return found[1] if found else platform.machine()
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -151,6 +162,10 @@ def main(
     if not chosen:
         parser.error(f"no case contains {args.only!r}; there are: {', '.join(cases)}")
     about, rows = machine(), []
+    spec = sys.modules["__main__"].__spec__
+    command = f"python -m {spec.name}" if spec else sys.argv[0]
+    command += f" --only {args.only!r}" if args.only else ""
+    made = {"command": command, "date": f"{datetime.date.today()}", "machine": about}
     for name, make in tqdm(chosen.items(), unit="case"):
         found = list(make())
         if draw and args.plot:
@@ -158,6 +173,6 @@ def main(
             partfile.write_text(args.plot / f"{name}.svg", draw(name, found))
         rows += [{**r, "case": f"{name}: {r['case']}"} for r in found]
         if args.json:  # after each case: what is measured stays when the next one is stopped
-            partfile.write_text(args.json, json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
+            partfile.write_text(args.json, json.dumps({**made, "rows": rows}, indent=1) + "\n")
     print(", ".join(f"{k} {v}" for k, v in about.items()))
     print(markdown(rows))

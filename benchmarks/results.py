@@ -1,4 +1,4 @@
-"""RESULTS.md, and the table of the README, from results/*/table.json; `--check` says whether they agree, as CI does.
+"""RESULTS.md, and the tables of the README, from results/; `--check` says whether they agree, as CI does.
 
 python -m benchmarks.results
 """
@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.measure import markdown
 from moe_jax import partfile
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,6 +76,48 @@ def unique(items: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(items))
 
 
+SPEED = """# Speed
+
+A ratio is ours / the rival's in time or memory, the smaller the better, both measured in one run in turns; targets are
+goals that were set beforehand. Each benchmark's first lines say what its cases are. From run to run times differ by a
+fifth on a shared machine, ratios by a tenth.
+"""
+
+
+def speed() -> Iterator[str]:
+    """The tables of results/speed/<benchmark>.json, each followed by its remarks (<benchmark>.md)."""
+    for path in sorted((ROOT / "results" / "speed").glob("*.json")):
+        data = json.loads(path.read_text("utf-8"))
+        about = ", ".join(f"{k} {v}" for k, v in data["machine"].items())
+        yield f"## speed: {path.stem}\n\n`{data['command']}` · {data['date']} · {about}\n\n{markdown(data['rows'])}\n"
+        notes = path.with_suffix(".md")
+        if notes.exists():
+            yield notes.read_text("utf-8")
+
+
+# What the README shows of speed: the benchmark, a part of the names of its rows, what it is.
+FRONT = (
+    ("moe_layer", "T2048 d512 E8 k2: ", "MoE layer / dense one of equal active FLOPs, 2,048 tokens, d 512, top 2 of 8"),
+    ("train_step", "8x256: ", "training step / transformers on PyTorch"),
+    ("decode", "moe ", "decoding / `transformers.generate`"),
+    ("input_pipeline", "wait: ", "waiting for input / training step"),
+    ("tpu_aot", "v5p step", "training step, MoE / dense, as the TPU compiler estimates it, 64 v5p chips"),
+)
+
+
+def front_speed() -> str:
+    out = ["| ours / rival, CPU unless said (smaller is better) | ratio | target |", "|---|---|--:|"]
+    for name, part, what in FRONT:
+        path = ROOT / "results" / "speed" / f"{name}.json"
+        if not path.exists():
+            continue
+        rows = [r for r in json.loads(path.read_text("utf-8"))["rows"] if part in r["case"] and r["target"]]
+        cells = "; ".join(f"{r['case'].replace(part, '').strip()} {r['ratio']:.2g}" for r in rows)
+        targets = "; ".join(dict.fromkeys(f"{r['target']:.2g}" for r in rows))
+        out.append(f"| {what} | {cells} | {targets} |")
+    return "\n".join(out)
+
+
 def results() -> str:
     """The text of RESULTS.md: each experiment's own remarks (results/<experiment>/notes.md) follow its table."""
     parts = [HEAD]
@@ -83,7 +126,7 @@ def results() -> str:
         notes = path.with_name("notes.md")
         if notes.exists():
             parts.append(notes.read_text("utf-8"))
-    return "\n".join(parts)
+    return "\n".join([*parts, SPEED, *speed()])
 
 
 def front_table() -> str:
@@ -112,10 +155,12 @@ def front_table() -> str:
 
 
 def readme(text: str) -> str:
-    """The README with its table made anew between the two markers."""
-    begin, end = "<!-- results -->", "<!-- /results -->"
-    before, _, rest = text.partition(begin)
-    return f"{before}{begin}\n{front_table()}\n{end}{rest.partition(end)[2]}"
+    """The README with its tables made anew, each between its two markers."""
+    for name, made in (("results", front_table()), ("speed", front_speed())):
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}\n{made}\n{end}{rest.partition(end)[2]}"
+    return text
 
 
 def main() -> None:
@@ -128,7 +173,7 @@ def main() -> None:
         if not args.check:
             partfile.write_text(path, text)
         elif not path.exists() or path.read_text("utf-8") != text:
-            sys.exit(f"{name} does not agree with results/*/table.json: run python -m benchmarks.results")
+            sys.exit(f"{name} does not agree with results/: run python -m benchmarks.results")
 
 
 if __name__ == "__main__":

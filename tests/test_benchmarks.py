@@ -63,7 +63,8 @@ def test_rows_are_written_after_each_case(tmp_path, monkeypatch, capsys):
         measure.main("Doc.", cases)
     found = json.loads(path.read_text())
     assert found["rows"] == [{"case": "one: a", "ours": 1.0, "rival": 2.0, "ratio": 0.5, "target": None}]
-    assert found["machine"]["platform"] == "cpu"
+    assert found["machine"]["platform"] == "cpu" and found["machine"]["processor"]
+    assert found["date"].count("-") == 2 and found["command"]
     monkeypatch.setattr(sys, "argv", ["bench", "--only", "three"])
     with pytest.raises(SystemExit):
         measure.main("Doc.", cases)
