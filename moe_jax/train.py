@@ -125,7 +125,11 @@ def after_step(model: Any, params: Table, metrics: Metrics) -> Table:
 
 def make_evaluation(model: Any, *, dtype: str, max_targets: int):
     """(params, batch) -> metrics, with free routing and nothing dropped."""
-    return jax.jit(lambda params, batch: compute(model, params, dtype).loss(batch, max_targets=max_targets)[1])
+
+    def evaluation(params: Table, batch: Batch) -> Metrics:
+        return compute(model, params, dtype).loss(batch, max_targets=max_targets)[1]
+
+    return jax.jit(evaluation, compiler_options=xla.options())
 
 
 # --- what is logged ---------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -180,6 +181,23 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(data, tm
     store.close()
     child.run(tmp_path, data)
     assert everything(tmp_path) == unbroken
+
+
+def test_a_run_compiles_one_step_and_one_evaluation(data, tmp_path):
+    """However steps, validation and saving take turns, and so does the run that goes on."""
+    compiled = Counter()
+
+    def count(event, duration, fun_name="", **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled[fun_name] += 1
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        for runs, steps in enumerate((7, child.STEPS), 1):
+            child.run(tmp_path, data, steps=steps, optimizer=partial(optim.adamw, lambda step: 0.01))
+            assert [compiled[f"jit({name})"] for name in ("step_fn", "evaluation")] == [runs, runs], compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
 
 
 def test_the_second_interrupt_stops_at_once():
