@@ -15,8 +15,11 @@ temporary bytes a chip, FLOPs, bytes moved, and how many collectives. What the e
 
 "layer" is a MoE layer on one chip, forward and with gradients of weights and input, by each grouped product; its rival
 is dense, with as many active FLOPs. "step" is a training step of the corrector with AdamW on 64 chips, by data and by
-expert; layers are written out, because the compiler counts the body of a loop once. "peer" is the layer of MaxText,
-where `maxtext` can be imported, with each of its grouped products; the rival is MaxText.
+expert; layers are written out, because the compiler counts the body of a loop once. "peer" is the layer of MaxText with
+each of its grouped products; the rival is MaxText. It wants its sources, as its releases on PyPI want another jax:
+
+    git clone https://github.com/AI-Hypercomputer/maxtext && git -C maxtext checkout e591f30
+    pip install aqtp drjax grain omegaconf pathwaysutils qwix tokamax transformers    # and PYTHONPATH=maxtext/src
 """
 
 from __future__ import annotations
@@ -328,16 +331,17 @@ def theirs(shape: Shape, device: Any, **product: bool) -> tuple[Any, Any, Any]:
 
 
 def peer(chip: str, shape: Shape) -> Iterator[dict[str, Any]]:
-    if importlib.util.find_spec("maxtext") is None:
-        print(
-            f"peer: no module maxtext (pip install maxtext, Python 3.12): {chip} {shape.name} skipped", file=sys.stderr
-        )
-        return
-    from flax.linen import partitioning
-
     device = devices(CHIP[chip])[0]
+    try:
+        from absl import flags
+        from flax.linen import partitioning
+
+        found = {name: theirs(shape, device, **product) for name, product in THEIRS.items()}
+    except ImportError as error:
+        print(f"{chip} peer {shape.name} skipped, it needs MaxText as this file says: {error}", file=sys.stderr)
+        return
+    flags.FLAGS.mark_as_parsed()  # tokamax would read our command line
     call = lambda layer, x: layer(x)[0]  # noqa: E731
-    found = {name: theirs(shape, device, **product) for name, product in THEIRS.items()}
     for direction, function in (("forward", call), ("both", partial(both, call))):
         ours = of_layer(shape, device, "megablox", direction)
         for name, (made, mesh, rules) in found.items():
@@ -357,4 +361,5 @@ CASES |= {f"{chip} peer {shape.name}": partial(peer, chip, shape) for chip in CH
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")  # or JAX would look for chips
+    jax.config.update("jax_enable_compilation_cache", False)  # what is kept is only read where the chips are
     main(str(__doc__), CASES)

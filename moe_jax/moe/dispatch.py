@@ -126,10 +126,11 @@ def dropless(decision: RoutingDecision, num_experts: int, *, product: Product | 
 
 
 def _by_position(through: Callable[..., Array], decision: RoutingDecision, experts: Experts, x_BxLxD: Array) -> Array:
-    """y_BxLxD; `through(experts, x_TxD, expert_TxK) -> y_TxKxD` knows no batch."""
-    B, L, K = decision.expert_BxLxK.shape
-    y = through(experts, x_BxLxD.reshape(B * L, -1), decision.expert_BxLxK.reshape(B * L, K))
-    return _combine(y.reshape(B, L, K, -1), decision)
+    """y_BxLxD; `through(experts, x_TxD, expert_KxT, weight_KxT) -> y_TxD` knows no batch."""
+    by_choice = lambda a_BxLxK: a_BxLxK.reshape(-1, a_BxLxK.shape[-1]).T  # noqa: E731
+    x_TxD = x_BxLxD.reshape(-1, x_BxLxD.shape[-1])
+    y_TxD = through(experts, x_TxD, by_choice(decision.expert_BxLxK), by_choice(decision.weight_BxLxK))
+    return y_TxD.reshape(x_BxLxD.shape)
 
 
 def _combine(y_BxLxKxD: Array, decision: RoutingDecision) -> Array:

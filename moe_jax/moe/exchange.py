@@ -8,6 +8,7 @@ than C of another that is one turn: an all-to-all there and one back.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -18,21 +19,28 @@ import jax.numpy as jnp
 
 from moe_jax import sharding
 from moe_jax.moe.grouped import Experts, Product
+from moe_jax.moe.megablox import LANES
 from moe_jax.types import Array
 
 
-def here(experts: Experts, x_TxD: Array, expert_TxK: Array, num_experts: int, product: Product) -> Array:
-    """y_TxKxD: each row through each of its experts; zeros for nobody (E)."""
-    order_R, size_E = _by_expert(expert_TxK, num_experts)
-    grouped = product(size_E, order_R.size)
-    back_TxK = _inverse(order_R, expert_TxK.shape)
-    order_R = jnp.pad(order_R, (0, grouped.spare), constant_values=order_R.size)
-    rows_RxD = grouped.apply(experts, _take(x_TxD, order_R, back_TxK))
-    return _take(rows_RxD, back_TxK, order_R[:, None])
+def here(
+    experts: Experts, x_TxD: Array, expert_KxT: Array, weight_KxT: Array, num_experts: int, product: Product
+) -> Array:
+    """y_TxD: the weighted sum of each row through its experts; expert E is nobody and adds nothing."""
+    rows_RxD, order_R, back_KxT = _through(experts, x_TxD, expert_KxT, num_experts, product)
+    return _combine(rows_RxD, weight_KxT, order_R, back_KxT)
 
 
 def over_devices(
-    experts: Experts, x_TxD: Array, expert_TxK: Array, num_experts: int, product: Product, *, group: int, share: float
+    experts: Experts,
+    x_TxD: Array,
+    expert_KxT: Array,
+    weight_KxT: Array,
+    num_experts: int,
+    product: Product,
+    *,
+    group: int,
+    share: float,
 ) -> Array:
     """The same on each device of a group of n, within `sharding.on_each_device`; `experts` are its own, E / n of them.
 
@@ -40,31 +48,35 @@ def over_devices(
       share: C, as a multiple of the rows that one device has for another when loads are balanced. Room is held, copied
         and sent whether it is used or not; too little of it costs turns (`benchmarks/exchange.py`).
     """
-    order_R, size_E = _by_expert(expert_TxK, num_experts)
+    order_R, size_E = _by_expert(expert_KxT, num_experts)
     C = min(max(-int(-share * order_R.size // group), 1), order_R.size)
     to_nxE = size_E.reshape(group, -1)  # E / n columns: how many rows each expert of each device gets from here
     turns = sharding.largest(-(-to_nxE.sum(1).max() // C))
-    plan = (expert_TxK, order_R, to_nxE, sharding.swap(to_nxE))
-    return _in_turns(partial(_turn, C, product), turns, plan, experts, x_TxD)
+    plan = (order_R, to_nxE, sharding.swap(to_nxE))
+    return _in_turns(partial(_turn, C, product), turns, plan, experts, (x_TxD, weight_KxT))
 
 
-def _turn(C: int, product: Product, turn: Array | int, plan: Any, experts: Experts, x_TxD: Array) -> Array:
-    """y_TxKxD of the rows that are served in this turn; zeros for others."""
-    expert_TxK, order_R, to_nxE, from_nxE = plan
+def _turn(
+    C: int, product: Product, turn: Array | int, plan: Any, experts: Experts, positions: tuple[Array, Array]
+) -> Array:
+    """y_TxD of the assignments that are served in this turn."""
+    order_R, to_nxE, from_nxE = plan
+    x_TxD, weight_KxT = positions
     place_C = turn * C + jnp.arange(C)  # in the queue from one device to another, which is sorted by expert
     ready_n = to_nxE.sum(1)
     first_n = jnp.cumsum(ready_n) - ready_n
     sent_nxC = order_R.at[first_n[:, None] + place_C].get(mode="clip")
     sent_S = jnp.where(place_C < ready_n[:, None], sent_nxC, order_R.size).reshape(-1)
-    slot_TxK = _inverse(sent_S, expert_TxK.shape)
-    expert_S = (place_C[:, None] >= jnp.cumsum(from_nxE, axis=1)[:, None]).sum(-1).reshape(-1, 1)
-    rows_SxD = sharding.swap(_take(x_TxD, sent_S, slot_TxK))
-    rows_SxD = sharding.swap(here(experts, rows_SxD, expert_S, to_nxE.shape[1], product)[:, 0])
-    return _take(rows_SxD, slot_TxK, sent_S[:, None])
+    slot_KxT = _inverse(sent_S, weight_KxT.shape)
+    expert_S = (place_C[:, None] >= jnp.cumsum(from_nxE, axis=1)[:, None]).sum(-1).reshape(1, -1)
+    rows_SxD = sharding.swap(_take(x_TxD, sent_S, slot_KxT))
+    rows_RxD, order_R, back_1xS = _through(experts, rows_SxD, expert_S, to_nxE.shape[1], product)
+    rows_SxD = sharding.swap(_take(rows_RxD, back_1xS[0], order_R[None]))
+    return _combine(rows_SxD, weight_KxT, sent_S, slot_KxT)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _in_turns(one: Callable[..., Array], turns: Array, plan: Any, experts: Experts, x: Array) -> Array:
+def _in_turns(one: Callable[..., Array], turns: Array, plan: Any, experts: Experts, x: Any) -> Array:
     """The sum over turns of `one(turn, plan, experts, x)`; there is one at least.
 
     Its gradient keeps what the first turn saves, and computes later ones again: their number is only known to data.
@@ -73,7 +85,7 @@ def _in_turns(one: Callable[..., Array], turns: Array, plan: Any, experts: Exper
     return jax.lax.fori_loop(1, turns, more, one(0, plan, experts, x))
 
 
-def _in_turns_fwd(one: Callable[..., Array], turns: Array, plan: Any, experts: Experts, x: Array):
+def _in_turns_fwd(one: Callable[..., Array], turns: Array, plan: Any, experts: Experts, x: Any):
     y, back = jax.vjp(partial(one, 0, plan), experts, x)
     y = jax.lax.fori_loop(1, turns, lambda i, y: y + one(i, plan, experts, x), y)
     return y, (back, turns, plan, experts, x)
@@ -91,9 +103,22 @@ def _in_turns_bwd(one: Callable[..., Array], saved: Any, dy: Array):
 _in_turns.defvjp(_in_turns_fwd, _in_turns_bwd)
 
 
-def _by_expert(expert_TxK: Array, num_experts: int) -> tuple[Array, Array]:
+def _through(
+    experts: Experts, x_TxD: Array, expert_KxT: Array, num_experts: int, product: Product
+) -> tuple[Array, Array, Array]:
+    """(rows_RxD, order_R, back_KxT): rows sorted by expert and through it, which assignment each is (K * T: none), and
+    where each assignment is; beyond the end if it is to nobody, whose rows may hold anything.
+    """
+    order_R, size_E = _by_expert(expert_KxT, num_experts)
+    grouped = product(size_E, order_R.size)
+    order_R = jnp.pad(order_R, (0, grouped.spare), constant_values=order_R.size)
+    back_KxT = jnp.where(expert_KxT < num_experts, _inverse(order_R, expert_KxT.shape), order_R.size)
+    return grouped.apply(experts, _take(x_TxD, order_R, back_KxT)), order_R, back_KxT
+
+
+def _by_expert(expert_KxT: Array, num_experts: int) -> tuple[Array, Array]:
     """(order_R, size_E): assignments sorted by expert, and how many each has; those to nobody come last."""
-    expert_R = expert_TxK.reshape(-1)
+    expert_R = expert_KxT.reshape(-1)
     size_E = (expert_R[None] == jnp.arange(num_experts)[:, None]).sum(1)  # TPU counts faster than it scatters
     return jnp.argsort(expert_R, stable=True), size_E
 
@@ -105,18 +130,54 @@ def _inverse(index_S: Array, shape: tuple[int, ...]) -> Array:
     return where.reshape(shape)
 
 
+def _rows(x_TxD: Array, index: Array, mode: str = "fill") -> Array:
+    """x[index]; of an index beyond the end zeros, or the last row (`mode` "clip").
+
+    In a TPU's memory a matrix lies in tiles of eight rows, and all are read for one of them; a row that is a matrix of
+    its own is read alone.
+    """
+    T, D = x_TxD.shape
+    x = x_TxD.reshape(T, -1, LANES) if D % LANES == 0 else x_TxD
+    return x.at[index].get(mode=mode, fill_value=0).reshape(*index.shape, D)
+
+
+def _sum(rows_RxD: Array, back_KxT: Array, weight_KxT: Array) -> Array:
+    """y_TxD, weighted. A gather for each choice: XLA:TPU takes two to four times as long for one and its reduction."""
+    terms = (_rows(rows_RxD, back_T) * weight_T[:, None] for back_T, weight_T in zip(back_KxT, weight_KxT, strict=True))
+    return functools.reduce(jnp.add, terms).astype(rows_RxD.dtype)
+
+
 @jax.custom_vjp
-def _take(x_TxD: Array, index: Array, inverse_TxK: Array) -> Array:
-    """x[index // K], and zeros where `index` is T * K; `inverse_TxK` says where each copy of a row went.
+def _take(x_TxD: Array, index: Array, inverse_KxT: Array) -> Array:
+    """x[index % T]: assignment k * T + t is row t. `inverse_KxT` says where each copy of a row went.
 
     Its transpose is a gather by the inverse, where autodiff would write a slow scatter.
     """
-    return x_TxD.at[index // inverse_TxK.shape[1]].get(mode="fill", fill_value=0)
+    return _rows(x_TxD, index % len(x_TxD), "clip")
 
 
-def _take_bwd(inverse_TxK: Array, dy: Array):
-    dy = dy.reshape(-1, dy.shape[-1])
-    return dy.at[inverse_TxK].get(mode="fill", fill_value=0).sum(1), None, None
+def _take_bwd(inverse_KxT: Array, dy: Array):
+    return _sum(dy, inverse_KxT, jnp.ones(inverse_KxT.shape)), None, None
 
 
 _take.defvjp(lambda x, index, inverse: (_take(x, index, inverse), inverse), _take_bwd)
+
+
+@jax.custom_vjp
+def _combine(rows_RxD: Array, weight_KxT: Array, order_R: Array, back_KxT: Array) -> Array:
+    """y_TxD: the weighted sum of each position's rows.
+
+    Its transpose multiplies where rows are sorted: dy is not copied for each choice.
+    """
+    return _sum(rows_RxD, back_KxT, weight_KxT)
+
+
+def _combine_bwd(saved: tuple[Array, Array, Array, Array], dy_TxD: Array):
+    rows_RxD, weight_KxT, order_R, back_KxT = saved
+    dy_RxD = _rows(dy_TxD, order_R % len(dy_TxD), "clip")
+    weight_R = weight_KxT.reshape(-1).at[order_R].get(mode="clip").astype(dy_RxD.dtype)
+    dweight_R = (rows_RxD.astype(jnp.float32) * dy_RxD).sum(1)
+    return dy_RxD * weight_R[:, None], dweight_R.at[back_KxT].get(mode="fill", fill_value=0), None, None
+
+
+_combine.defvjp(lambda *args: (_combine(*args), args), _combine_bwd)

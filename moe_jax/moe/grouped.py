@@ -51,7 +51,7 @@ def apply(experts: Experts, rows: Array, matmul: Matmul) -> Array:
 class Grouped:
     """Experts on R = rows + spare sorted rows, of which the first size_E[0] belong to expert 0, and so on.
 
-    Rows beyond sum(size_E) give zeros and no gradient, whatever they hold.
+    Rows beyond sum(size_E) may hold anything and give anything, and so may their gradient; others never see it.
 
     Attributes:
       spare: how many rows of nobody must follow the sorted ones.
@@ -83,7 +83,7 @@ def _at_once(ragged: Callable[[Array, Array, Array], Array], size_E: Array, rows
     matmul = lambda rows, w: ragged(rows, w, size_E.astype(jnp.int32))  # noqa: E731
 
     def run(experts: Experts, x_RxD: Array) -> Array:
-        return jnp.where(live, apply(experts, jnp.where(live, x_RxD, 0), matmul), 0)
+        return jnp.where(live, apply(experts, jnp.where(live, x_RxD, 0), matmul), 0)  # NaN * 0 would be a gradient
 
     return Grouped(0, run)
 
