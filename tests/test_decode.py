@@ -118,9 +118,9 @@ def test_lengths_beyond_the_last_bucket_are_refused():
 def test_new_lengths_within_a_bucket_do_not_compile_again():
     model = corrector(5)
     decode.search(model, decode.prefill(model, PROMPTS), max_new=7)
-    compiled = decode._search._cache_size(), decode._prefill._cache_size()
+    compiled = decode._search()._cache_size(), decode._prefill()._cache_size()
     decode.search(model, decode.prefill(model, [[*p, 4] for p in PROMPTS]), max_new=9)
-    assert (decode._search._cache_size(), decode._prefill._cache_size()) == compiled
+    assert (decode._search()._cache_size(), decode._prefill()._cache_size()) == compiled
     # a longer prompt is read by a program of its own, and searched after by the same
     decode.search(model, decode.prefill(model, [[*p, *[4] * 30] for p in PROMPTS]), max_new=9)
-    assert (decode._search._cache_size(), decode._prefill._cache_size()) == (compiled[0], compiled[1] + 1)
+    assert (decode._search()._cache_size(), decode._prefill()._cache_size()) == (compiled[0], compiled[1] + 1)
