@@ -115,11 +115,21 @@ def gathered(decision: RoutingDecision, num_experts: int) -> Dispatch:
     return Dispatch(lambda experts, x: _combine(apply(experts, send(x), matmul), decision), jnp.zeros(()))
 
 
+def side_by_side(decision: RoutingDecision, num_experts: int) -> Dispatch:
+    """Dropless for few positions (decoding) on CPU: `exchange.at_once`."""
+    through = partial(exchange.at_once, num_experts=num_experts)
+    return Dispatch(partial(_by_position, through, decision), jnp.zeros(()))
+
+
+FEW = 128  # positions
 GATHER_ROWS = 8  # below this many assignments reading the chosen matrices beats sorting (measured on CPU)
 
 
 def dropless(decision: RoutingDecision, num_experts: int, *, product: Product | None = None) -> Dispatch:
     """`gathered` for a handful of positions, `exchanged` above: the default, chosen by shape at trace time."""
+    B, L, _ = decision.expert_BxLxK.shape
+    if jax.default_backend() == "cpu" and B * L <= FEW and sharding.devices("batch") == 1:
+        return side_by_side(decision, num_experts)
     if decision.expert_BxLxK.size <= GATHER_ROWS:
         return gathered(decision, num_experts)
     return exchanged(decision, num_experts, product=product)

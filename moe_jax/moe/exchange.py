@@ -17,8 +17,12 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import sharding
-from moe_jax.moe.grouped import Experts, Product
+from moe_jax.layers import stack
+from moe_jax.moe.grouped import Experts, Product, apply
 from moe_jax.types import Array
+
+
+AT_ONCE = 16  # rows of an expert that cost hardly more than one
 
 
 def here(experts: Experts, x_TxD: Array, expert_TxK: Array, num_experts: int, product: Product) -> Array:
@@ -29,6 +33,47 @@ def here(experts: Experts, x_TxD: Array, expert_TxK: Array, num_experts: int, pr
     order_R = jnp.pad(order_R, (0, grouped.spare), constant_values=order_R.size)
     rows_RxD = grouped.apply(experts, _take(x_TxD, order_R, back_TxK))
     return _take(rows_RxD, back_TxK, order_R[:, None])
+
+
+def at_once(experts: Experts, x_TxD: Array, expert_TxK: Array, num_experts: int) -> Array:
+    """The same for few rows: all experts side by side, each on C of its rows, in as many turns as the fullest needs.
+    A matrix is read once whether for one row or for C, and XLA:CPU works on two products of few rows at a time where it
+    does not divide one.
+    """
+    E, (T, K) = num_experts, expert_TxK.shape
+    C = min(T, max(AT_ONCE, -8 * (-3 * T * K // (2 * 8 * E))))
+    x_TxD = jnp.where((expert_TxK < E).any(1, keepdims=True), x_TxD, 0)
+    if C == T:
+        y_ExTxD = _side_by_side(experts, jnp.broadcast_to(x_TxD, (E, *x_TxD.shape)), 2 * T * K <= E and expert_TxK)
+        return y_ExTxD.at[expert_TxK, jnp.arange(T)[:, None]].get(mode="fill", fill_value=0)
+    order_R, size_E = _by_expert(expert_TxK, E)
+    return _in_turns(partial(_slots, C), -(-size_E.max() // C), (expert_TxK, order_R, size_E), experts, x_TxD)
+
+
+def _slots(C: int, turn: Array | int, plan: Any, experts: Experts, x_TxD: Array) -> Array:
+    """y_TxKxD of the C rows of each expert that are served in this turn; zeros for others."""
+    expert_TxK, order_R, size_E = plan
+    expert_R, R = expert_TxK.reshape(-1), order_R.size
+    place_ExC = (jnp.cumsum(size_E) - size_E)[:, None] + turn * C + jnp.arange(C)
+    y = _side_by_side(experts, x_TxD[order_R.at[place_ExC].get(mode="clip") // expert_TxK.shape[1]])
+    earlier = (expert_R[:, None] == expert_R) & (jnp.arange(R)[:, None] > jnp.arange(R))
+    slot_R = earlier.sum(1) - turn * C
+    expert_R = jnp.where((slot_R >= 0) & (slot_R < C), expert_R, size_E.size)
+    return y.at[expert_R, slot_R].get(mode="fill", fill_value=0).reshape(*expert_TxK.shape, -1)
+
+
+def _side_by_side(experts: Experts, rows_ExCxD: Array, chosen: Array | bool = False) -> Array:
+    """y_ExCxD; with `chosen`, of these experts only."""
+    if not stack.is_apart(experts):
+        return apply(experts, rows_ExCxD, jnp.matmul)
+    E = len(rows_ExCxD)
+    run = lambda one, rows: apply(one, rows, jnp.matmul)  # noqa: E731
+    each = zip(stack.split(experts, E), rows_ExCxD, strict=True)
+    if chosen is False:
+        return jnp.stack([run(*e) for e in each])
+    return jnp.stack(
+        [jax.lax.cond((chosen == i).any(), run, lambda _, rows: jnp.zeros_like(rows), *e) for i, e in enumerate(each)]
+    )
 
 
 def over_devices(
