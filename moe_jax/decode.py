@@ -164,7 +164,7 @@ def _search(
     model = jax.lax.optimization_barrier(_apart(structure.filled(params)))  # or XLA slices in every step
     B, K, M, V = len(limit_B), beams, room, model.vocab
     # Rows of beams lie beside each other: [B * K]. Only the first beam of a row is alive at the start.
-    state = stack.split(_rows(read.state.grown(M), jnp.repeat(jnp.arange(B), K)), model.layers)
+    state = stack.split(read.state.shared(K, M), model.layers)
     first_BxKxV = jnp.repeat(read.logp_BxV[:, None], K, axis=1)
     alive = jnp.where(jnp.arange(K) == 0, 0.0, -jnp.inf)
     task_R = jnp.repeat(read.task_B, K)
@@ -192,7 +192,7 @@ def _search(
         count = jnp.take_along_axis(count, parent, axis=1) + ~done
         done = done | (token == EOS)
         if K > 1:
-            state = _rows(state, (jnp.arange(B)[:, None] * K + parent).reshape(-1), axis=0)
+            state = tuple(one.descended(parent) for one in state)
         live = ~done.reshape(-1, 1)
         place = (read.length_B[:, None] + t + jnp.zeros((B, K), jnp.int32)).reshape(-1, 1)
         step = TokenInfo(jnp.where(live, task_R[:, None], 0), live, live.astype(jnp.int32), place)
@@ -254,6 +254,6 @@ def _apart(model: Any) -> Any:
     return tree.unflatten(model, {name: parts(x, words[name]) for name, x in tree.flatten(model).items()})
 
 
-def _rows(state: Any, row_R: Array, axis: int = 1) -> Any:
-    """The state of some rows, which lie on `axis` (1: stacked over layers, 0: split); leaves without it count slots."""
-    return jax.tree.map(lambda s: s if s.ndim <= axis else jnp.take(s, row_R, axis=axis), state)
+def _rows(state: Any, row_R: Array) -> Any:
+    """The state of some rows, stacked over layers; leaves without rows count slots."""
+    return jax.tree.map(lambda s: s if s.ndim < 2 else jnp.take(s, row_R, axis=1), state)
