@@ -21,7 +21,7 @@ from moe_jax.types import Array, TokenInfo, value
 
 PAD, EOS = 0, 1
 BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-ROOMS = (48, 96, 192, 384, 768)  # the loop ends with its last row, so a wide room costs little; each costs a program
+ROOMS = (48, 96, 144, 192, 288, 384, 576, 768)  # the loop ends with its last row, so a wide room costs little; each costs a program
 SLOTS = (64, 128, 256, 512, 1024)  # of the caches: one program of search serves the prompts of several buckets
 
 

@@ -146,6 +146,8 @@ class Attention(Module):
             y = jnp.concatenate(
                 [_attend(q[:, i:j], k[:, :, :j], v[:, :, :j], bias[:, i:j, :j]) for i, j in ends], axis=1
             )
+        elif among is not None:  # XLA:CPU multiplies with one vector, and again, faster than with a few together
+            y = jnp.concatenate([_attend(q[:, i : i + 1], k, v, bias[:, i : i + 1]) for i in range(L)], axis=1)
         else:
             y = _attend(q, k, v, bias)
         return constrain(linear(y.reshape(B, L, -1), self.o[...]), "batch", None, None), state
