@@ -21,7 +21,7 @@ from moe_jax.types import Array, TokenInfo, value
 
 PAD, EOS = 0, 1
 BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-ROOMS = (48, 96, 144, 192, 288, 384, 576, 768)  # the loop ends with its last row, so a wide room costs little; each costs a program
+ROOMS = (48, 96, 144, 192, 288, 384, 576, 768)  # a step reads all of its room, and each costs a program
 SLOTS = (64, 128, 256, 512, 1024)  # of the caches: one program of search serves the prompts of several buckets
 
 
@@ -133,9 +133,7 @@ def _compiled(**options: Any) -> Callable[[Callable], Callable[[], Any]]:
     """A program of (structure, ...), made when it is first asked for: importing this file must not start a backend."""
 
     def program(function: Callable) -> Callable[[], Any]:
-        return functools.cache(
-            lambda: jax.jit(function, static_argnums=0, compiler_options=xla.options(), **options)
-        )
+        return functools.cache(lambda: jax.jit(function, static_argnums=0, compiler_options=xla.options(), **options))
 
     return program
 
@@ -164,7 +162,7 @@ def _search(
     model = jax.lax.optimization_barrier(_apart(structure.filled(params)))  # or XLA slices in every step
     B, K, M, V = len(limit_B), beams, room, model.vocab
     # Rows of beams lie beside each other: [B * K]. Only the first beam of a row is alive at the start.
-    state = stack.split(read.state.shared(K, M), model.layers)
+    state = tuple(one.shared(K, M) for one in stack.split(read.state, model.layers))
     first_BxKxV = jnp.repeat(read.logp_BxV[:, None], K, axis=1)
     alive = jnp.where(jnp.arange(K) == 0, 0.0, -jnp.inf)
     task_R = jnp.repeat(read.task_B, K)

@@ -43,9 +43,8 @@ class Apart:
 
 def split(stacked: Any, num: int) -> tuple[Any, ...]:
     """What is stacked over layers (or experts), as one value a layer."""
-    return tuple(
-        jax.tree.map(lambda x: (x.parts if _apart(x) else x)[i], stacked, is_leaf=_apart) for i in range(num)
-    )
+    part = lambda i: lambda x: (x.parts if _apart(x) else x)[i]  # noqa: E731
+    return tuple(jax.tree.map(part(i), stacked, is_leaf=_apart) for i in range(num))
 
 
 def is_apart(stacked: Any) -> bool:

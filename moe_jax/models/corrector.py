@@ -32,10 +32,9 @@ class BlockState:
         return BlockState(self.attention.grown(slots), self.conv)
 
     def shared(self, beams: int, steps: int) -> BlockState:
-        """For so many beams of each row, which lie beside each other [B * K], stacked over layers."""
-        return BlockState(
-            self.attention.shared(beams, steps), jax.tree.map(lambda c: jnp.repeat(c, beams, axis=1), self.conv)
-        )
+        """For so many beams of each row, which lie beside each other [B * K], and so many steps; of one layer."""
+        conv = jax.tree.map(lambda c: jnp.repeat(c, beams, axis=0), self.conv)
+        return BlockState(self.attention.shared(beams, steps), conv)
 
     def descended(self, parent_BxK: Array) -> BlockState:
         """Each beam goes on from its parent; of one layer."""

@@ -116,21 +116,23 @@ def gathered(decision: RoutingDecision, num_experts: int) -> Dispatch:
 
 
 def side_by_side(decision: RoutingDecision, num_experts: int) -> Dispatch:
-    """Dropless for few positions (decoding) on CPU: `exchange.at_once`."""
+    """Dropless for few positions (decoding): every expert on a few rows at once (`exchange.at_once`)."""
     through = partial(exchange.at_once, num_experts=num_experts)
     return Dispatch(partial(_by_position, through, decision), jnp.zeros(()))
 
 
-FEW = 128  # positions
-GATHER_ROWS = 8  # below this many assignments reading the chosen matrices beats sorting (measured on CPU)
+FEW = 128  # positions of a decoding step (measured on CPU)
+GATHER_ROWS = 8  # below this many assignments reading the chosen matrices beats sorting
 
 
 def dropless(decision: RoutingDecision, num_experts: int, *, product: Product | None = None) -> Dispatch:
-    """`gathered` for a handful of positions, `exchanged` above: the default, chosen by shape at trace time."""
-    B, L, _ = decision.expert_BxLxK.shape
-    if jax.default_backend() == "cpu" and B * L <= FEW and sharding.devices("batch") == 1:
+    """The default, chosen by shape at trace time: for few positions `side_by_side` on one CPU and `gathered` elsewhere,
+    `exchanged` above.
+    """
+    B, L, K = decision.expert_BxLxK.shape
+    if B * L <= FEW and jax.default_backend() == "cpu" and sharding.devices("batch") == 1:
         return side_by_side(decision, num_experts)
-    if decision.expert_BxLxK.size <= GATHER_ROWS:
+    if B * L * K <= GATHER_ROWS:
         return gathered(decision, num_experts)
     return exchanged(decision, num_experts, product=product)
 

@@ -21,8 +21,7 @@ from moe_jax.layers import stack
 from moe_jax.moe.grouped import Experts, Product, apply
 from moe_jax.types import Array
 
-
-AT_ONCE = 16  # rows of an expert that cost hardly more than one
+AT_ONCE = 16  # rows of an expert that take hardly longer than one: its matrices are read once (measured on CPU)
 
 
 def here(experts: Experts, x_TxD: Array, expert_TxK: Array, num_experts: int, product: Product) -> Array:
@@ -36,15 +35,17 @@ def here(experts: Experts, x_TxD: Array, expert_TxK: Array, num_experts: int, pr
 
 
 def at_once(experts: Experts, x_TxD: Array, expert_TxK: Array, num_experts: int) -> Array:
-    """The same for few rows: all experts side by side, each on C of its rows, in as many turns as the fullest needs.
-    A matrix is read once whether for one row or for C, and XLA:CPU works on two products of few rows at a time where it
-    does not divide one.
+    """The same for few rows: all experts side by side, each on C rows, in as many turns as the fullest one needs.
+
+    XLA:CPU computes products that do not wait for each other on several cores, where it hardly divides one of few rows.
+    So nothing is sorted into blocks and no expert is skipped, unless most are.
     """
     E, (T, K) = num_experts, expert_TxK.shape
-    C = min(T, max(AT_ONCE, -8 * (-3 * T * K // (2 * 8 * E))))
     x_TxD = jnp.where((expert_TxK < E).any(1, keepdims=True), x_TxD, 0)
-    if C == T:
-        y_ExTxD = _side_by_side(experts, jnp.broadcast_to(x_TxD, (E, *x_TxD.shape)), 2 * T * K <= E and expert_TxK)
+    C = max(AT_ONCE, -8 * (-3 * T * K // (16 * E)))  # half more than the mean load, in eights
+    if C >= T:
+        chosen = expert_TxK if 2 * T * K <= E else None
+        y_ExTxD = _side_by_side(experts, jnp.broadcast_to(x_TxD, (E, *x_TxD.shape)), chosen)
         return y_ExTxD.at[expert_TxK, jnp.arange(T)[:, None]].get(mode="fill", fill_value=0)
     order_R, size_E = _by_expert(expert_TxK, E)
     return _in_turns(partial(_slots, C), -(-size_E.max() // C), (expert_TxK, order_R, size_E), experts, x_TxD)
@@ -55,25 +56,23 @@ def _slots(C: int, turn: Array | int, plan: Any, experts: Experts, x_TxD: Array)
     expert_TxK, order_R, size_E = plan
     expert_R, R = expert_TxK.reshape(-1), order_R.size
     place_ExC = (jnp.cumsum(size_E) - size_E)[:, None] + turn * C + jnp.arange(C)
-    y = _side_by_side(experts, x_TxD[order_R.at[place_ExC].get(mode="clip") // expert_TxK.shape[1]])
-    earlier = (expert_R[:, None] == expert_R) & (jnp.arange(R)[:, None] > jnp.arange(R))
-    slot_R = earlier.sum(1) - turn * C
+    y_ExCxD = _side_by_side(experts, x_TxD[order_R.at[place_ExC].get(mode="clip") // expert_TxK.shape[1]])
+    before_RxR = (expert_R[:, None] == expert_R) & (jnp.arange(R)[:, None] > jnp.arange(R))
+    slot_R = before_RxR.sum(1) - turn * C
     expert_R = jnp.where((slot_R >= 0) & (slot_R < C), expert_R, size_E.size)
-    return y.at[expert_R, slot_R].get(mode="fill", fill_value=0).reshape(*expert_TxK.shape, -1)
+    return y_ExCxD.at[expert_R, slot_R].get(mode="fill", fill_value=0).reshape(*expert_TxK.shape, -1)
 
 
-def _side_by_side(experts: Experts, rows_ExCxD: Array, chosen: Array | bool = False) -> Array:
-    """y_ExCxD; with `chosen`, of these experts only."""
+def _side_by_side(experts: Experts, rows_ExCxD: Array, chosen: Array | None = None) -> Array:
+    """y_ExCxD; given `chosen`, of these experts alone where they are apart."""
     if not stack.is_apart(experts):
         return apply(experts, rows_ExCxD, jnp.matmul)
-    E = len(rows_ExCxD)
-    run = lambda one, rows: apply(one, rows, jnp.matmul)  # noqa: E731
-    each = zip(stack.split(experts, E), rows_ExCxD, strict=True)
-    if chosen is False:
-        return jnp.stack([run(*e) for e in each])
-    return jnp.stack(
-        [jax.lax.cond((chosen == i).any(), run, lambda _, rows: jnp.zeros_like(rows), *e) for i, e in enumerate(each)]
-    )
+    run = partial(apply, matmul=jnp.matmul)
+    each = list(zip(stack.split(experts, len(rows_ExCxD)), rows_ExCxD, strict=True))
+    if chosen is None:
+        return jnp.stack([run(*one) for one in each])
+    none = lambda _, rows: jnp.zeros_like(rows)  # noqa: E731
+    return jnp.stack([jax.lax.cond((chosen == e).any(), run, none, *one) for e, one in enumerate(each)])
 
 
 def over_devices(

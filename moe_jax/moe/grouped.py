@@ -113,7 +113,7 @@ def _loop(size_E: Array, blocks: tuple[int, ...], take: Callable, body: Body, in
     """
     end_E = jnp.cumsum(size_E)
 
-    def expert(e: Array, carry: Any) -> Any:
+    def expert(e: Array | int, carry: Any) -> Any:
         first, end = end_E[e] - size_E[e], end_E[e]
         taken = take(e)
         smaller = blocks[-2] if len(blocks) > 1 else 0
