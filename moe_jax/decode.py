@@ -1,7 +1,8 @@
 """Decoding: read the prompts once, then search (one compiled loop; greedy is one beam) and score texts after them.
 
 Prompts are padded on the left, so that every row writes into the same cache slot; positions and masks know the
-difference. Shapes come from short lists of buckets: a new length costs no new compilation beyond those.
+difference. Shapes come from short lists of buckets: a new length costs no new compilation beyond those. A prompt that
+was read may be searched and scored after any number of times, so its state is copied, not donated, to the search.
 """
 
 from __future__ import annotations

@@ -64,15 +64,15 @@ def _slots(C: int, turn: Array | int, plan: Any, experts: Experts, x_TxD: Array)
 
 
 def _side_by_side(experts: Experts, rows_ExCxD: Array, chosen: Array | None = None) -> Array:
-    """y_ExCxD; given `chosen`, of these experts alone where they are apart."""
-    if not stack.is_apart(experts):
+    """y_ExCxD; given `chosen`, of these experts alone: the matrices of others are not read."""
+    if chosen is None and not stack.is_apart(experts):
         return apply(experts, rows_ExCxD, jnp.matmul)
-    run = partial(apply, matmul=jnp.matmul)
-    each = list(zip(stack.split(experts, len(rows_ExCxD)), rows_ExCxD, strict=True))
+    E = len(rows_ExCxD)
+    runs = [lambda rows, e=e: apply(stack.split(experts, E)[e], rows, jnp.matmul) for e in range(E)]
     if chosen is None:
-        return jnp.stack([run(*one) for one in each])
-    none = lambda _, rows: jnp.zeros_like(rows)  # noqa: E731
-    return jnp.stack([jax.lax.cond((chosen == e).any(), run, none, *one) for e, one in enumerate(each)])
+        return jnp.stack([run(rows) for run, rows in zip(runs, rows_ExCxD, strict=True)])
+    each = enumerate(zip(runs, rows_ExCxD, strict=True))
+    return jnp.stack([jax.lax.cond((chosen == e).any(), run, jnp.zeros_like, rows) for e, (run, rows) in each])
 
 
 def over_devices(
