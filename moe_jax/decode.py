@@ -1,27 +1,29 @@
 """Decoding: read the prompts once, then search (one compiled loop; greedy is one beam) and score texts after them.
 
 Prompts are padded on the left, so that every row writes into the same cache slot; positions and masks know the
-difference. Shapes come from short lists of buckets: a new length costs no new compilation beyond those.
+difference. Shapes come from short lists of buckets: a new length costs no new compilation beyond those. A prompt that
+was read may be searched and scored after any number of times, so its state is copied, not donated, to the search.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import tree
+from moe_jax import tree, xla
 from moe_jax.layers import stack
+from moe_jax.moe.dispatch import WRITTEN_OUT
 from moe_jax.types import Array, TokenInfo, value
 
 PAD, EOS = 0, 1
 BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-ROOMS = (48, 96, 192, 384, 768)  # the loop ends with its last row, so a wide room costs little; each costs a program
+ROOMS = (48, 96, 144, 192, 288, 384, 576, 768)  # a step reads all of its room, and each costs a program
 SLOTS = (64, 128, 256, 512, 1024)  # of the caches: one program of search serves the prompts of several buckets
 
 
@@ -87,7 +89,7 @@ def left_padded(prompts: Sequence[Sequence[int]], tasks: Sequence[int], length: 
 def prefill(model: Any, prompts: Sequence[Sequence[int]], tasks: Sequence[int] | None = None) -> Prefill:
     """Reads the prompts. `tasks`: family ids where they are known; 0, the default, is unknown."""
     tokens, info = left_padded(prompts, tasks or [0] * len(prompts), bucket(max(map(len, prompts))))
-    return _prefill(_structure(model), tree.flatten(model), tokens, info)
+    return _prefill()(_structure(model), tree.flatten(model), tokens, info)
 
 
 def search(
@@ -106,7 +108,7 @@ def search(
     """
     limits = np.broadcast_to(np.asarray(max_new, np.int32), read.length_B.shape)
     room = bucket(int(limits.max()), ROOMS)
-    out = _search(_structure(model), tree.flatten(model), read, limits, beams=beams, room=room, alpha=alpha)
+    out = _search()(_structure(model), tree.flatten(model), read, limits, beams=beams, room=room, alpha=alpha)
     written, logprobs, lengths = (np.asarray(a) for a in out)
     return [Decoded(w[:n].tolist(), p[:n].tolist()) for w, p, n in zip(written, logprobs, lengths, strict=True)]
 
@@ -129,7 +131,16 @@ class _structure:
         return tree.unflatten(self.model, params)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+def _compiled(**options: Any) -> Callable[[Callable], Callable[[], Any]]:
+    """A program of (structure, ...), made when it is first asked for: importing this file must not start a backend."""
+
+    def program(function: Callable) -> Callable[[], Any]:
+        return functools.cache(lambda: jax.jit(function, static_argnums=0, compiler_options=xla.options(), **options))
+
+    return program
+
+
+@_compiled()
 def _prefill(structure: _structure, params: dict[str, Array], tokens_BxP: Array, info: TokenInfo) -> Prefill:
     model = structure.filled(params)
     B, P = tokens_BxP.shape
@@ -138,7 +149,7 @@ def _prefill(structure: _structure, params: dict[str, Array], tokens_BxP: Array,
     return Prefill(state, logp, info.valid_BxL.sum(1), info.task_BxL[:, -1])
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("beams", "room", "alpha"))
+@_compiled(static_argnames=("beams", "room", "alpha"))
 def _search(
     structure: _structure,
     params: dict[str, Array],
@@ -150,10 +161,10 @@ def _search(
     alpha: float,
 ):
     """Returns (written_BxM, logprobs_BxM, lengths_B) of the best beam."""
-    model = structure.filled(params)
+    model = jax.lax.optimization_barrier(_apart(structure.filled(params)))  # or XLA slices in every step
     B, K, M, V = len(limit_B), beams, room, model.vocab
     # Rows of beams lie beside each other: [B * K]. Only the first beam of a row is alive at the start.
-    state = stack.split(_rows(read.state.grown(M), jnp.repeat(jnp.arange(B), K)), model.layers)
+    state = tuple(one.shared(K, M) for one in stack.split(read.state, model.layers))
     first_BxKxV = jnp.repeat(read.logp_BxV[:, None], K, axis=1)
     alive = jnp.where(jnp.arange(K) == 0, 0.0, -jnp.inf)
     task_R = jnp.repeat(read.task_B, K)
@@ -181,7 +192,7 @@ def _search(
         count = jnp.take_along_axis(count, parent, axis=1) + ~done
         done = done | (token == EOS)
         if K > 1:
-            state = _rows(state, (jnp.arange(B)[:, None] * K + parent).reshape(-1), axis=0)
+            state = tuple(one.descended(parent) for one in state)
         live = ~done.reshape(-1, 1)
         place = (read.length_B[:, None] + t + jnp.zeros((B, K), jnp.int32)).reshape(-1, 1)
         step = TokenInfo(jnp.where(live, task_R[:, None], 0), live, live.astype(jnp.int32), place)
@@ -212,11 +223,11 @@ def score(model: Any, read: Prefill, rows: Sequence[int], texts: Sequence[Sequen
     for row, text in zip(tokens, texts, strict=True):
         row[: len(text)] = text
     lengths = np.array([len(t) for t in texts])
-    logprobs = np.asarray(_score(_structure(model), tree.flatten(model), read, np.asarray(rows), tokens, lengths))
+    logprobs = np.asarray(_score()(_structure(model), tree.flatten(model), read, np.asarray(rows), tokens, lengths))
     return [Decoded(list(t), p[: len(t)].tolist()) for t, p in zip(texts, logprobs, strict=True)]
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@_compiled()
 def _score(
     structure: _structure, params: dict[str, Array], read: Prefill, row_R: Array, tokens_RxM: Array, length_R: Array
 ) -> Array:
@@ -232,6 +243,20 @@ def _score(
     return jnp.take_along_axis(logp, tokens_RxM[..., None], axis=-1)[..., 0]
 
 
-def _rows(state: Any, row_R: Array, axis: int = 1) -> Any:
-    """The state of some rows, which lie on `axis` (1: stacked over layers, 0: split); leaves without it count slots."""
-    return jax.tree.map(lambda s: s if s.ndim <= axis else jnp.take(s, row_R, axis=axis), state)
+def _apart(model: Any) -> Any:
+    """`model` with the matrices of each layer and each expert as arrays of their own, on CPU. (Elsewhere a slice is no
+    copy, and these would be.)"""
+    if jax.default_backend() != "cpu":
+        return model
+
+    def parts(x: Array, words: Sequence[str | None]) -> Any:
+        stacked = x.ndim > len(words) or (words[:1] == ("expert",) and len(x) <= WRITTEN_OUT)
+        return stack.Apart(tuple(parts(part, words[-part.ndim :]) for part in x)) if stacked else x
+
+    words = tree.axes(model)
+    return tree.unflatten(model, {name: parts(x, words[name]) for name, x in tree.flatten(model).items()})
+
+
+def _rows(state: Any, row_R: Array) -> Any:
+    """The state of some rows, stacked over layers; leaves without rows count slots."""
+    return jax.tree.map(lambda s: s if s.ndim < 2 else jnp.take(s, row_R, axis=1), state)

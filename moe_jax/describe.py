@@ -37,6 +37,7 @@ KNOWN: dict[str, Callable] = {
         dispatch.exchanged,
         dispatch.slots,
         dispatch.gathered,
+        dispatch.side_by_side,
         grouped.walk,
         grouped.ragged_dot,
         grouped.tokamax,

@@ -74,6 +74,16 @@ def test_a_row_does_not_depend_on_its_batch():
         np.testing.assert_allclose(alone.logprobs, together[i].logprobs, atol=1e-4)
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_more_rows_than_are_computed_at_once(beams):
+    """Experts have several turns then, and every row is what it is alone."""
+    model, prompts = corrector(6), [[2 + i % 20, 5, 9 + i % 7] for i in range(24)]
+    together = decode.search(model, decode.prefill(model, prompts), max_new=8, beams=beams)
+    alone = [decode.search(model, decode.prefill(model, [p]), max_new=8, beams=beams)[0] for p in prompts]
+    assert [t.tokens for t in together] == [a.tokens for a in alone]
+    assert len({tuple(t.tokens) for t in together}) > 5
+
+
 def test_a_beam_as_wide_as_the_tree_finds_the_best_text():
     """Two tokens and then end-of-text: with 23 beams every prefix of one token survives, so search is exhaustive."""
     model, prompt = corrector(2), [5, 6, 7]
@@ -115,12 +125,15 @@ def test_lengths_beyond_the_last_bucket_are_refused():
         decode.bucket(decode.BUCKETS[-1] + 1)
 
 
-def test_new_lengths_within_a_bucket_do_not_compile_again():
+def test_one_program_for_each_bucket_and_no_more():
+    """Searches share a program where caches, room and beams agree, whatever the lengths and limits are."""
     model = corrector(5)
-    decode.search(model, decode.prefill(model, PROMPTS), max_new=7)
-    compiled = decode._search._cache_size(), decode._prefill._cache_size()
-    decode.search(model, decode.prefill(model, [[*p, 4] for p in PROMPTS]), max_new=9)
-    assert (decode._search._cache_size(), decode._prefill._cache_size()) == compiled
-    # a longer prompt is read by a program of its own, and searched after by the same
-    decode.search(model, decode.prefill(model, [[*p, *[4] * 30] for p in PROMPTS]), max_new=9)
-    assert (decode._search._cache_size(), decode._prefill._cache_size()) == (compiled[0], compiled[1] + 1)
+    before = decode._search()._cache_size(), decode._prefill()._cache_size()
+    read, searched = set(), set()
+    for length, limit, beams in [(4, 7, 2), (9, 9, 2), (9, 9, 1), (31, 48, 2), (40, 3, 2), (70, 9, 2), (5, 60, 2)]:
+        prompts = [[4] * length, [5, 6], [7] * (length - 1)]
+        decode.search(model, decode.prefill(model, prompts), max_new=[limit, 2, 1], beams=beams)
+        read.add(decode.bucket(length))
+        searched.add((decode.bucket(decode.bucket(length), decode.SLOTS), decode.bucket(limit, decode.ROOMS), beams))
+    after = decode._search()._cache_size(), decode._prefill()._cache_size()
+    assert (after[0] - before[0], after[1] - before[1]) == (len(searched), len(read)) == (4, 3)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from moe_jax import tree
 from moe_jax.describe import KNOWN
+from moe_jax.layers import stack
 from moe_jax.layers.param import Rngs
 from moe_jax.moe import grouped, megablox
 from moe_jax.moe.experts import Gated
@@ -101,6 +102,17 @@ def test_every_way_equals_the_loop_and_its_gradients_the_dense_formula(skew, pro
     found = run(x, dy, jnp.array(sizes), product)
     close(found[0], by_rows(x, sizes))
     close(found, expected(x, dy, jnp.array(sizes)))
+
+
+@pytest.mark.parametrize("skew", ["one expert takes all", "many take nothing", "no multiples of a block"])
+@pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
+def test_experts_that_are_apart(skew, product):
+    """As decoding has them: an array an expert."""
+    rows, sizes = SKEWS[skew]
+    x, _ = operands(rows)
+    apart = jax.tree.map(lambda w: stack.Apart(tuple(w)), EXPERTS)
+    y = jax.jit(partial(sorted_rows, product=product))(apart, x, jnp.array(sizes))
+    close(y, by_rows(x, sizes))
 
 
 @settings(max_examples=60, deadline=None)

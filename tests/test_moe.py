@@ -25,6 +25,7 @@ from contract import (
 )
 
 from moe_jax import describe, tree
+from moe_jax.layers import stack
 from moe_jax.layers.param import Module, Rngs
 from moe_jax.moe import dispatch, routers
 from moe_jax.moe.layer import MoeFfn
@@ -95,7 +96,7 @@ def experts_of(layer) -> list:
 
 def test_what_there_is():
     assert {"Router", "Switch", "TaskMapped", "TaskBiased", "ByTask", "BiasBalanced"} <= set(ROUTERS)
-    assert {"ragged", "exchanged", "slots", "gathered", "dropless"} <= set(DISPATCHES)
+    assert {"ragged", "exchanged", "slots", "gathered", "side_by_side", "dropless"} <= set(DISPATCHES)
     assert (set(ROUTERS) | set(DISPATCHES)) <= set(describe.KNOWN), "a checkpoint could not describe it"
 
 
@@ -196,14 +197,45 @@ def test_evaluation_drops_nothing_whatever_the_dispatch():
     assert float(stats.dropped) == 0
 
 
-def test_a_handful_of_positions_is_gathered_and_more_are_sorted(monkeypatch):
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_few_positions_are_computed_otherwise_than_many(backend, monkeypatch):
     seen = []
-    for name in ("gathered", "exchanged"):
+    for name in ("gathered", "side_by_side", "exchanged"):
         monkeypatch.setattr(dispatch, name, lambda decision, e, name=name, **_: seen.append(name))
-    for positions in (dispatch.GATHER_ROWS // 2, dispatch.GATHER_ROWS // 2 + 1):
+    monkeypatch.setattr(dispatch.jax, "default_backend", lambda: backend)
+    few = dispatch.FEW if backend == "cpu" else dispatch.GATHER_ROWS // 2
+    for positions in (few, few + 1):
         experts = jnp.zeros((1, positions, 2), int)
         dispatch.dropless(RoutingDecision(experts, jnp.zeros(experts.shape), jnp.zeros((1, positions, E))), E)
-    assert seen == ["gathered", "exchanged"]
+    assert seen == ["side_by_side" if backend == "cpu" else "gathered", "exchanged"]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("positions", [1, 2, 16, 17, 40])
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.0])
+def test_experts_side_by_side_are_sorted_experts(positions, share, apart):
+    """In one turn or in several; `share` of all positions want one expert, and the last position is padding."""
+    rng, layer = np.random.default_rng(positions), layer_case("Router").layer
+    expert = np.stack([rng.permutation(E)[:2] for _ in range(positions)])[None]
+    expert[0, : round(share * positions)] = (2, 1)
+    weight = rng.uniform(0.1, 1, expert.shape).astype(np.float32)
+    x, dy = rng.normal(size=(2, 1, positions, D)).astype(np.float32)
+    expert[0, -1], weight[0, -1], x[0, -1] = E, 0, np.nan
+    decision = RoutingDecision(jnp.asarray(expert), jnp.asarray(weight), jnp.zeros((1, positions, E)))
+
+    @partial(jax.jit, static_argnums=(0, 1))
+    def run(way, apart, experts, x):
+        def y(experts, x):
+            if apart:
+                experts = jax.tree.map(lambda w: stack.Apart(tuple(w)), experts)
+            return way(decision, E).apply(experts, x)
+
+        y, back = jax.vjp(y, experts, x)
+        return y, back(jnp.asarray(dy))
+
+    expected = run(dispatch.ragged, False, layer.experts, x)
+    close(expected, run(dispatch.side_by_side, apart, layer.experts, x), "side by side")
+    assert not np.isnan(np.concatenate([np.ravel(a) for a in jax.tree.leaves(expected)])).any()
 
 
 def test_the_capacity_of_a_slot_table():

@@ -7,6 +7,8 @@ attends to nothing.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -22,13 +24,15 @@ class KvCache:
     """Fixed-size cache; slots below `index` are filled. Heads come before slots: what a head reads lies together, and
     its matrix product needs no transposed copy of the cache.
 
-    Attributes: key_BxNxSxH, value_BxNxSxH, segment_BxS (0 = empty or padding), index (scalar, next slot).
+    Attributes: key_BxNxSxH, value_BxNxSxH, segment_BxS (0 = empty or padding), index (scalar, next slot), seen_BxKxS
+    (of beams: what each sees, whatever its slot).
     """
 
     key_BxNxSxH: Array
     value_BxNxSxH: Array
     segment_BxS: Array
     index: Array
+    seen_BxKxS: Array | None = None
 
     def grown(self, slots: int) -> KvCache:
         """With so many more empty slots (also of caches stacked over layers)."""
@@ -37,6 +41,18 @@ class KvCache:
             return jnp.pad(x, [(0, slots if i == x.ndim + axis else 0) for i in range(x.ndim)])
 
         return KvCache(pad(self.key_BxNxSxH, -2), pad(self.value_BxNxSxH, -2), pad(self.segment_BxS, -1), self.index)
+
+    def shared(self, beams: int, steps: int) -> KvCache:
+        """With room for so many steps of so many beams of each row. In a step each writes into a slot of its own, and a
+        beam that goes on from another sees what that one wrote: no key or value is moved or held twice."""
+        cache = self.grown(beams * steps)
+        seen = jnp.repeat(cache.segment_BxS[..., None, :] > 0, beams, axis=-2)
+        return dataclasses.replace(cache, seen_BxKxS=seen)
+
+    def descended(self, parent_BxK: Array) -> KvCache:
+        """Each beam goes on from its parent."""
+        assert self.seen_BxKxS is not None
+        return dataclasses.replace(self, seen_BxKxS=jnp.take_along_axis(self.seen_BxKxS, parent_BxK[..., None], axis=1))
 
 
 def rotary(position_BxL: Array, half: int, base: float) -> Array:
@@ -96,6 +112,14 @@ class Attention(Module):
         )
 
     def __call__(self, x_BxLxD: Array, info: TokenInfo, state: KvCache | None = None) -> tuple[Array, KvCache | None]:
+        if state is None or state.seen_BxKxS is None:
+            return self._attended(x_BxLxD, info, state)
+        B = len(state.segment_BxS)  # rows are beams; here they are positions of the row that they share
+        x_BxKxD, info = jax.tree.map(lambda a: a.reshape(B, -1, *a.shape[2:]), (x_BxLxD, info))
+        y, state = self._attended(x_BxKxD, info, state)
+        return y.reshape(x_BxLxD.shape), state
+
+    def _attended(self, x_BxLxD: Array, info: TokenInfo, state: KvCache | None) -> tuple[Array, KvCache | None]:
         B, L, _ = x_BxLxD.shape
         # Garbage in padding must not reach a valid position: a weight of 0 does not stop NaN, forward or backward.
         x_BxLxD = jnp.where(info.valid_BxL[..., None], x_BxLxD, 0)
@@ -107,22 +131,30 @@ class Attention(Module):
         q, k = rotate(q, angles), rotate(k, angles)
         segment = jnp.where(info.valid_BxL, info.segment_BxL, 0)
         start: Array | int = 0
+        beams = None if state is None else state.seen_BxKxS
         if state is not None:
             start = state.index
             k = jax.lax.dynamic_update_slice(state.key_BxNxSxH, k.astype(state.key_BxNxSxH.dtype), (0, 0, start, 0))
             v = jax.lax.dynamic_update_slice(state.value_BxNxSxH, v.astype(state.value_BxNxSxH.dtype), (0, 0, start, 0))
             keys = jax.lax.dynamic_update_slice(state.segment_BxS, segment, (0, start))
-            state = KvCache(k, v, keys, start + L)
+            if beams is not None:  # each sees its own slot
+                own_BxKxK = jnp.broadcast_to(jnp.eye(L, dtype=bool), (B, L, L))
+                beams = jax.lax.dynamic_update_slice(beams, own_BxKxK, (0, 0, start))
+            state = KvCache(k, v, keys, start + L, beams)
         else:
             keys = segment
         slot_L, slot_S = start + jnp.arange(L), jnp.arange(k.shape[2])
         seen = (slot_L[:, None] >= slot_S) & (segment[:, :, None] == keys[:, None, :]) & (keys[:, None, :] > 0)
+        seen = seen if beams is None else beams
         # Everything sees itself, padding too (its value is 0): then no row of the softmax is empty.
         bias = jnp.where(seen | (slot_L[:, None] == slot_S), 0.0, NEG)
         k, v = k.astype(q.dtype), v.astype(q.dtype)
         if state is None and 0 < self.block < L:
             ends = [(i, min(i + self.block, L)) for i in range(0, L, self.block)]
             y = [attend(q[:, :, i:j], k[:, :, :j], v[:, :, :j], bias[:, i:j, :j]) for i, j in ends]
+            y = jnp.concatenate(y, axis=2)
+        elif beams is not None:  # XLA:CPU multiplies with one vector, and again, faster than with a few together
+            y = [attend(q[:, :, i : i + 1], k, v, bias[:, i : i + 1]) for i in range(L)]
             y = jnp.concatenate(y, axis=2)
         else:
             y = attend(q, k, v, bias)

@@ -7,13 +7,13 @@ come back stacked, by value.
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import itemgetter
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from moe_jax.layers.param import Module, Rngs
-from moe_jax.types import Array
+from moe_jax.types import Array, value
 
 PRODUCT = "product"  # what `checkpoint_name` calls products with weights that "dots" would not know as such
 REMAT: dict[str, Callable | None] = {
@@ -31,9 +31,28 @@ def build(make: Callable[[Rngs], Module], num: int, rngs: Rngs) -> Module:
     return jax.vmap(lambda key: make(Rngs(params=key)))(jax.random.split(rngs.params(), num))
 
 
+@value
+class Apart:
+    """An array in parts over its first dim, of which one is read without a copy of it; `[...]` is the whole again."""
+
+    parts: tuple[Any, ...]
+
+    def __getitem__(self, index: Any) -> Array:
+        return jnp.stack([part[...] for part in self.parts])[index]
+
+
 def split(stacked: Any, num: int) -> tuple[Any, ...]:
-    """What is stacked over layers, as one value a layer."""
-    return tuple(jax.tree.map(itemgetter(i), stacked) for i in range(num))
+    """What is stacked over layers (or experts), as one value a layer."""
+    part = lambda i: lambda x: (x.parts if _apart(x) else x)[i]  # noqa: E731
+    return tuple(jax.tree.map(part(i), stacked, is_leaf=_apart) for i in range(num))
+
+
+def is_apart(stacked: Any) -> bool:
+    return any(map(_apart, jax.tree.leaves(stacked, is_leaf=_apart)))
+
+
+def _apart(x: Any) -> bool:
+    return isinstance(x, Apart)
 
 
 def run(

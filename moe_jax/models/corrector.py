@@ -31,6 +31,17 @@ class BlockState:
         """With room for so many more positions."""
         return BlockState(self.attention.grown(slots), self.conv)
 
+    def shared(self, beams: int, steps: int) -> BlockState:
+        """For so many beams of each row, which lie beside each other [B * K], and so many steps; of one layer."""
+        conv = jax.tree.map(lambda c: jnp.repeat(c, beams, axis=0), self.conv)
+        return BlockState(self.attention.shared(beams, steps), conv)
+
+    def descended(self, parent_BxK: Array) -> BlockState:
+        """Each beam goes on from its parent; of one layer."""
+        B, K = parent_BxK.shape
+        row_R = (jnp.arange(B)[:, None] * K + parent_BxK).reshape(-1)
+        return BlockState(self.attention.descended(parent_BxK), jax.tree.map(lambda c: c[row_R], self.conv))
+
 
 State = BlockState | tuple[BlockState, ...]
 

@@ -115,12 +115,32 @@ def gathered(decision: RoutingDecision, num_experts: int) -> Dispatch:
     return Dispatch(lambda experts, x: _combine(apply(experts, send(x), matmul), decision), jnp.zeros(()))
 
 
-GATHER_ROWS = 8  # below this many assignments reading the chosen matrices beats sorting (measured on CPU)
+def side_by_side(decision: RoutingDecision, num_experts: int) -> Dispatch:
+    """Dropless for few positions (decoding): every expert on a few rows at once (`exchange.at_once`)."""
+    B, L, K = decision.expert_BxLxK.shape
+
+    def run(experts: Experts, x_BxLxD: Array) -> Array:
+        x_TxD, expert_TxK = x_BxLxD.reshape(B * L, -1), decision.expert_BxLxK.reshape(B * L, K)
+        y_TxKxD = exchange.at_once(experts, x_TxD, expert_TxK, num_experts)
+        return _combine(y_TxKxD.reshape(B, L, K, -1), decision)
+
+    return Dispatch(run, jnp.zeros(()))
+
+
+FEW = 128  # positions of a decoding step (measured on CPU)
+WRITTEN_OUT = 32  # experts: a program that writes out more takes long to compile
+GATHER_ROWS = 8  # below this many assignments reading the chosen matrices beats sorting
 
 
 def dropless(decision: RoutingDecision, num_experts: int, *, product: Product | None = None) -> Dispatch:
-    """`gathered` for a handful of positions, `exchanged` above: the default, chosen by shape at trace time."""
-    if decision.expert_BxLxK.size <= GATHER_ROWS:
+    """The default, chosen by shape at trace time: for few positions `side_by_side` on one CPU and `gathered` elsewhere,
+    `exchanged` above.
+    """
+    B, L, K = decision.expert_BxLxK.shape
+    on_cpu = jax.default_backend() == "cpu" and sharding.devices("batch") == 1
+    if on_cpu and B * L <= FEW and num_experts <= WRITTEN_OUT:
+        return side_by_side(decision, num_experts)
+    if B * L * K <= GATHER_ROWS:
         return gathered(decision, num_experts)
     return exchanged(decision, num_experts, product=product)
 

@@ -18,9 +18,12 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import sharding
-from moe_jax.moe.grouped import Experts, Product
+from moe_jax.layers import stack
+from moe_jax.moe.grouped import Experts, Product, apply
 from moe_jax.moe.megablox import LANES
 from moe_jax.types import Array
+
+AT_ONCE = 16  # rows of an expert that take hardly longer than one: its matrices are read once (measured on CPU)
 
 
 def here(
@@ -29,6 +32,47 @@ def here(
     """y_TxD: the weighted sum of each row through its experts; expert E is nobody and adds nothing."""
     rows_RxD, order_R, back_KxT = _through(experts, x_TxD, expert_KxT, num_experts, product)
     return _combine(rows_RxD, weight_KxT, order_R, back_KxT)
+
+
+def at_once(experts: Experts, x_TxD: Array, expert_TxK: Array, num_experts: int) -> Array:
+    """y_TxKxD of few rows: all experts side by side, each on C rows, in as many turns as the fullest one needs.
+
+    XLA:CPU computes products that do not wait for each other on several cores, where it hardly divides one of few rows.
+    So nothing is sorted into blocks and no expert is skipped, unless most are.
+    """
+    E, (T, K) = num_experts, expert_TxK.shape
+    x_TxD = jnp.where((expert_TxK < E).any(1, keepdims=True), x_TxD, 0)
+    C = max(AT_ONCE, -8 * (-3 * T * K // (16 * E)))  # half more than the mean load, in eights
+    if C >= T:
+        chosen = expert_TxK if 2 * T * K <= E else None
+        y_ExTxD = _side_by_side(experts, jnp.broadcast_to(x_TxD, (E, *x_TxD.shape)), chosen)
+        return y_ExTxD.at[expert_TxK, jnp.arange(T)[:, None]].get(mode="fill", fill_value=0)
+    order_R, size_E = _by_expert(expert_TxK, E)
+    return _in_turns(partial(_slots, C), -(-size_E.max() // C), (expert_TxK, order_R, size_E), experts, x_TxD)
+
+
+def _slots(C: int, turn: Array | int, plan: Any, experts: Experts, x_TxD: Array) -> Array:
+    """y_TxKxD of the C rows of each expert that are served in this turn; zeros for others."""
+    expert_TxK, order_R, size_E = plan
+    expert_R, R = expert_TxK.reshape(-1), order_R.size
+    place_ExC = (jnp.cumsum(size_E) - size_E)[:, None] + turn * C + jnp.arange(C)
+    y_ExCxD = _side_by_side(experts, x_TxD[order_R.at[place_ExC].get(mode="clip") // expert_TxK.shape[1]])
+    before_RxR = (expert_R[:, None] == expert_R) & (jnp.arange(R)[:, None] > jnp.arange(R))
+    slot_R = before_RxR.sum(1) - turn * C
+    expert_R = jnp.where((slot_R >= 0) & (slot_R < C), expert_R, size_E.size)
+    return y_ExCxD.at[expert_R, slot_R].get(mode="fill", fill_value=0).reshape(*expert_TxK.shape, -1)
+
+
+def _side_by_side(experts: Experts, rows_ExCxD: Array, chosen: Array | None = None) -> Array:
+    """y_ExCxD; given `chosen`, of these experts alone: the matrices of others are not read."""
+    if chosen is None and not stack.is_apart(experts):
+        return apply(experts, rows_ExCxD, jnp.matmul)
+    E = len(rows_ExCxD)
+    runs = [lambda rows, e=e: apply(stack.split(experts, E)[e], rows, jnp.matmul) for e in range(E)]
+    if chosen is None:
+        return jnp.stack([run(rows) for run, rows in zip(runs, rows_ExCxD, strict=True)])
+    each = enumerate(zip(runs, rows_ExCxD, strict=True))
+    return jnp.stack([jax.lax.cond((chosen == e).any(), run, jnp.zeros_like, rows) for e, (run, rows) in each])
 
 
 def over_devices(

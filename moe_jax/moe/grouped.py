@@ -11,6 +11,7 @@ experts.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import warnings
 from collections.abc import Callable
@@ -21,7 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.layers.stack import PRODUCT
+from moe_jax.layers import stack
+from moe_jax.layers.stack import PRODUCT, split
 from moe_jax.moe import megablox as kernels
 from moe_jax.types import Array
 
@@ -122,15 +124,16 @@ def block_rows(rows: int, experts: int) -> tuple[int, ...]:
     return tuple(sorted({min(near(share), LARGEST) for share in SHARES}))
 
 
-def _loop(size_E: Array, blocks: tuple[int, ...], take: Callable, body: Body, init: Any) -> Any:
+def _loop(size_E: Array, blocks: tuple[int, ...], take: Callable, body: Body, init: Any, each: bool = False) -> Any:
     """`body(carry, take(expert), expert, first_row, end_row, block) -> carry` over all blocks, in ascending order.
+    `each` expert is written out, or they are a loop.
 
     Which block it is is a loop of no turn or one: XLA:CPU updates the carry of a loop in place, that of a conditional
     it copies. What the body computes must depend on the turn, or XLA computes it before the loop, turn or no turn.
     """
     end_E = jnp.cumsum(size_E)
 
-    def expert(e: Array, carry: Any) -> Any:
+    def expert(e: Array | int, carry: Any) -> Any:
         first, end = end_E[e] - size_E[e], end_E[e]
         taken = take(e)
         smaller = blocks[-2] if len(blocks) > 1 else 0
@@ -144,6 +147,8 @@ def _loop(size_E: Array, blocks: tuple[int, ...], take: Callable, body: Body, in
             carry = jax.lax.fori_loop(0, chosen.astype(jnp.int32), step, carry)
         return carry
 
+    if each:
+        return functools.reduce(lambda carry, e: expert(e, carry), range(size_E.shape[0]), init)
     return jax.lax.fori_loop(0, size_E.shape[0], expert, init)
 
 
@@ -157,7 +162,10 @@ def _walk(experts: Any, x_RxD: Array, size_E: Array, blocks: tuple[int, ...]) ->
     def body(y: Array, one: Any, e: Array, row: Array, end: Array, block: int) -> Array:
         return _put(y, apply(one, _block(x_RxD, row, block), jnp.matmul), row)
 
-    y = _loop(size_E, blocks, partial(_one, experts), body, jnp.zeros(x_RxD.shape, x_RxD.dtype))
+    init, take = jnp.zeros(x_RxD.shape, x_RxD.dtype), partial(_one, experts)
+    if each := stack.is_apart(experts):
+        take = split(experts, size_E.shape[0]).__getitem__
+    y = _loop(size_E, blocks, take, body, init, each)
     return _rows_of_nobody_are_zero(y, size_E, blocks[-1])
 
 
