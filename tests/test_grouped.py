@@ -112,7 +112,7 @@ def test_experts_that_are_apart(skew, product):
     x, _ = operands(rows)
     apart = jax.tree.map(lambda w: stack.Apart(tuple(w)), EXPERTS)
     y = jax.jit(partial(sorted_rows, product=product))(apart, x, jnp.array(sizes))
-    close(y, by_rows(x, sizes))
+    close(y[: sum(sizes)], by_rows(x, sizes)[: sum(sizes)])
 
 
 @settings(max_examples=60, deadline=None)
