@@ -1,10 +1,10 @@
 """A whole training step of the corrector (forward, loss, backward, AdamW) against transformers on PyTorch.
 
-    python -m benchmarks.train_step --json step.json        # about 5 minutes on two cores; needs '.[bench]'
+    python -m benchmarks.train_step --json step.json        # about 8 minutes on two cores; needs '.[bench]'
 
 Both have the same shapes, parameters and batch, and first show equal logits. PyTorch runs eagerly with its fused AdamW
 and two implementations of the expert layer; the rival is the fastest of them. Each runs in a process of its own, and
-they take turns of 8 steps. "first call" traces and compiles, or finds the program where it was kept; "host" is how
+they take turns of 8 steps (2 of the large batch). "first call" traces and compiles, or finds the program where it was kept; "host" is how
 long a step holds the process that calls it.
 """
 
@@ -25,7 +25,7 @@ from moe_jax import optim, train, tree
 from moe_jax.types import Batch
 
 RATE, TARGET = 1e-4, 1.0
-TURN = 8  # steps: what a process finds in caches and memory after a rest is not what it has while it trains
+TURN = 8 * 2048  # tokens: what a process finds in caches and memory after a rest is not what it has while it trains
 EXPERTS = ("eager", "grouped_mm")  # "batched_mm" gathers a matrix for every token: out of memory at these sizes
 
 
@@ -84,9 +84,10 @@ def step(shape: peer.Shape, rows: int, length: int) -> Iterator[dict[str, Any]]:
         losses = {name: loss for name, (loss, _) in first.items()}
         if not np.allclose(list(losses.values()), losses["ours"], rtol=1e-4):
             raise ValueError(f"the losses of the first step differ: {losses}")
-        times = interleaved({name: partial(call, TURN) for name, call in rivals.items()}, seconds=30, rounds=5)
+        turn = max(TURN // tokens.size, 1)
+        times = interleaved({name: partial(call, turn) for name, call in rivals.items()}, rounds=5)
         host = rivals["ours"](1)[1]
-    times = {name: seconds / TURN for name, seconds in times.items()}
+    times = {name: seconds / turn for name, seconds in times.items()}
     mine, best = times.pop("ours"), min(times, key=lambda name: times[name])
     flops = 6 * shape.active * tokens.size
     more = {"unit": "ms", "their experts": best, "tokens/s": tokens.size / mine, "GFLOP/s": flops / mine / 1e9}

@@ -58,11 +58,13 @@ class KvCache:
 def rotary(position_BxL: Array, half: int, base: float) -> Array:
     """Sines and cosines of the rotary angles (Su et al. 2021): [2, B, 1, L, half], float32.
 
-    In a loop over the two, or XLA:CPU computes them again for every head wherever they are used: a quarter of the
-    layer's time.
+    Of many positions in a loop over the two, or XLA:CPU computes them again for every head wherever they are used: a
+    quarter of the layer's time.
     """
     frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = position_BxL[:, None, :, None].astype(jnp.float32) * frequency
+    if position_BxL.shape[1] < half:
+        return jnp.stack([jnp.sin(angle), jnp.cos(angle)])
     return jax.lax.map(lambda cosine: jnp.where(cosine, jnp.cos(angle), jnp.sin(angle)), jnp.array([False, True]))
 
 
