@@ -4,8 +4,8 @@
 
 Both have the same shapes, parameters and batch, and first show equal logits. PyTorch runs eagerly with its fused AdamW
 and two implementations of the expert layer; the rival is the fastest of them. Each runs in a process of its own, and
-they take turns of 8 steps (2 of the large batch). "first call" traces and compiles, or finds the program where it was kept; "host" is how
-long a step holds the process that calls it.
+they take turns of 8 steps, of the large batch 2. "first call" traces and compiles, or finds the program where it was
+kept; "host" is how long a step holds the process that calls it.
 """
 
 from __future__ import annotations
