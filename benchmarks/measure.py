@@ -80,14 +80,22 @@ def _call(*given: Any) -> Any:
     return _made[0](*given)
 
 
-def interleaved(rivals: Mapping[str, Callable[[], Any]], *, seconds: float = 2.0, rounds: int = 7) -> dict[str, float]:
-    """Median seconds of a call of each; every rival in each round, about `seconds` and at least `rounds` rounds."""
+def interleaved(
+    rivals: Mapping[str, Callable[[], Any]], *, seconds: float = 2.0, rounds: int = 7, rouse: int = 0
+) -> dict[str, float]:
+    """Median seconds of a call of each; every rival in each round, about `seconds` and at least `rounds` rounds.
+
+    With `rouse` so many calls that are not timed come first in each round: what a process finds in memory after a rest
+    is not what it has while it works.
+    """
     spent = 0.0
     for call in rivals.values():
         call()  # first touch of memory, caches of code
     times: dict[str, list[float]] = {name: [] for name in rivals}
     while spent < seconds or len(next(iter(times.values()))) < rounds:
         for name, call in rivals.items():
+            for _ in range(rouse):
+                call()
             began = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - began)

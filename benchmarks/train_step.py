@@ -4,8 +4,8 @@
 
 Both have the same shapes, parameters and batch, and first show equal logits. PyTorch runs eagerly with its fused AdamW
 and two implementations of the expert layer; the rival is the fastest of them. Each runs in a process of its own, and
-they take turns of 8 steps, of the large batch 2. "first call" traces and compiles, or finds the program where it was
-kept; "host" is how long a step holds the process that calls it.
+they take turns of 4 steps (of the large batch 1), each after as many that are not timed. "first call" traces and
+compiles, or finds the program where it was kept; "host" is how long a step holds the process that calls it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from moe_jax import optim, train, tree
 from moe_jax.types import Batch
 
 RATE, TARGET = 1e-4, 1.0
-TURN = 8 * 2048  # tokens: what a process finds in caches and memory after a rest is not what it has while it trains
+TURN = 4 * 2048  # tokens
 EXPERTS = ("eager", "grouped_mm")  # "batched_mm" gathers a matrix for every token: out of memory at these sizes
 
 
@@ -85,7 +85,7 @@ def step(shape: peer.Shape, rows: int, length: int) -> Iterator[dict[str, Any]]:
         if not np.allclose(list(losses.values()), losses["ours"], rtol=1e-4):
             raise ValueError(f"the losses of the first step differ: {losses}")
         turn = max(TURN // tokens.size, 1)
-        times = interleaved({name: partial(call, turn) for name, call in rivals.items()}, rounds=5)
+        times = interleaved({name: partial(call, turn) for name, call in rivals.items()}, rounds=5, rouse=1)
         host = rivals["ours"](1)[1]
     times = {name: seconds / turn for name, seconds in times.items()}
     mine, best = times.pop("ours"), min(times, key=lambda name: times[name])

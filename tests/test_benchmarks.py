@@ -22,6 +22,9 @@ def test_rivals_take_turns():
     calls = []
     times = measure.interleaved({n: lambda n=n: calls.append(n) for n in "ab"}, seconds=0, rounds=3)
     assert "".join(calls) == "ab" + "ab" * 3 and set(times) == {"a", "b"}
+    calls.clear()
+    measure.interleaved({n: lambda n=n: calls.append(n) for n in "ab"}, seconds=0, rounds=2, rouse=1)
+    assert "".join(calls) == "ab" + "aabb" * 2
 
 
 def test_a_table_says_where_a_target_is_missed():
