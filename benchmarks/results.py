@@ -97,9 +97,10 @@ def speed() -> Iterator[str]:
 
 # What the README shows of speed: the benchmark, a part of the names of its rows, what it is.
 FRONT = (
-    ("moe_layer", "T2048 d512 E8 k2: ", "MoE layer / dense one of equal active FLOPs, 2,048 tokens, d 512, top 2 of 8"),
-    ("train_step", "8x256: ", "training step / transformers on PyTorch"),
-    ("decode", "moe ", "decoding / `transformers.generate`"),
+    ("moe_layer", "T2048 d256 E8 k2: ", "MoE layer / dense one of equal active FLOPs, 2,048 tokens, d 256, top 2 of 8"),
+    ("moe_layer", "T2048 d1024 E8 k2: ", "the same, d 1024"),
+    ("train_step", ": step", "training step / transformers on PyTorch"),
+    ("decode", ": generate", "decoding 128 tokens / `transformers.generate`"),
     ("input_pipeline", "wait: ", "waiting for input / training step"),
     ("tpu_aot", "v5p step", "training step, MoE / dense, as the TPU compiler estimates it, 64 v5p chips"),
 )
@@ -112,8 +113,8 @@ def front_speed() -> str:
         if not path.exists():
             continue
         rows = [r for r in json.loads(path.read_text("utf-8"))["rows"] if part in r["case"] and r["target"]]
-        cells = "; ".join(f"{r['case'].replace(part, '').strip()} {r['ratio']:.2g}" for r in rows)
-        targets = "; ".join(dict.fromkeys(f"{r['target']:.2g}" for r in rows))
+        cells = ", ".join(f"{r['case'].replace(part, '')} {r['ratio']:.{2 if r['ratio'] < 0.1 else 3}g}" for r in rows)
+        targets = ", ".join(dict.fromkeys(f"{r['target']:.3g}" for r in rows))
         out.append(f"| {what} | {cells} | {targets} |")
     return "\n".join(out)
 
