@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.measure import interleaved, main, program, row, unpadded
-from benchmarks.moe_layer import BOTH, FORWARD, MEMORY, both, forward
+from benchmarks.moe_layer import compare
 from moe_jax import train, tree
 from moe_jax.layers.ffn import DenseFfn
 from moe_jax.layers.param import Rngs
@@ -91,10 +91,8 @@ def rates(shape: Shape, skewed: bool = False) -> Iterator[dict[str, Any]]:
     def gradients(product: Callable, w: jax.Array, x: jax.Array, dy: jax.Array) -> Any:
         return jax.vjp(product, w, x)[1](dy)
 
-    products: dict[str, tuple[Callable, jax.Array]] = {
-        name: (partial(through, way), many) for name, way in WAYS.items()
-    }
-    products["dense"] = (lambda w, x: x @ w, one)
+    products: dict[str, tuple[Callable, jax.Array]] = {"dense": (lambda w, x: x @ w, one)}
+    products |= {name: (partial(through, way), many) for name, way in WAYS.items()}
     flops = 2 * R * d * hidden
     for name, work, make in (
         ("product", flops, lambda product, w: program(product, w, x)),
@@ -105,27 +103,17 @@ def rates(shape: Shape, skewed: bool = False) -> Iterator[dict[str, Any]]:
         for way in WAYS:
             more = {"unit": "ms", "TFLOP/s": work / times[way] / 1e12, "dense TFLOP/s": work / times["dense"] / 1e12}
             more |= {"temporary MiB": made[way].temporary / 2**20}
-            yield row(
-                f"{name}, {way}", 1e3 * times[way], 1e3 * times["dense"], RATE if way == "tokamax" else None, **more
-            )
+            target = RATE if way == "tokamax" else None
+            yield row(f"{name}, {way}", 1e3 * times[way], 1e3 * times["dense"], target, **more)
 
 
 def layers(shape: Shape) -> Iterator[dict[str, Any]]:
     T, d = shape.T, shape.d
     moe = MoeFfn(d, num_experts=shape.E, hidden=shape.hidden, router=partial(TopK, k=shape.k), rngs=Rngs(params=0))
-    pair: dict[str, Any] = {"moe": moe, "dense": DenseFfn(d, hidden=shape.hidden * shape.k, rngs=Rngs(params=0))}
-    pair = {name: train.compute(layer, tree.flatten(layer), "bfloat16") for name, layer in pair.items()}
-    x, info = jax.random.normal(jax.random.key(0), (1, T, d), jnp.bfloat16), unpadded(1, T)
-    flops = 2 * T * 3 * d * shape.hidden * shape.k
-    for name, function, args, work, target in (
-        ("forward", forward, (x, info), flops, FORWARD),
-        ("both", both, (x, info, jnp.ones_like(x)), 3 * flops, BOTH),
-    ):
-        made = {n: program(function, layer, *args) for n, layer in pair.items()}
-        times = interleaved({n: p.run for n, p in made.items()}, rounds=20)
-        more = {"unit": "ms", "TFLOP/s": work / times["moe"] / 1e12, "dense TFLOP/s": work / times["dense"] / 1e12}
-        yield row(name, 1e3 * times["moe"], 1e3 * times["dense"], target, **more)
-    yield row("memory", made["moe"].temporary / 2**20, made["dense"].temporary / 2**20, MEMORY, unit="MiB")
+    dense = DenseFfn(d, hidden=shape.hidden * shape.k, rngs=Rngs(params=0))
+    pair = (train.compute(layer, tree.flatten(layer), "bfloat16") for layer in (moe, dense))
+    x = jax.random.normal(jax.random.key(0), (1, T, d), jnp.bfloat16)
+    yield from compare(*pair, x, unpadded(1, T), flops=2 * T * 3 * d * shape.hidden * shape.k)
 
 
 CASES: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {}

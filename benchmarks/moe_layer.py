@@ -63,8 +63,12 @@ def against_dense(T: int, d: int, E: int, k: int, skewed: bool = False) -> Itera
     x, info = inputs(T, d)
     if skewed:
         x = x.at[..., 0].set(1.0)
-    pair = dict(zip(("moe", "dense"), layers(d, E, k, skewed), strict=True))
-    flops = 2 * T * 3 * d * 2 * d * k
+    yield from compare(*layers(d, E, k, skewed), x, info, flops=2 * T * 3 * d * 2 * d * k)
+
+
+def compare(moe: Any, dense: Any, x: jax.Array, info: TokenInfo, *, flops: int) -> Iterator[dict[str, Any]]:
+    """`flops`: of the forward pass of either."""
+    pair = {"moe": moe, "dense": dense}
     for name, function, args, work, target in (
         ("forward", forward, (x, info), flops, FORWARD),
         ("both", both, (x, info, jnp.ones_like(x)), 3 * flops, BOTH),

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HIGHER = ("bleu", "chrf", "f0.5")
 HEAD = """# Results
 
-Made by `python -m benchmarks.results` from `results/*/table.json`; CI checks that it agrees. Values are percentages.
+Made by `python -m benchmarks.results` from the files in `results/`; CI checks that it agrees. Values are percentages.
 An arm's value is the mean over its seeds, ± their standard deviation; the change is relative to the first pass; the
 interval is the 95 % paired bootstrap over lines of the first seed, p its paired randomisation test. Thresholds were
 tuned on validation text; test text was scored once a run, unless the notes say otherwise.

@@ -18,8 +18,8 @@ The laws, of T tokens, k choices, E experts, width d and hidden = 2 d units an e
              matrix of all experts twice for a while (E d^2: seen from E = 128).
     devices  per device, of a fixed batch and `slots`: over the data axis activations and FLOPs divide (-1), but not
              weights, most of the arguments (0), nor their gradients before they are summed, which show from 8 devices;
-             over the expert axis all divide (-1). With `dropless`
-             those gradients, and transposed matrices, are most of it at this size: memory falls by half as much.
+             over the expert axis all divide (-1). Besides those gradients `dropless` holds less than half as much, so
+             that they show sooner (12 of 17 MiB a device at 8 devices): its memory is over the law.
 
 Devices are virtual CPUs, a process for each number of them. They share the cores, so their time says nothing: memory
 and FLOPs are those of the compiled program.

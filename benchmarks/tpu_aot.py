@@ -44,6 +44,7 @@ from jax.experimental import pallas, topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from benchmarks.measure import main, row
+from benchmarks.moe_layer import forward
 from moe_jax import optim, sharding, train, tree, xla
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.ffn import DenseFfn
@@ -183,12 +184,11 @@ def placed(like: Any, where: Any) -> Any:
 
 
 def abstract(make: Callable[[], Any], where: Any) -> Any:
-    """The layer that `make` makes, as shapes in bfloat16; the router stays float32, as in training."""
+    """The layer that `make` makes, as shapes in the types of training in bfloat16."""
 
     def cast() -> Any:
         made = make()
-        kept = {p: x if p.startswith("router/") else x.astype(jnp.bfloat16) for p, x in tree.flatten(made).items()}
-        return tree.unflatten(made, kept)
+        return train.compute(made, tree.flatten(made), "bfloat16")
 
     return placed(jax.eval_shape(cast), where)
 
@@ -197,10 +197,6 @@ def token_info(rows: int, length: int, where: Any) -> TokenInfo:
     ints: Any = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=where)
     bools: Any = jax.ShapeDtypeStruct((rows, length), bool, sharding=where)
     return TokenInfo(ints, bools, ints, ints)
-
-
-def forward(layer: Any, x: jax.Array, info: TokenInfo) -> jax.Array:
-    return layer(x, info)[0]
 
 
 def both(call: Callable, layer: Any, x: jax.Array, dy: jax.Array, *rest: Any) -> Any:

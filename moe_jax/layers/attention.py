@@ -146,21 +146,20 @@ class Attention(Module):
         else:
             keys = segment
         slot_L, slot_S = start + jnp.arange(L), jnp.arange(k.shape[2])
-        seen = (slot_L[:, None] >= slot_S) & (segment[:, :, None] == keys[:, None, :]) & (keys[:, None, :] > 0)
-        seen = seen if beams is None else beams
+        same = (segment[:, :, None] == keys[:, None, :]) & (keys[:, None, :] > 0)
+        seen = (slot_L[:, None] >= slot_S) & same if beams is None else beams
         # Everything sees itself, padding too (its value is 0): then no row of the softmax is empty.
         bias = jnp.where(seen | (slot_L[:, None] == slot_S), 0.0, NEG)
         k, v = k.astype(q.dtype), v.astype(q.dtype)
-        if state is None and 0 < self.block < L:
-            ends = [(i, min(i + self.block, L)) for i in range(0, L, self.block)]
-            y = [attend(q[:, :, i:j], k[:, :, :j], v[:, :, :j], bias[:, i:j, :j]) for i, j in ends]
-            y = jnp.concatenate(y, axis=2)
-        elif beams is not None:  # XLA:CPU multiplies with one vector, and again, faster than with a few together
-            y = [attend(q[:, :, i : i + 1], k, v, bias[:, i : i + 1]) for i in range(L)]
-            y = jnp.concatenate(y, axis=2)
-        else:
-            y = attend(q, k, v, bias)
-        y = y.swapaxes(1, 2).reshape(B, L, -1)
+        size = self.block if state is None and self.block else L
+        if beams is not None:  # XLA:CPU multiplies with one vector, and again, faster than with a few together
+            size = 1
+        y = []
+        for i in range(0, L, size):
+            j = min(i + size, L)
+            S = j if state is None else k.shape[2]  # without a cache nobody sees beyond itself
+            y.append(attend(q[:, :, i:j], k[:, :, :S], v[:, :, :S], bias[:, i:j, :S]))
+        y = jnp.concatenate(y, axis=2).swapaxes(1, 2).reshape(B, L, -1)
         return constrain(linear(y, self.o[...]), "batch", None, None), state
 
 

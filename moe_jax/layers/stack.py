@@ -43,8 +43,12 @@ class Apart:
 
 def split(stacked: Any, num: int) -> tuple[Any, ...]:
     """What is stacked over layers (or experts), as one value a layer."""
-    part = lambda i: lambda x: (x.parts if _apart(x) else x)[i]  # noqa: E731
-    return tuple(jax.tree.map(part(i), stacked, is_leaf=_apart) for i in range(num))
+    return tuple(part(stacked, i) for i in range(num))
+
+
+def part(stacked: Any, i: int) -> Any:
+    """One of them."""
+    return jax.tree.map(lambda x: (x.parts if _apart(x) else x)[i], stacked, is_leaf=_apart)
 
 
 def is_apart(stacked: Any) -> bool:

@@ -8,10 +8,9 @@ than C of another that is one turn: an all-to-all there and one back.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -67,12 +66,11 @@ def _side_by_side(experts: Experts, rows_ExCxD: Array, chosen: Array | None = No
     """y_ExCxD; given `chosen`, of these experts alone: the matrices of others are not read."""
     if chosen is None and not stack.is_apart(experts):
         return apply(experts, rows_ExCxD, jnp.matmul)
-    E = len(rows_ExCxD)
-    runs = [lambda rows, e=e: apply(stack.split(experts, E)[e], rows, jnp.matmul) for e in range(E)]
+    run = lambda e: lambda rows: apply(stack.part(experts, e), rows, jnp.matmul)  # noqa: E731
     if chosen is None:
-        return jnp.stack([run(rows) for run, rows in zip(runs, rows_ExCxD, strict=True)])
-    each = enumerate(zip(runs, rows_ExCxD, strict=True))
-    return jnp.stack([jax.lax.cond((chosen == e).any(), run, jnp.zeros_like, rows) for e, (run, rows) in each])
+        return jnp.stack([run(e)(rows) for e, rows in enumerate(rows_ExCxD)])
+    each = enumerate(rows_ExCxD)
+    return jnp.stack([jax.lax.cond((chosen == e).any(), run(e), jnp.zeros_like, rows) for e, rows in each])
 
 
 def over_devices(
@@ -188,7 +186,7 @@ def _rows(x_TxD: Array, index: Array, mode: str = "fill") -> Array:
 def _sum(rows_RxD: Array, back_KxT: Array, weight_KxT: Array) -> Array:
     """y_TxD, weighted. A gather for each choice: XLA:TPU takes two to four times as long for one and its reduction."""
     terms = (_rows(rows_RxD, back_T) * weight_T[:, None] for back_T, weight_T in zip(back_KxT, weight_KxT, strict=True))
-    return functools.reduce(jnp.add, terms).astype(rows_RxD.dtype)
+    return reduce(jnp.add, terms).astype(rows_RxD.dtype)
 
 
 @jax.custom_vjp

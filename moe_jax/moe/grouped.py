@@ -11,11 +11,10 @@ experts.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.util
 import warnings
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Protocol
 
 import jax
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.layers import stack
-from moe_jax.layers.stack import PRODUCT, split
+from moe_jax.layers.stack import PRODUCT
 from moe_jax.moe import megablox as kernels
 from moe_jax.types import Array
 
@@ -69,7 +68,7 @@ Product = Callable[[Array, int], Grouped]
 
 def ragged_dot(size_E: Array, rows: int) -> Grouped:
     """XLA's own."""
-    return _at_once(jax.lax.ragged_dot, size_E, rows)
+    return _ragged(jax.lax.ragged_dot, size_E, rows)
 
 
 def tokamax(size_E: Array, rows: int) -> Grouped:
@@ -77,10 +76,10 @@ def tokamax(size_E: Array, rows: int) -> Grouped:
     pip install 'moe_jax[gpu]'."""
     import tokamax as library
 
-    return _at_once(library.ragged_dot, size_E, rows)
+    return _ragged(library.ragged_dot, size_E, rows)
 
 
-def _at_once(ragged: Callable[[Array, Array, Array], Array], size_E: Array, rows: int) -> Grouped:
+def _ragged(ragged: Callable[[Array, Array, Array], Array], size_E: Array, rows: int) -> Grouped:
     live = (jnp.arange(rows) < size_E.sum())[:, None]
     matmul = lambda rows, w: ragged(rows, w, size_E.astype(jnp.int32))  # noqa: E731
 
@@ -148,13 +147,8 @@ def _loop(size_E: Array, blocks: tuple[int, ...], take: Callable, body: Body, in
         return carry
 
     if each:
-        return functools.reduce(lambda carry, e: expert(e, carry), range(size_E.shape[0]), init)
+        return reduce(lambda carry, e: expert(e, carry), range(size_E.shape[0]), init)
     return jax.lax.fori_loop(0, size_E.shape[0], expert, init)
-
-
-def _rows_of_nobody_are_zero(y: Array, size_E: Array, block: int) -> Array:
-    """The last block of all may have left garbage behind the last row."""
-    return jax.lax.dynamic_update_slice_in_dim(y, jnp.zeros((block, *y.shape[1:]), y.dtype), size_E.sum(), 0)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -162,15 +156,14 @@ def _walk(experts: Any, x_RxD: Array, size_E: Array, blocks: tuple[int, ...]) ->
     def body(y: Array, one: Any, e: Array, row: Array, end: Array, block: int) -> Array:
         return _put(y, apply(one, _block(x_RxD, row, block), jnp.matmul), row)
 
-    init, take = jnp.zeros(x_RxD.shape, x_RxD.dtype), partial(_one, experts)
-    if each := stack.is_apart(experts):
-        take = split(experts, size_E.shape[0]).__getitem__
-    y = _loop(size_E, blocks, take, body, init, each)
-    return _rows_of_nobody_are_zero(y, size_E, blocks[-1])
+    apart = stack.is_apart(experts)
+    take = partial(stack.part if apart else _one, experts)
+    return _loop(size_E, blocks, take, body, jnp.zeros(x_RxD.shape, x_RxD.dtype), apart)
 
 
 def _walk_fwd(experts: Any, x_RxD: Array, size_E: Array, blocks: tuple[int, ...]):
-    x_RxD = _rows_of_nobody_are_zero(x_RxD, size_E, blocks[-1])  # a weight of 0 would not stop NaN on the way back
+    # What the last block of all reads behind the last row: a weight of 0 would not stop NaN on the way back.
+    x_RxD = _put(x_RxD, jnp.zeros((blocks[-1], *x_RxD.shape[1:])), size_E.sum())
     like = jax.eval_shape(lambda e, x: _one(e, 0).first(x, jnp.matmul), experts, x_RxD)
 
     def body(carry, one: Any, e: Array, row: Array, end: Array, block: int):
@@ -180,7 +173,7 @@ def _walk_fwd(experts: Any, x_RxD: Array, size_E: Array, blocks: tuple[int, ...]
 
     init = tuple(jnp.zeros((x_RxD.shape[0], s.shape[1]), s.dtype) for s in (x_RxD, *like))
     y, *kept = _loop(size_E, blocks, partial(_one, experts), body, init)
-    return _rows_of_nobody_are_zero(y, size_E, blocks[-1]), (experts, x_RxD, size_E, tuple(kept))
+    return y, (experts, x_RxD, size_E, tuple(kept))
 
 
 def _walk_bwd(blocks: tuple[int, ...], residuals, dy_RxD: Array):
@@ -202,7 +195,7 @@ def _walk_bwd(blocks: tuple[int, ...], residuals, dy_RxD: Array):
 
     init = jnp.zeros(x_RxD.shape, x_RxD.dtype), jax.tree.map(jnp.zeros_like, experts)
     dx, dw = _loop(size_E, blocks, take, body, init)
-    return dw, _rows_of_nobody_are_zero(dx, size_E, blocks[-1]), None
+    return dw, dx, None
 
 
 _walk.defvjp(_walk_fwd, _walk_bwd)
