@@ -15,6 +15,7 @@ from test_moe import CHOSEN, DISPATCHES, ROUTERS, configured
 
 from moe_jax import describe, losses, tree
 from moe_jax.layers import stack
+from moe_jax.layers.attention import Attention
 from moe_jax.layers.param import Rngs
 from moe_jax.models import corrector
 from moe_jax.moe import dispatch
@@ -31,23 +32,54 @@ def call(model, tokens, info, state, key):
     return model.logits(x), state
 
 
-def case(ffn) -> Case:
-    return Case(
-        partial(tiny.configured(ffn), vocab=tiny.VOCAB), call, lambda model, slots: model.state(B, slots), tokens=True
-    )
+# Layers of two kinds, an expert for all beside those that are routed to, no convolution.
+SHARED = partial(FFNS["moe"], shared=tiny.dense, gated_shared=True)
+MIXED = tiny.configured(SHARED, layers=5, dense=tiny.dense, dense_layers=(0, 1, 3), conv_width=0, embedding_scale=1.0)
+MODELS = {"moe": tiny.configured(FFNS["moe"]), "mixed": MIXED}
 
 
-def test_contract():
-    verify_contract(case(FFNS["moe"]), meshes=({"data": 2, "expert": 2, "model": 2},))
+def case(model: str) -> Case:
+    make = partial(MODELS[model], vocab=tiny.VOCAB)
+    return Case(make, call, lambda model, slots: model.state(B, slots), tokens=True)
 
 
-def test_chunks_with_a_state_split_over_layers():
+@pytest.mark.parametrize("model", MODELS)
+def test_contract(model):
+    verify_contract(case(model), meshes=({"data": 2, "expert": 2, "model": 2},))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_chunks_with_a_state_split_over_layers(model):
     split = lambda model, slots: stack.split(model.state(B, slots), model.layers)  # noqa: E731
-    verify_chunks(dataclasses.replace(case(FFNS["moe"]), empty=split))
+    verify_chunks(dataclasses.replace(case(model), empty=split))
 
 
 def test_training_contract():
-    verify_training(case(FFNS["moe"]))
+    verify_training(case("moe"))
+
+
+def test_layers_of_two_kinds_come_in_their_order():
+    model = case("mixed").layer
+    tokens, info = tiny.batch().tokens_BxL, tiny.batch().info
+    x, _, stats = jax.jit(model)(tokens, info)
+    assert stats.load_E.shape == (2, tiny.E)  # of the two that route
+    h = model.embedding[...][tokens]
+    for blocks, number in (
+        (model.dense_blocks, 0),
+        (model.dense_blocks, 1),
+        (model.blocks, 0),
+        (model.dense_blocks, 2),
+        (model.blocks, 1),
+    ):
+        h, _ = stack.part(blocks, number)(h, info, None, None)
+    valid = np.asarray(info.valid_BxL)
+    np.testing.assert_allclose(np.asarray(x)[valid], np.asarray(model.norm(h))[valid], atol=1e-4)
+
+
+@pytest.mark.parametrize("layers", [(0, 1), (2,), ()])
+def test_layers_that_are_dense_must_be_some_of_them(layers):
+    with pytest.raises(ValueError, match=r"dense_layers=.* of 2 layers: name some of 0\.\.1, not all"):
+        tiny.model(FFNS["moe"], dense=tiny.dense, dense_layers=layers)
 
 
 # --- the loss -----------------------------------------------------------------------------------------------
@@ -188,6 +220,11 @@ def test_a_description_rebuilds_a_dense_model():
     verify_description(tiny.configured())
 
 
+def test_a_description_rebuilds_what_pretrained_models_need():
+    attention = partial(Attention, heads=2, head=4, bias=True, rope_scaling={"rope_type": "linear", "factor": 2.0})
+    verify_description(partial(MIXED, attention=attention, norm_eps=1e-5))
+
+
 def verify_description(make):
     model = jax.eval_shape(lambda: make(vocab=tiny.VOCAB, rngs=Rngs(params=0)))
     text = json.dumps(describe.describe(model))
@@ -218,8 +255,8 @@ def test_a_rebuilt_model_computes_the_same():
         ({"class": "os.system", "args": {}}, "names 'os.system'; known: Corrector, Attention"),
         ({"class": "Corrector", "args": {"ffn": {"class": "eval"}}}, "names 'eval'; known"),
         (
-            {"class": "Attention", "args": {"head": 3}},
-            "description of Attention: got an unexpected keyword argument 'head'",
+            {"class": "Attention", "args": {"width": 3}},
+            "description of Attention: got an unexpected keyword argument 'width'",
         ),
         (
             {"class": "slots", "args": {"capacity": 3}},

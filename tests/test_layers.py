@@ -10,7 +10,7 @@ from contract import B, Case, D, L, make_info, verify_contract
 
 from moe_jax import tree
 from moe_jax.layers import stack
-from moe_jax.layers.attention import Attention, attend, rotary, rotate
+from moe_jax.layers.attention import Attention, attend, frequencies, rotary, rotate
 from moe_jax.layers.conv import CausalConv
 from moe_jax.layers.ffn import DenseFfn
 from moe_jax.layers.param import RMSNorm, Rngs, fan_in, param
@@ -29,6 +29,20 @@ CASES = {
     "attention in blocks": Case(
         partial(Attention, D, heads=4, kv_heads=2, block=3), with_state, lambda a, slots: a.cache(B, slots)
     ),
+    "attention of wide heads with biases": Case(
+        partial(
+            Attention,
+            D,
+            heads=2,
+            kv_heads=1,
+            head=12,
+            bias=True,
+            window=64,
+            rope_scaling={"rope_type": "linear", "factor": 2.0},
+        ),
+        with_state,
+        lambda a, slots: a.cache(B, slots),
+    ),
     "conv": Case(partial(CausalConv, D), with_state, lambda c, slots: c.state(B, D)),
     "conv of one tap": Case(partial(CausalConv, D, width=1), with_state, lambda c, slots: c.state(B, D)),
     "dense ffn": Case(partial(DenseFfn, D, hidden=24), without_state),
@@ -46,7 +60,7 @@ def test_attention_equals_a_loop(name):
     a, info = case.layer, jax.device_get(case.info)
     y, _ = case.run(case.x, case.info)
     q, k, v = (np.asarray(case.x @ w[...]).reshape(B, L, -1, 4) for w in (a.q, a.k, a.v))
-    angles = rotary(case.info.position_BxL, 2, a.rope_base)
+    angles = rotary(case.info.position_BxL, frequencies(2, a.rope_base))
     q, k = (np.asarray(rotate(x.swapaxes(1, 2), angles).swapaxes(1, 2)) for x in (q, k))
     for b in range(B):
         for l in np.flatnonzero(info.valid_BxL[b]):
@@ -78,12 +92,33 @@ def test_the_way_back_of_attention_is_that_of_the_formula():
 def test_rotary_products_depend_on_the_distance_alone():
     rng = np.random.default_rng(0)
     q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in "qk")
-    at = lambda x, position: rotate(x, rotary(jnp.array([[position]]), 4, 10_000.0))[0, 0, 0]  # noqa: E731
+    at = lambda x, position: rotate(x, rotary(jnp.array([[position]]), frequencies(4, 10_000.0)))[0, 0, 0]  # noqa: E731
     np.testing.assert_allclose(at(q, 9) @ at(k, 4), at(q, 105) @ at(k, 100), rtol=1e-4)
     np.testing.assert_allclose(at(q, 0), q[0, 0, 0])
     # Position 1, half = 4: the first pair turns by 1 radian, (1, 0) -> (cos 1, sin 1).
     one = jnp.zeros((1, 1, 1, 8)).at[..., 0].set(1)
     np.testing.assert_allclose(at(one, 1)[jnp.array([0, 4])], [np.cos(1), np.sin(1)], rtol=1e-6)
+
+
+def test_frequencies_of_longer_contexts():
+    """Llama 3.1's: fast turns stay, slow ones go by the factor, between them a ramp."""
+    plain = np.asarray(frequencies(32, 500_000.0))
+    args = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+    ratio = np.asarray(frequencies(32, 500_000.0, {"rope_type": "llama3", **args})) / plain
+    turns = 8192 * plain / (2 * np.pi)
+    np.testing.assert_allclose(ratio[turns >= 4], 1)
+    np.testing.assert_allclose(ratio[turns <= 1], 1 / 8, rtol=1e-6)
+    between = (turns > 1) & (turns < 4)
+    assert between.any() and ((ratio[between] > 1 / 8) & (ratio[between] < 1)).all() and (np.diff(ratio) <= 0).all()
+    np.testing.assert_allclose(frequencies(4, 100.0, {"rope_type": "linear", "factor": 4.0}), frequencies(4, 100.0) / 4)
+    with pytest.raises(ValueError, match="unknown type 'yarn'; known: linear, llama3"):
+        frequencies(4, 100.0, {"rope_type": "yarn", "factor": 4.0})
+
+
+def test_a_model_that_looks_back_so_far_refuses_more():
+    a = Attention(D, heads=2, window=L - 1, rngs=Rngs(params=0))
+    with pytest.raises(ValueError, match=f"{L} positions, but this model looks back {L - 1}"):
+        a(jnp.zeros((B, L, D)), make_info())
 
 
 def test_attention_refuses_heads_that_do_not_divide():

@@ -26,6 +26,7 @@ from contract import (
 
 from moe_jax import describe, tree
 from moe_jax.layers import stack
+from moe_jax.layers.ffn import DenseFfn
 from moe_jax.layers.param import Module, Rngs
 from moe_jax.moe import dispatch, routers
 from moe_jax.moe.layer import MoeFfn
@@ -150,6 +151,17 @@ def test_top_k_equals_the_textbook(k):
         np.where(case.valid, y, 0),
         "the textbook",
     )
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_shared_expert_adds_what_it_makes_of_every_position(gated):
+    case = layer_case("Router")
+    shared = partial(DenseFfn, hidden=HIDDEN)
+    layer = MoeFfn(D, num_experts=E, hidden=HIDDEN, shared=shared, gated_shared=gated, rngs=Rngs(params=1))
+    layer.router, layer.experts = case.layer.router, case.layer.experts
+    weight = jax.nn.sigmoid(case.x @ layer.shared_gate[...]) if gated else 1
+    expected = case.layer(case.x, case.info)[0] + weight * layer.shared(case.x, case.info)[0]
+    close(np.where(case.valid, expected, 0), np.where(case.valid, layer(case.x, case.info)[0], 0), "shared")
 
 
 def test_gradients_equal_those_of_computing_every_expert():

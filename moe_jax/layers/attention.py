@@ -8,9 +8,11 @@ attends to nothing.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from moe_jax.layers.param import Module, Rngs, fan_in, linear, param
 from moe_jax.sharding import constrain
@@ -55,15 +57,38 @@ class KvCache:
         return dataclasses.replace(self, seen_BxKxS=jnp.take_along_axis(self.seen_BxKxS, parent_BxK[..., None], axis=1))
 
 
-def rotary(position_BxL: Array, half: int, base: float) -> Array:
+Scaling = Mapping[str, float | str] | Sequence[tuple[str, float | str]]
+
+
+def frequencies(half: int, base: float, scaling: Scaling = ()) -> Array:
+    """Rotary angle a position, [half]; `scaling` has the keys of Hugging Face's `rope_scaling`.
+
+    Types: linear (all by `factor`), llama3 (slow ones by `factor`, fast ones not, between them a ramp). Raises
+    ValueError for another.
+    """
+    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if not scaling:
+        return frequency
+    args = dict(scaling)
+    kind, factor = args["rope_type"], float(args["factor"])
+    if kind == "linear":
+        return frequency / factor
+    if kind != "llama3":
+        raise ValueError(f"rope_scaling: unknown type {kind!r}; known: linear, llama3")
+    slow, fast = float(args["low_freq_factor"]), float(args["high_freq_factor"])
+    turns = float(args["original_max_position_embeddings"]) * frequency / (2 * jnp.pi)
+    keep = jnp.clip((turns - slow) / (fast - slow), 0, 1)
+    return frequency * (keep + (1 - keep) / factor)
+
+
+def rotary(position_BxL: Array, frequency: Array) -> Array:
     """Sines and cosines of the rotary angles (Su et al. 2021): [2, B, 1, L, half], float32.
 
     Of many positions in a loop over the two, or XLA:CPU computes them again for every head wherever they are used: a
     quarter of the layer's time.
     """
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = position_BxL[:, None, :, None].astype(jnp.float32) * frequency
-    if position_BxL.shape[1] < half:
+    if position_BxL.shape[1] < len(frequency):
         return jnp.stack([jnp.sin(angle), jnp.cos(angle)])
     return jax.lax.map(lambda cosine: jnp.where(cosine, jnp.cos(angle), jnp.sin(angle)), jnp.array([False, True]))
 
@@ -79,7 +104,10 @@ class Attention(Module):
     """Args:
     d: model width.
     heads, kv_heads: query heads, and key-value heads that they share (default: as many).
-    rope_base: of the rotary frequencies.
+    head: H, the width of a head (default: d / heads).
+    bias: on queries, keys and values (as Qwen2).
+    rope_base, rope_scaling: of the rotary frequencies (`frequencies`).
+    window: the model looks back no further (as Mistral); longer sequences and caches are refused. None: no bound.
     block: without a cache, queries go in blocks of so many positions, each against the keys up to its end: most of
       the scores above the diagonal are never computed. 0: one block.
     """
@@ -90,19 +118,29 @@ class Attention(Module):
         *,
         heads: int = 4,
         kv_heads: int | None = None,
+        head: int | None = None,
+        bias: bool = False,
         rope_base: float = 10_000.0,
+        rope_scaling: Scaling = (),
+        window: int | None = None,
         block: int = 0,
         rngs: Rngs,
     ):
         kv_heads = kv_heads or heads
-        if d % (2 * heads) or heads % kv_heads:
+        if (head is None and d % heads) or (head or d // heads) % 2 or heads % kv_heads:
             raise ValueError(f"d={d} must be a multiple of 2 x heads={heads}, and heads of kv_heads={kv_heads}")
-        self.heads, self.kv_heads, self.head = heads, kv_heads, d // heads
-        self.rope_base, self.block = rope_base, block
+        self.heads, self.kv_heads, self.head, self.bias = heads, kv_heads, head or d // heads, bias
+        self.rope_base, self.rope_scaling = rope_base, tuple(sorted(dict(rope_scaling).items()))
+        self.window, self.block = window, block
         self.q = param(rngs, (d, heads * self.head), ("embed", "heads"), fan_in())
         self.k = param(rngs, (d, kv_heads * self.head), ("embed", "heads"), fan_in())
         self.v = param(rngs, (d, kv_heads * self.head), ("embed", "heads"), fan_in())
         self.o = param(rngs, (heads * self.head, d), ("heads", "embed"), fan_in())
+
+        def zeros(heads: int) -> nnx.Param | None:
+            return param(rngs, (heads * self.head,), ("heads",), jax.nn.initializers.zeros) if bias else None
+
+        self.q_bias, self.k_bias, self.v_bias = zeros(heads), zeros(kv_heads), zeros(kv_heads)
 
     def cache(self, batch: int, slots: int, dtype=jnp.float32) -> KvCache:
         shape = (batch, self.kv_heads, slots, self.head)
@@ -126,10 +164,12 @@ class Attention(Module):
         # Garbage in padding must not reach a valid position: a weight of 0 does not stop NaN, forward or backward.
         x_BxLxD = jnp.where(info.valid_BxL[..., None], x_BxLxD, 0)
         q, k, v = (
-            constrain(linear(x_BxLxD, w[...]), "batch", None, "heads").reshape(B, L, -1, self.head).swapaxes(1, 2)
-            for w in (self.q, self.k, self.v)
+            constrain(linear(x_BxLxD, w[...], None if b is None else b[...]), "batch", None, "heads")
+            .reshape(B, L, -1, self.head)
+            .swapaxes(1, 2)
+            for w, b in ((self.q, self.q_bias), (self.k, self.k_bias), (self.v, self.v_bias))
         )
-        angles = rotary(info.position_BxL, self.head // 2, self.rope_base)
+        angles = rotary(info.position_BxL, frequencies(self.head // 2, self.rope_base, self.rope_scaling))
         q, k = rotate(q, angles), rotate(k, angles)
         segment = jnp.where(info.valid_BxL, info.segment_BxL, 0)
         start: Array | int = 0
@@ -145,6 +185,8 @@ class Attention(Module):
             state = KvCache(k, v, keys, start + L, beams)
         else:
             keys = segment
+        if self.window is not None and k.shape[2] > self.window:
+            raise ValueError(f"{k.shape[2]} positions, but this model looks back {self.window}: take shorter texts")
         slot_L, slot_S = start + jnp.arange(L), jnp.arange(k.shape[2])
         same = (segment[:, :, None] == keys[:, None, :]) & (keys[:, None, :] > 0)
         seen = (slot_L[:, None] >= slot_S) & same if beams is None else beams

@@ -1,6 +1,9 @@
-"""The dense gated feed-forward layer (SwiGLU, Shazeer 2020), with the interface of the MoE layer."""
+"""The dense gated feed-forward layer (SwiGLU and its kin, Shazeer 2020), with the interface of the MoE layer."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +12,24 @@ from moe_jax.layers.param import Module, Rngs, fan_in, linear, param
 from moe_jax.sharding import constrain
 from moe_jax.types import Array, TokenInfo
 
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
+
+
+def activation(name: str) -> Callable[[Array], Array]:
+    """Raises ValueError for an unknown one."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {name!r}; known: {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
 
 class DenseFfn(Module):
-    def __init__(self, d: int, *, hidden: int, rngs: Rngs):
-        self.hidden = hidden
+    """Args:
+    hidden: F, units.
+    activation: of the gate (`ACTIVATIONS`).
+    """
+
+    def __init__(self, d: int, *, hidden: int, activation: str = "silu", rngs: Rngs):
+        self.hidden, self.activation = hidden, activation
         self.gate = param(rngs, (d, hidden), ("embed", "mlp"), fan_in())
         self.up = param(rngs, (d, hidden), ("embed", "mlp"), fan_in())
         self.down = param(rngs, (hidden, d), ("mlp", "embed"), fan_in())
@@ -20,5 +37,6 @@ class DenseFfn(Module):
     def __call__(self, x_BxLxD: Array, info: TokenInfo, key: Array | None = None) -> tuple[Array, None]:
         """x -> (y, no statistics); a dense layer has nothing to route."""
         x_BxLxD = jnp.where(info.valid_BxL[..., None], x_BxLxD, 0)  # NaN in padding must not reach the gradient
-        h_BxLxF = jax.nn.silu(linear(x_BxLxD, self.gate[...])) * linear(x_BxLxD, self.up[...])
+        gate_BxLxF = activation(self.activation)(linear(x_BxLxD, self.gate[...]))
+        h_BxLxF = gate_BxLxF * linear(x_BxLxD, self.up[...])
         return linear(constrain(h_BxLxF, "batch", None, "mlp"), self.down[...]), None

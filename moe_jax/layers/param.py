@@ -38,10 +38,11 @@ def param(rngs: Rngs, shape: Sequence[int], axes: Sequence[str | None], init: In
     return nnx.Param(init(rngs.params(), tuple(shape), jnp.float32), axes=tuple(axes))
 
 
-def linear(x: Array, w_IxO: Array) -> Array:
-    """x @ w over the last dim of x, as one flat product: of a product with two leading dims XLA:CPU writes a slow,
-    transposing backward pass (an FFN's gradient takes 1.7 times as long)."""
-    return (x.reshape(-1, x.shape[-1]) @ w_IxO).reshape(*x.shape[:-1], w_IxO.shape[-1])
+def linear(x: Array, w_IxO: Array, bias_O: Array | None = None) -> Array:
+    """x @ w + bias over the last dim of x, as one flat product: of a product with two leading dims XLA:CPU writes a
+    slow, transposing backward pass (an FFN's gradient takes 1.7 times as long)."""
+    y = (x.reshape(-1, x.shape[-1]) @ w_IxO).reshape(*x.shape[:-1], w_IxO.shape[-1])
+    return y if bias_O is None else y + bias_O
 
 
 class RMSNorm(Module):

@@ -51,6 +51,14 @@ def part(stacked: Any, i: int) -> Any:
     return jax.tree.map(lambda x: (x.parts if _apart(x) else x)[i], stacked, is_leaf=_apart)
 
 
+def section(stacked: Any, start: int, end: int) -> Any:
+    """Layers `start` to `end` of a stack, or of what is `split`."""
+    if isinstance(stacked, tuple):
+        return stacked[start:end]
+    cut = lambda x: Apart(x.parts[start:end]) if _apart(x) else x if (start, end) == (0, len(x)) else x[start:end]  # noqa: E731
+    return jax.tree.map(cut, stacked, is_leaf=_apart)
+
+
 def is_apart(stacked: Any) -> bool:
     return any(map(_apart, jax.tree.leaves(stacked, is_leaf=_apart)))
 

@@ -5,7 +5,8 @@ Pre-norm blocks: a short causal convolution, rotary attention, a gated feed-forw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -47,19 +48,22 @@ State = BlockState | tuple[BlockState, ...]
 
 
 class Block(Module):
-    def __init__(self, d: int, *, attention: Callable, ffn: Callable, conv_width: int, rngs: Rngs):
-        self.norm_attention, self.norm_ffn = RMSNorm(d, rngs=rngs), RMSNorm(d, rngs=rngs)
-        self.conv = CausalConv(d, width=conv_width, rngs=rngs)
+    def __init__(self, d: int, *, attention: Callable, ffn: Callable, conv_width: int, norm_eps: float, rngs: Rngs):
+        self.norm_attention, self.norm_ffn = (RMSNorm(d, eps=norm_eps, rngs=rngs) for _ in range(2))
+        self.conv = CausalConv(d, width=conv_width, rngs=rngs) if conv_width else None
         self.attention = attention(d, rngs=rngs)
         self.ffn = ffn(d, rngs=rngs)
 
     def state(self, batch: int, slots: int, d: int, dtype) -> BlockState:
-        return BlockState(self.attention.cache(batch, slots, dtype), self.conv.state(batch, d, dtype))
+        conv = None if self.conv is None else self.conv.state(batch, d, dtype)
+        return BlockState(self.attention.cache(batch, slots, dtype), conv)
 
     def __call__(
         self, x: Array, info: TokenInfo, state: BlockState | None, key: Array | None
     ) -> tuple[Array, tuple[BlockState | None, RouterStats | None]]:
-        h, conv = self.conv(self.norm_attention(x), info, None if state is None else state.conv)
+        h, conv = self.norm_attention(x), None
+        if self.conv is not None:
+            h, conv = self.conv(h, info, None if state is None else state.conv)
         h, cache = self.attention(h, info, None if state is None else state.attention)
         x = x + h
         h, stats = self.ffn(self.norm_ffn(x), info, key)
@@ -72,7 +76,10 @@ class Corrector(Module):
     layers: number of blocks.
     vocab: size of the vocabulary (the tokeniser's).
     attention, ffn: configured classes, called with (d, rngs=...). `ffn` is the seam for MoE.
-    conv_width: taps of the convolution (1: a scale only).
+    dense, dense_layers: the feed-forward layer, dense, of the layers with these numbers; `ffn` is that of the others.
+    conv_width: taps of the convolution (1: a scale only; 0: none).
+    embedding_scale: what embeddings are multiplied with (default: the square root of d).
+    norm_eps: of the norms.
     tied: the output matrix is the embedding.
     auxiliary: weights of the auxiliary losses by name (`losses.AUXILIARY`).
     remat: gradient checkpointing policy of the stack (`layers.stack.REMAT`).
@@ -87,7 +94,11 @@ class Corrector(Module):
         vocab: int,
         attention: Callable = Attention,
         ffn: Callable = DenseFfn,
+        dense: Callable | None = None,
+        dense_layers: Sequence[int] = (),
         conv_width: int = 4,
+        embedding_scale: float | None = None,
+        norm_eps: float = 1e-6,
         tied: bool = True,
         auxiliary: Mapping[str, float] | Sequence[tuple[str, float]] = (),
         remat: str = "none",
@@ -95,11 +106,22 @@ class Corrector(Module):
         rngs: Rngs,
     ):
         self.d, self.layers, self.vocab, self.conv_width, self.tied = d, layers, vocab, conv_width, tied
+        self.embedding_scale, self.norm_eps = d**0.5 if embedding_scale is None else embedding_scale, norm_eps
+        self.dense_layers = tuple(sorted(dense_layers))
+        if not set(self.dense_layers) < set(range(layers)) or bool(self.dense_layers) != (dense is not None):
+            raise ValueError(
+                f"dense_layers={self.dense_layers} of {layers} layers: name some of 0..{layers - 1}, not all, "
+                "and give `dense` with them"
+            )
         self.embedding = param(rngs, (vocab, d), ("vocab", "embed"), normal(d**-0.5))
-        self.blocks: Any = stack.build(
-            lambda rngs: Block(d, attention=attention, ffn=ffn, conv_width=conv_width, rngs=rngs), layers, rngs
-        )
-        self.norm = RMSNorm(d, rngs=rngs)
+
+        def blocks(ffn: Callable, number: int) -> Any:
+            shared: dict[str, Any] = dict(attention=attention, conv_width=conv_width, norm_eps=norm_eps)
+            return stack.build(lambda rngs: Block(d, ffn=ffn, **shared, rngs=rngs), number, rngs)
+
+        self.blocks: Any = blocks(ffn, layers - len(self.dense_layers))
+        self.dense_blocks: Any = None if dense is None else blocks(dense, len(self.dense_layers))
+        self.norm = RMSNorm(d, eps=norm_eps, rngs=rngs)
         self.output = None if tied else param(rngs, (d, vocab), ("embed", "vocab"), normal(d**-0.5))
         self.auxiliary = tuple(sorted(dict(auxiliary).items()))
         self.remat, self.unroll = remat, unroll
@@ -111,6 +133,10 @@ class Corrector(Module):
     @property
     def ffn(self) -> Any:
         return self.blocks.ffn
+
+    @property
+    def dense(self) -> Any:
+        return None if self.dense_blocks is None else self.dense_blocks.ffn
 
     def state(self, batch: int, slots: int, dtype=jnp.float32) -> BlockState:
         """Empty decoding state for `slots` positions, stacked over layers."""
@@ -124,22 +150,34 @@ class Corrector(Module):
 
         The state comes back as it is given: stacked over layers, or `stack.split`, which is faster token by token.
         """
-        x = self.embedding[...][tokens_BxL] * self.d**0.5
+        x = constrain(self.embedding[...][tokens_BxL] * self.embedding_scale, "batch", None, None)
         keys = None if key is None else jax.random.split(key, self.layers)
-        x, outs = stack.run(
-            self.blocks,
-            constrain(x, "batch", None, None),
-            lambda block, x, state, key: block(x, info, state, key),
-            state,
-            keys,
-            remat=self.remat,
-            unroll=self.unroll if state is None else 1,
-        )
-        if isinstance(outs[0], tuple):  # split: a pair from each layer
-            state, stats = tuple(s for s, _ in outs), jax.tree.map(lambda *a: jnp.stack(a), *(s for _, s in outs))
-        else:
-            state, stats = outs
-        return self.norm(x), state, stats
+        states, stats = [], []
+        for blocks, start, end in self._runs():
+            own_state, own_keys = (None if a is None else stack.section(a, start, end) for a in (state, keys))
+            x, outs = stack.run(
+                blocks,
+                x,
+                lambda block, x, state, key: block(x, info, state, key),
+                own_state,
+                own_keys,
+                remat=self.remat,
+                unroll=self.unroll if state is None else 1,
+            )
+            if isinstance(own_state, tuple):  # a pair from each layer
+                outs = tuple(s for s, _ in outs), jax.tree.map(lambda *a: jnp.stack(a), *(s for _, s in outs))
+            states.append(outs[0])
+            stats += [outs[1]] if outs[1] is not None else []
+        return self.norm(x), _joined(states), _joined(stats)
+
+    def _runs(self) -> Iterator[tuple[Any, int, int]]:
+        """Layers of one kind that follow each other: their stack, the number of the first, and that after the last."""
+        number, done = 0, {False: 0, True: 0}
+        for dense, run in itertools.groupby(layer in self.dense_layers for layer in range(self.layers)):
+            size = len(list(run))
+            blocks = self.dense_blocks if dense else self.blocks
+            yield stack.section(blocks, done[dense], done[dense] + size), number, number + size
+            number, done[dense] = number + size, done[dense] + size
 
     def logits(self, x_BxLxD: Array) -> Array:
         return constrain(linear(x_BxLxD, self._matrix()), "batch", None, "vocab")
@@ -187,6 +225,15 @@ class Corrector(Module):
             loss = loss + (extra if key is not None else 0.0)
             metrics |= values | {"stats": stats}
         return loss, metrics
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """What came of the runs of layers, as if of one."""
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    if isinstance(parts[0], tuple):
+        return tuple(itertools.chain(*parts))
+    return jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
 
 
 def spare_columns(vocab: int) -> int:

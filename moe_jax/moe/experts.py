@@ -5,18 +5,17 @@ The dispatch brings the product, so an expert knows nothing of routing.
 
 from __future__ import annotations
 
-import jax
-
+from moe_jax.layers import ffn
 from moe_jax.layers.param import Module, Rngs, fan_in, param
 from moe_jax.moe.grouped import Matmul
 from moe_jax.types import Array
 
 
 class Gated(Module):
-    """SwiGLU experts; weights are fused over experts (E, in, out)."""
+    """Experts that are `layers.ffn.DenseFfn`s; weights are fused over experts (E, in, out)."""
 
-    def __init__(self, d: int, num_experts: int, *, hidden: int, rngs: Rngs):
-        self.hidden = hidden
+    def __init__(self, d: int, num_experts: int, *, hidden: int, activation: str = "silu", rngs: Rngs):
+        self.hidden, self.activation = hidden, activation
         self.gate = param(rngs, (num_experts, d, hidden), ("expert", "embed", "mlp"), fan_in(1))
         self.up = param(rngs, (num_experts, d, hidden), ("expert", "embed", "mlp"), fan_in(1))
         self.down = param(rngs, (num_experts, hidden, d), ("expert", "mlp", "embed"), fan_in(1))
@@ -26,4 +25,4 @@ class Gated(Module):
 
     def second(self, kept: tuple[Array, ...], matmul: Matmul) -> Array:
         gate, up = kept
-        return matmul(jax.nn.silu(gate) * up, self.down[...])
+        return matmul(ffn.activation(self.activation)(gate) * up, self.down[...])

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from moe_jax.layers.param import Module, Rngs
+from moe_jax.layers.param import Module, Rngs, linear, normal, param
 from moe_jax.moe import dispatch as dispatches
 from moe_jax.moe.experts import Gated
 from moe_jax.moe.grouped import Experts
@@ -23,6 +23,8 @@ class MoeFfn(Module):
       router, experts: configured classes, called with (d, num_experts, rngs=...).
       dispatch: a `Dispatcher`, in training.
       evaluation: that of evaluation and decoding, which should never drop.
+    shared: a configured dense layer that every position goes through besides (DeepSeek's shared experts as one).
+    gated_shared: its output is weighed by a sigmoid gate of its own (Qwen2-MoE).
     """
 
     def __init__(
@@ -35,17 +37,28 @@ class MoeFfn(Module):
         experts: Callable[..., Experts] = Gated,
         dispatch: dispatches.Dispatcher = dispatches.dropless,
         evaluation: dispatches.Dispatcher = dispatches.dropless,
+        shared: Callable[..., Module] | None = None,
+        gated_shared: bool = False,
         rngs: Rngs,
     ):
         self.num_experts, self.hidden = num_experts, hidden
         self.router = router(d, num_experts, rngs=rngs)
         self.experts = experts(d, num_experts, hidden=hidden, rngs=rngs)
         self.dispatch, self.evaluation = dispatch, evaluation
+        self.shared, self.gated_shared = None if shared is None else shared(d, rngs=rngs), gated_shared
+        self.shared_gate = param(rngs, (d, 1), ("embed", None), normal(0.02)) if gated_shared else None
 
     def __call__(self, x_BxLxD: Array, info: TokenInfo, key: Array | None = None) -> tuple[Array, RouterStats]:
         decision = self.router(x_BxLxD, info, key)
         to = (self.evaluation if key is None else self.dispatch)(decision, self.num_experts)
-        return to.apply(self.experts, x_BxLxD), router_stats(decision, info, to.dropped, self.num_experts)
+        y_BxLxD = to.apply(self.experts, x_BxLxD)
+        if self.shared is not None:
+            h_BxLxD, _ = self.shared(x_BxLxD, info)
+            if self.shared_gate is not None:
+                x_BxLxD = jnp.where(info.valid_BxL[..., None], x_BxLxD, 0)
+                h_BxLxD *= jax.nn.sigmoid(linear(x_BxLxD, self.shared_gate[...]))
+            y_BxLxD += h_BxLxD
+        return y_BxLxD, router_stats(decision, info, to.dropped, self.num_experts)
 
 
 def router_stats(decision: RoutingDecision, info: TokenInfo, dropped: Array, num_experts: int) -> RouterStats:
