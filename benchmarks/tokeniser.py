@@ -18,14 +18,14 @@ from statistics import mean
 from typing import Any
 
 from moe_jax.text.prompt import LAYOUTS, encode_example
-from moe_jax.text.tokeniser import FIRST_BYTE, Tokeniser, fair_sample, train
+from moe_jax.text.tokeniser import FIRST_BYTE, Tokeniser, Unigram, fair_sample, train
 
 DATA = Path(__file__).parents[1] / "tasks" / "data"
 FAMILIES = ("asr", "ocr", "mt", "gec")
 SAMPLE = 4_000_000  # characters
 
 
-class Bytes(Tokeniser):
+class Bytes(Unigram):
     """The same ids without any pieces: every byte is a token."""
 
     def encode_words(self, words) -> list[int]:

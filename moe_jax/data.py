@@ -1,10 +1,10 @@
 """Prepared data: packed rows of tokens in a folder, read by memory map, without TensorFlow.
 
     meta.json        format, shapes, checksums, tokeniser, families, what was counted while preparing
-    tokens.npy       uint16 [rows, length]; 0 is padding
+    tokens.npy       [rows, length], uint16, or uint32 for a vocabulary of more than 65,536; 0 at padding
     roles.npy        uint8, 1 = read, 2 = write; 0 at padding
     tasks.npy        uint8, the family of each token; 0 at padding
-    segments.npy     uint8, which example of the row, from 1; 0 at padding
+    segments.npy     uint8, which example of the row, from 1; 0 at padding, and there alone
     tokeniser.model
 
 A batch depends on (folder, seed, step, batch size) alone: a resumed run, or one on other machines, sees the
@@ -42,22 +42,22 @@ class Prepared:
     folder: Path
     meta: Mapping[str, Any]
     columns: Rows
+    tokeniser: Tokeniser
 
     @classmethod
     def open(cls, folder: str | os.PathLike) -> Prepared:
         """Raises ValueError, in one line, if anything is missing, damaged or of another version."""
         folder = Path(folder)
         meta = _read_meta(folder)
-        shape = (meta["rows"], meta["length"])
-        columns = {name: _read_column(folder, name, shape, meta["sha256"].get(name)) for name in COLUMNS}
-        prepared = cls(folder, meta, columns)
-        if prepared.tokeniser.sha256 != meta["tokeniser"]:
+        tokeniser = Tokeniser.load(folder / "tokeniser.model")
+        if tokeniser.sha256 != meta["tokeniser"]:
             raise ValueError(f"{folder}/tokeniser.model: not the tokeniser that wrote this folder")
-        return prepared
-
-    @functools.cached_property
-    def tokeniser(self) -> Tokeniser:
-        return Tokeniser.load(self.folder / "tokeniser.model")
+        shape = (meta["rows"], meta["length"])
+        columns = {
+            name: _read_column(folder, name, dtype, shape, meta["sha256"].get(name))
+            for name, dtype in _dtypes(tokeniser).items()
+        }
+        return cls(folder, meta, columns, tokeniser)
 
     @property
     def rows(self) -> int:
@@ -109,14 +109,12 @@ def write_prepared(
     folder = Path(folder)
     if folder.exists():
         raise ValueError(f"{folder}: exists already; choose another folder, or remove this one")
-    if tokeniser.vocab_size > 1 << 16:
-        raise ValueError(f"a vocabulary of {tokeniser.vocab_size} pieces does not fit 16-bit tokens")
     aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     aside.mkdir(parents=True)
     try:
         tallies = {name: Counter(examples=0, tokens=0) for name in families}
         counted = _counted(examples, tokeniser.vocab_size, families, tallies)
-        rows, max_targets = _write_columns(aside, pack(counted, length), length)
+        rows, max_targets = _write_columns(aside, pack(counted, length), _dtypes(tokeniser), length)
         if not rows:
             raise ValueError(f"{folder}: no example to write")
         for name, count in (skipped or {}).items():
@@ -150,21 +148,28 @@ def _counted(
         if example.task not in names:
             raise ValueError(f"unknown task id {example.task}; known: {dict(families)}")
         tokens = np.asarray(example.tokens)
-        if not (tokens.size and tokens.min() > 0 and tokens.max() < vocab_size):
-            raise ValueError(f"token ids outside of [1, {vocab_size}) in an example of {names[example.task]}")
+        if not (tokens.size and tokens.min() >= 0 and tokens.max() < vocab_size):
+            raise ValueError(f"token ids outside of [0, {vocab_size}) in an example of {names[example.task]}")
         tally = tallies[names[example.task]]
         tally["examples"] += 1
         tally["tokens"] += tokens.size
         yield example
 
 
-def _write_columns(folder: Path, rows: Iterable[Rows], length: int) -> tuple[int, int]:
+def _dtypes(tokeniser: Tokeniser) -> dict[str, type[np.unsignedinteger]]:
+    """The dtype of each column on disk."""
+    return COLUMNS | {"tokens": np.uint16 if tokeniser.vocab_size <= 1 << 16 else np.uint32}
+
+
+def _write_columns(
+    folder: Path, rows: Iterable[Rows], dtypes: Mapping[str, type[np.unsignedinteger]], length: int
+) -> tuple[int, int]:
     """Streams rows into `.npy` files. Returns the number of rows and the most targets in a row."""
-    files = {name: (folder / f"{name}.npy").open("wb") for name in COLUMNS}
+    files = {name: (folder / f"{name}.npy").open("wb") for name in dtypes}
     count = max_targets = 0
 
     def write_headers() -> None:  # numpy pads headers so that the number of rows can grow in place
-        for name, dtype in COLUMNS.items():
+        for name, dtype in dtypes.items():
             descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
             header = {"descr": descr, "fortran_order": False, "shape": (count, length)}
             files[name].seek(0)
@@ -174,7 +179,7 @@ def _write_columns(folder: Path, rows: Iterable[Rows], length: int) -> tuple[int
         write_headers()
         for row in rows:
             for name, file in files.items():
-                file.write(row[name].tobytes())
+                file.write(row[name].astype(dtypes[name]).tobytes())
             count += 1
             max_targets = max(max_targets, int((row["roles"] == WRITE).sum()))
         write_headers()
@@ -208,7 +213,9 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def _read_column(folder: Path, name: str, shape: tuple[int, int], sha256: str | None) -> np.ndarray:
+def _read_column(
+    folder: Path, name: str, dtype: type[np.unsignedinteger], shape: tuple[int, int], sha256: str | None
+) -> np.ndarray:
     path = folder / f"{name}.npy"
     try:
         if _sha256(path) != sha256:
@@ -218,8 +225,8 @@ def _read_column(folder: Path, name: str, shape: tuple[int, int], sha256: str | 
         raise ValueError(f"{path}: cannot read ({error.strerror})") from None
     except tokenize.TokenError:  # numpy lets it out for some broken headers
         raise ValueError(f"{path}: not a .npy file") from None
-    if array.shape != shape or array.dtype != COLUMNS[name]:
-        raise ValueError(f"{path}: not {np.dtype(COLUMNS[name])} {list(shape)} as meta.json says")
+    if array.shape != shape or array.dtype != dtype:
+        raise ValueError(f"{path}: not {np.dtype(dtype)} {list(shape)} as meta.json says")
     return array
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from moe_jax.text.prompt import WRITE
 from moe_jax.types import Batch, TokenInfo
 
-COLUMNS = {"tokens": np.uint16, "roles": np.uint8, "tasks": np.uint8, "segments": np.uint8}
+COLUMNS = {"tokens": np.uint32, "roles": np.uint8, "tasks": np.uint8, "segments": np.uint8}
 MAX_SEGMENTS = 255  # of one row: segments are uint8
 OPEN_ROWS = 64  # rows that `pack` keeps open; more fill better, and mix examples over a longer stretch
 
@@ -20,7 +20,7 @@ Rows = Mapping[str, np.ndarray]  # column -> [length] or [B, length]
 
 
 class Packable(NamedTuple):
-    """One example: token ids (none is 0), their roles, and the id of its family."""
+    """One example: token ids (0 is as good as any), their roles, and the id of its family."""
 
     tokens: Sequence[int]
     roles: Sequence[int]

@@ -19,10 +19,8 @@ from moe_jax import checkpoint, decode, describe, tree
 from moe_jax.correct import Correction
 from moe_jax.formats import Record
 from moe_jax.layers.param import Rngs
-from moe_jax.text.prompt import Example, encode_example, room_to_write
+from moe_jax.text.prompt import Example, check_layout, encode_example, room_to_write
 from moe_jax.text.tokeniser import Tokeniser
-
-EOS = decode.EOS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +83,8 @@ class Pipeline:
     Attributes:
       guard: when to keep the first pass.
       beams: width of the beam search (1 is greedy).
-      task: the family of everything that is corrected; None, the default, is unknown: routing is free anyway.
+      task: the family of everything that is corrected; None, the default, is unknown: routing is free anyway. (A
+        template that says the task, "+task", then says what a record gives as its own.)
       rescore: let the given hypotheses compete with what the search found, by the model's own score.
     """
 
@@ -100,6 +99,7 @@ class Pipeline:
     alpha: float = 0.6
     max_length: int = 256
     max_hypotheses: int = 5
+    max_sources: int = 0
     batch_size: int = 32
     task: str | None = None
 
@@ -123,6 +123,8 @@ class Pipeline:
             empty = jax.eval_shape(lambda: make(rngs=Rngs(params=0)))
             families, layout, length = dict(meta["families"]), meta["layout"], int(meta["length"])
             guard = Guard.of(meta.get("guard", 0.0))
+            counts: dict[str, Any] = {k: int(meta[k]) for k in ("max_hypotheses", "max_sources") if k in meta}
+            check_layout(tokeniser, layout)
         except (KeyError, TypeError, ValueError) as error:
             raise checkpoint.CheckpointError(
                 f"{path}: its description is incomplete or wrong ({error}); export it again"
@@ -139,7 +141,7 @@ class Pipeline:
                 f"{path}: the tokeniser has {tokeniser.vocab_size} pieces, the embedding {empty.vocab}; export it again"
             )
         model = tree.unflatten(empty, params)
-        made = cls(model, tokeniser, families, layout, guard, fingerprint, max_length=length)
+        made = cls(model, tokeniser, families, layout, guard, fingerprint, max_length=length, **counts)
         if (task := options.get("task")) and task not in families:
             raise ValueError(f"unknown task {task!r}; {path} knows: {', '.join(families)}")
         options = {k: Guard.of(v) if k == "guard" else v for k, v in options.items() if v is not None}
@@ -180,6 +182,8 @@ class Pipeline:
             max_length=self.max_length,
             layout=self.layout,
             max_hypotheses=self.max_hypotheses,
+            max_sources=self.max_sources,
+            family=self.task or record.task,
         )
 
     def _batch(self, records: Sequence[Record], examples: Sequence[Example]) -> list[Proposal]:
@@ -191,8 +195,9 @@ class Pipeline:
         limits = [room_to_write(self.tokeniser, f) for f in firsts]
         read = decode.prefill(self.model, full, full_tasks)
         room = [*limits, *[1] * pad]
-        found = decode.search(self.model, read, beams=self.beams, max_new=room, alpha=self.alpha)[: len(records)]
-        written = [self.tokeniser.decode([t for t in d.tokens if t != EOS]) if d.ended else None for d in found]
+        how = {"beams": self.beams, "alpha": self.alpha, "eos": self.tokeniser.eos}
+        found = decode.search(self.model, read, max_new=room, **how)[: len(records)]
+        written = [self.tokeniser.decode(d.tokens) if d.ended else None for d in found]
         texts = [t and local_edits(t, r.hypotheses) for t, r in zip(written, records, strict=True)]
         candidates = [self._candidates(r, t) for r, t in zip(records, texts, strict=True)]
         scores = self._scores(read, candidates, found)
@@ -212,7 +217,7 @@ class Pipeline:
         out: list[dict[str, tuple[float, float]]] = [{} for _ in candidates]
         jobs = []
         for i, text in ((i, c) for i, cs in enumerate(candidates) for c in cs):
-            ids = [*self.tokeniser.encode(text), EOS]
+            ids = [*self.tokeniser.encode(text), self.tokeniser.eos[0]]
             if ids == found[i].tokens:
                 out[i][text] = self._penalised(found[i])
             else:
@@ -273,5 +278,6 @@ def repeats(text: str, hypotheses: Sequence[str], n: int = 3) -> bool:
 def export(path: Path | str, params: dict[str, Any], meta: dict[str, Any], **more: Any) -> None:
     """One safetensors file that `Pipeline.load` and `init_from` read. `meta` is that of a run's checkpoint."""
     needed = ("model", "families", "layout", "length", "tokeniser", "tokeniser_model")
-    about = {k: meta[k] for k in needed} | {k: meta[k] for k in ("step", "seed") if k in meta} | more
+    known = ("step", "seed", "max_hypotheses", "max_sources")
+    about = {k: meta[k] for k in needed} | {k: meta[k] for k in known if k in meta} | more
     checkpoint.write_safetensors(path, params, json.loads(json.dumps(about)))

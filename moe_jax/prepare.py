@@ -24,6 +24,7 @@ def prepare(
     layout: str = "aligned",
     max_hypotheses: int = 5,
     max_sources: int = 0,
+    ids: Mapping[str, int] | None = None,
     own: Mapping[str, tuple[str, str]] | None = None,
 ) -> None:
     """Draws from a seqio mixture into `folder` (`seqio_data.prepare`); what is there already must be what was asked
@@ -31,6 +32,9 @@ def prepare(
 
     Args:
       mixture: a registered task or mixture, or rates of such: {"own": 1.0, "correct_all": 0.5}.
+      tokeniser: the path of one, or of a Hugging Face model's folder.
+      layout: "aligned", "list", or a template (`text/templates.py`).
+      ids: task ids that differ from those of `tasks/families.py`, also of single data sets: {"asr/austen-whisper": 16}.
       own: tasks of the user's own that the mixture may name: name -> (family, folder of train.jsonl, valid.jsonl).
 
     Raises ValueError where `folder` holds something else.
@@ -46,6 +50,7 @@ def prepare(
         "max_hypotheses": max_hypotheses,
         "max_sources": max_sources,
         "tokeniser": Tokeniser.load(tokeniser).sha256,
+        "ids": dict(ids) if ids else None,
     }
     if own:
         wanted["own"] = {name: [family, *_state(Path(home), split)] for name, (family, home) in own.items()}

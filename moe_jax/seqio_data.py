@@ -22,7 +22,6 @@ from tqdm import tqdm
 from moe_jax.data import write_prepared
 from moe_jax.packing import COLUMNS, Packable, pack, to_batch
 from moe_jax.tasks import correction, mixtures  # noqa: F401  (registers the tasks)
-from moe_jax.tasks.families import FAMILIES
 from moe_jax.tasks.preprocessors import UNFIT
 from moe_jax.tasks.quiet import seqio, tf
 from moe_jax.text.tokeniser import Tokeniser
@@ -61,6 +60,8 @@ def find(name: str | Mapping[str, float]) -> seqio.Task | seqio.Mixture:
 class CorrectionConverter(seqio.FeatureConverter):
     """Task features -> the columns of a row, for seqio's own `get_dataset` and `Evaluator`.
 
+    Token 0 is a token as any other. seqio's packer strips zeros, so ids are one higher while it packs.
+
     With pack=True and length 8, two examples of families 1 and 3:
 
         tokens    [3 20 8 20 1] [3 30 8]      ->  [3 20 8 20 1 3 30 8]
@@ -75,10 +76,12 @@ class CorrectionConverter(seqio.FeatureConverter):
 
     def _convert_features(self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]) -> tf.data.Dataset:
         def columns(row: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-            segments = row["tokens_segment_ids"] if self.pack else tf.cast(row["tokens"] > 0, tf.int32)
-            return {**{name: row[name] for name in FEATURES}, "segments": segments}
+            there = tf.cast(row["tokens"] > 0, tf.int32)
+            segments = row["tokens_segment_ids"] if self.pack else there
+            return {**{name: row[name] for name in FEATURES}, "tokens": row["tokens"] - there, "segments": segments}
 
-        return self._pack_or_pad(ds, task_feature_lengths).map(columns, num_parallel_calls=tf.data.AUTOTUNE)
+        raised = ds.map(lambda row: {**row, "tokens": row["tokens"] + 1})
+        return self._pack_or_pad(raised, task_feature_lengths).map(columns, num_parallel_calls=tf.data.AUTOTUNE)
 
     def get_model_feature_lengths(self, task_feature_lengths: Mapping[str, int]) -> Mapping[str, int]:
         return {**task_feature_lengths, "segments": task_feature_lengths["tokens"]}
@@ -133,7 +136,8 @@ def seqio_batches(
 ) -> Iterator[Batch]:
     """Batches without end, straight from seqio: for trials; it takes the CPU that a prepared folder saves."""
     skipped: Counter[str] = Counter()
-    stream = pack(_fitting(draw(name, length=length, seed=seed, split=split, **settings), skipped), length)
+    ids = settings.get("ids", correction.task_ids())
+    stream = pack(_fitting(draw(name, length=length, seed=seed, split=split, **settings), ids, skipped), length)
     while True:
         rows = [next(stream) for _ in range(batch_size)]
         yield to_batch({column: np.stack([row[column] for row in rows]) for column in COLUMNS})
@@ -152,12 +156,15 @@ def prepare(
     max_hypotheses: int = 5,
     max_sources: int = 0,
     split: str = "train",
+    ids: Mapping[str, int] | None = None,
     own: Mapping[str, Any] | None = None,
 ) -> Mapping[str, Any]:
     """Draws from a task or mixture into a prepared folder (see `data.py`), says what came, returns the meta.
 
-    `examples` or `passes` as in `draw`: one of them. `own` is kept in the meta. Raises ValueError in one line.
+    `examples` or `passes` as in `draw`: one of them. `ids` as in `tasks.correction.task_ids`; the whole table is the
+    meta's "families". `ids` and `own` are kept in the meta. Raises ValueError in one line.
     """
+    families = correction.task_ids(ids)
     if examples is None and passes is None:
         raise ValueError("say how much to draw: give examples or passes")
     settings = {"layout": layout, "max_hypotheses": max_hypotheses, "max_sources": max_sources}
@@ -173,27 +180,31 @@ def prepare(
         examples=examples,
         passes=passes,
         tokeniser=loaded,
+        ids=families,
         **settings,
     )
     skipped: Counter[str] = Counter()
     progress = tqdm(drawn, total=total, desc=f"{provider.name} {split}", unit=" examples", mininterval=1, disable=None)
     meta = write_prepared(
         folder,
-        _fitting(progress, skipped),
+        _fitting(progress, families, skipped),
         length=length,
         tokeniser=loaded,
-        families=FAMILIES,
+        families=families,
         skipped=skipped,
         mixture=name if isinstance(name, str) else dict(name),
         split=split,
         seed=seed,
         drawn={"examples": examples, "passes": passes},
         **settings,
+        **({"ids": dict(ids)} if ids else {}),
         **({"own": dict(own)} if own else {}),
     )
     sizes: Counter[str] = Counter()
     for task in tasks:
-        sizes[getattr(task.source, "family", "")] += task.num_input_examples(split)
+        family = getattr(task.source, "family", "")
+        if not any(name.startswith(f"{family}/") for name in families):  # of these, parts are counted
+            sizes[family] += task.num_input_examples(split)
     print(summary(meta, sizes), file=sys.stderr)
     return meta
 
@@ -201,12 +212,15 @@ def prepare(
 def summary(meta: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
     """A table of what was drawn by family; `sizes` are the examples that there are."""
     total = sum(tally["examples"] for tally in meta["tasks"].values())
-    lines = [f"{'family':10} {'examples':>9} {'share':>6} {'epochs':>7} {'tokens':>10} {'too long':>9}"]
+    width = max(10, *map(len, meta["tasks"]))
+    lines = [f"{'task':{width}} {'examples':>9} {'share':>6} {'epochs':>7} {'tokens':>10} {'too long':>9}"]
     for family, tally in meta["tasks"].items():
         skipped = tally.get("skipped", 0)
         epochs = f"{(tally['examples'] + skipped) / sizes[family]:7.2f}" if sizes.get(family) else f"{'?':>7}"
         share = tally["examples"] / total
-        lines.append(f"{family:10} {tally['examples']:9,} {share:6.1%} {epochs} {tally['tokens']:10,} {skipped:9,}")
+        lines.append(
+            f"{family:{width}} {tally['examples']:9,} {share:6.1%} {epochs} {tally['tokens']:10,} {skipped:9,}"
+        )
     return "\n".join([*lines, f"{meta['rows']:,} rows of {meta['length']} tokens, {meta['fill']:.1%} full"])
 
 
@@ -216,16 +230,17 @@ def _tasks_with(provider: seqio.Task | seqio.Mixture, split: str) -> Sequence[se
     found = [task for task in tasks if split in task.splits]
     if not found:
         splits = sorted({split for task in tasks for split in task.splits})
-        raise ValueError(f"{provider.name} has no split {split!r}; it has {', '.join(splits)}")
+        there = ", ".join(splits) or "none here: MOE_JAX_DATA names a folder with its files"
+        raise ValueError(f"{provider.name} has no split {split!r}; it has {there}")
     for task in found:
         if not task.num_input_examples(split):
             raise ValueError(f"{task.name}: its split {split!r} has no examples")
     return found
 
 
-def _fitting(examples: Iterable[Packable], skipped: Counter[str]) -> Iterator[Packable]:
+def _fitting(examples: Iterable[Packable], families: Mapping[str, int], skipped: Counter[str]) -> Iterator[Packable]:
     """Leaves out, and counts by family, what does not fit. Raises ValueError if nothing does."""
-    names = {number: name for name, number in FAMILIES.items()}
+    names = {number: name for name, number in families.items()}
     fits = False
     for example in examples:
         if len(example.tokens) > len(UNFIT.tokens):

@@ -249,6 +249,7 @@ def train(
         "tokeniser_model": base64.b64encode(train_set.tokeniser.model).decode(),
         "families": families,
         "layout": train_set.meta.get("layout", "aligned"),
+        **{k: train_set.meta[k] for k in ("max_hypotheses", "max_sources") if k in train_set.meta},
         "length": train_set.meta["length"],
         "batch_size": batch_size,
         "seed": seed,

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import gzip
+import json
 import os
 import zlib
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -21,41 +22,74 @@ from typing import Any
 from moe_jax import formats
 from moe_jax.formats.record import Record
 from moe_jax.tasks import preprocessors
-from moe_jax.tasks.families import family_id
+from moe_jax.tasks.families import FAMILIES, MAX_FAMILIES, family_id
 from moe_jax.tasks.quiet import seqio, tf
-from moe_jax.text.prompt import Example, encode_example
+from moe_jax.text.prompt import Example, check_layout, encode_example
 from moe_jax.text.tokeniser import Tokeniser
 
 PACKAGED = Path(__file__).parent / "data"
 SPLITS = ("train", "valid", "test")
-MAX_TASK_IDS = 256  # of the vocabulary of `tasks`; families are uint8 in prepared data
 SHUFFLE_LINES = 200_000  # lines held in memory to shuffle; a larger file is shuffled over a window of them
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What turns rows into ids; the same for all tasks of a mixture."""
+    """What turns rows into ids; the same for all tasks of a mixture. `ids` are those of `task_ids`."""
 
     tokeniser: Tokeniser | str | os.PathLike = PACKAGED / "tokeniser.model"
     layout: str = "aligned"
     max_hypotheses: int = 5
     max_sources: int = 0
+    ids: Mapping[str, int] = dataclasses.field(default_factory=lambda: FAMILIES)
 
     @functools.cached_property
     def loaded(self) -> Tokeniser:
         return self.tokeniser if isinstance(self.tokeniser, Tokeniser) else Tokeniser.load(self.tokeniser)
 
-    def encode(self, record: Record, max_length: int) -> Example | None:
-        return encode_example(
-            self.loaded,
-            record.hypotheses,
-            record.sources,
-            record.reference,
-            max_length=max_length,
-            layout=self.layout,
-            max_hypotheses=self.max_hypotheses,
-            max_sources=self.max_sources,
-        )
+    def encoder(self, family: str) -> preprocessors.Encode:
+        """Encodes rows of a family. Raises ValueError for a layout that the tokeniser cannot write."""
+        check_layout(self.loaded, self.layout)
+        by_set = any(name.startswith(f"{family}/") for name in self.ids)
+
+        def encode(record: Record, max_length: int) -> tuple[Example | None, int]:
+            example = encode_example(
+                self.loaded,
+                record.hypotheses,
+                record.sources,
+                record.reference,
+                max_length=max_length,
+                layout=self.layout,
+                max_hypotheses=self.max_hypotheses,
+                max_sources=self.max_sources,
+                family=family,
+            )
+            source_set = json.loads(record.raw).get("source_set") if by_set else None
+            return example, self.ids.get(f"{family}/{source_set}", self.ids[family])
+
+        return encode
+
+
+def task_ids(ids: Mapping[str, int] | None = None) -> dict[str, int]:
+    """`FAMILIES`, changed and extended by `ids`: of a family ("asr"), or of one data set of it ("asr/austen-whisper",
+    the row's "source_set"), which then is a task of its own.
+
+    Raises ValueError, in one line, for an unknown family, or for an id that is taken or out of range.
+    """
+    table = FAMILIES | dict(ids or {})
+    for name, number in table.items():
+        _family_id(name.split("/")[0])
+        if type(number) is not int or not 0 < number < MAX_FAMILIES:
+            raise ValueError(f"task {name!r} has the id {number!r}; give it one of 1 to {MAX_FAMILIES - 1}")
+        if twins := [other for other in table if other != name and table[other] == number]:
+            raise ValueError(f"tasks {name!r} and {twins[0]!r} have the same id {number}; give each its own")
+    return table
+
+
+def _family_id(family: str) -> int:
+    try:
+        return family_id(family)
+    except KeyError as error:
+        raise ValueError(error.args[0]) from None
 
 
 _settings = Settings()
@@ -91,16 +125,36 @@ def data_folder() -> Path:
 
 
 class JsonLines(seqio.DataSource):
-    """One `.jsonl` or `.jsonl.gz` file a split, as {"line", "path", "number"}: where a line is, for messages.
+    """One `.jsonl`, `.jsonl.gz` or `.json` file a split, as {"line", "path", "number"}: where a line is, for messages.
 
     Shuffles lines itself, anew in each epoch: cheaper than examples, and over whole files. (seqio's cache in
     memory keeps the first order; `try_in_mem_cache=False` turns it off.)
     """
 
-    def __init__(self, family: str, folder: Callable[[], Path], stem: str, splits: Sequence[str] = SPLITS):
-        """`folder` is asked at use; a file is `stem` + split + suffix in it."""
+    def __init__(
+        self,
+        family: str,
+        folder: Callable[[], Path],
+        stem: str,
+        splits: Sequence[str] = SPLITS,
+        optional: bool = False,
+    ):
+        """`folder` is asked at use; a file is `stem` + split + suffix in it.
+
+        With `optional`, the splits are those that have a file: a mixture goes without the others.
+        """
         super().__init__(splits, caching_permitted=False, performs_internal_shuffling=True)
-        self.family, self._folder, self._stem = family, folder, stem
+        self.family, self._folder, self._stem, self._optional = family, folder, stem, optional
+
+    @property
+    def splits(self) -> Sequence[str]:
+        return [split for split in self._splits if self.has(split)] if self._optional else self._splits
+
+    def has(self, split: str) -> bool:
+        try:
+            return bool(self.path(split))
+        except ValueError:
+            return False
 
     def path(self, split: str) -> Path:
         """Raises ValueError, in one line, if there is no file for the split."""
@@ -114,8 +168,11 @@ class JsonLines(seqio.DataSource):
         return [str(self.path(split))]
 
     def num_input_examples(self, split: str) -> int:
+        if self._optional and not self.has(split):
+            return 0
         path = self.path(split)
-        return _count_lines(path, path.stat().st_mtime_ns)
+        mtime = path.stat().st_mtime_ns
+        return len(_records(path, mtime)[0]) if path.suffix == ".json" else _count_lines(path, mtime)
 
     def get_dataset(
         self,
@@ -126,10 +183,13 @@ class JsonLines(seqio.DataSource):
         **unused: Any,
     ) -> tf.data.Dataset:
         path = self.path(split)
-        lines = tf.data.TextLineDataset(str(path), compression_type="GZIP" if path.suffix == ".gz" else "")
-        rows = lines.enumerate(1).map(
-            lambda number, line: {"line": line, "path": tf.constant(str(path)), "number": number}
-        )
+        if path.suffix == ".json":
+            lines, numbers = _records(path, path.stat().st_mtime_ns)
+            numbered = tf.data.Dataset.from_tensor_slices((tf.constant(numbers, tf.int64), lines))
+        else:
+            compression = "GZIP" if path.suffix == ".gz" else ""
+            numbered = tf.data.TextLineDataset(str(path), compression_type=compression).enumerate(1)
+        rows = numbered.map(lambda number, line: {"line": line, "path": tf.constant(str(path)), "number": number})
         rows = rows.filter(lambda row: tf.strings.length(tf.strings.strip(row["line"])) > 0)
         if shard_info and shard_info.num_shards > 1:
             rows = rows.shard(shard_info.num_shards, shard_info.index)
@@ -148,13 +208,20 @@ def _count_lines(path: Path, mtime: int) -> int:
         raise ValueError(f"{path}: cannot read ({error})") from None
 
 
+@functools.lru_cache(maxsize=4)
+def _records(path: Path, mtime: int) -> tuple[list[bytes], list[int]]:
+    """The records of a JSON list, as they stand in the file, and their lines. Raises FormatError, in one line."""
+    records = list(formats.read(path))
+    return [record.raw.encode() for record in records], [record.line for record in records]
+
+
 def features() -> dict[str, seqio.Feature]:
     """The output features of every correction task: ids in, ids out, nothing appended."""
 
     def of(size: int) -> seqio.Feature:
         return seqio.Feature(seqio.PassThroughVocabulary(size), add_eos=False, dtype=tf.int32)
 
-    return {"tokens": of(1 << 16), "roles": of(3), "tasks": of(MAX_TASK_IDS)}
+    return {"tokens": of(1 << 31), "roles": of(3), "tasks": of(MAX_FAMILIES)}
 
 
 def postprocess(output: Any, example: Mapping[str, Any] | None = None, is_target: bool = False) -> Any:
@@ -177,39 +244,55 @@ def metrics(targets: Sequence[Record], predictions: Sequence[str], *, family: st
 
 
 def register(
-    name: str, family: str, folder: Callable[[], Path], stem: str, splits: Sequence[str] = SPLITS
+    name: str,
+    family: str,
+    folder: Callable[[], Path],
+    stem: str,
+    splits: Sequence[str] = SPLITS,
+    optional: bool = False,
 ) -> seqio.Task:
-    """Registers a seqio task. Raises ValueError for a taken or malformed name, or an unknown family."""
+    """Registers a task over `JsonLines`. Raises ValueError as `add`."""
+    return add(name, family, JsonLines(family, folder, stem, splits, optional))
+
+
+def add(
+    name: str,
+    family: str,
+    source: seqio.DataSource,
+    to_rows: Sequence[Callable[[tf.data.Dataset], tf.data.Dataset]] = (),
+    shuffle_buffer_size: int | None = None,
+) -> seqio.Task:
+    """Registers a seqio task over a source of the rows of `JsonLines`, or of what `to_rows` makes them of.
+
+    Raises ValueError for a taken or malformed name, or an unknown family.
+    """
     if name in seqio.TaskRegistry.names() or name in seqio.MixtureRegistry.names():
         raise ValueError(f"a task or mixture called {name!r} is registered already; choose another name")
+    _family_id(family)
 
     def correction_metrics(targets, predictions):
         return metrics(targets, predictions, family=family)
 
-    try:
-        task_id = family_id(family)
-    except KeyError as error:
-        raise ValueError(error.args[0]) from None
-    encode_rows = functools.partial(preprocessors.encode_rows, get_encode=lambda: settings().encode, task_id=task_id)
+    encode_rows = functools.partial(preprocessors.encode_rows, get_encode=lambda: settings().encoder(family))
     return seqio.TaskRegistry.add(
         name,
-        source=JsonLines(family, folder, stem, splits),
-        preprocessors=[encode_rows],
+        source=source,
+        preprocessors=[*to_rows, encode_rows],
         output_features=features(),
         postprocess_fn=postprocess,
         metric_fns=[correction_metrics],
-        shuffle_buffer_size=None,  # the source shuffles
+        shuffle_buffer_size=shuffle_buffer_size,  # None: the source shuffles
     )
 
 
 def register_jsonl_task(name: str, family: str, folder: str | os.PathLike) -> seqio.Task:
-    """A task of the user's own from `train.jsonl`, `valid.jsonl` and `test.jsonl` (or .jsonl.gz) in `folder`.
+    """A task of the user's own from `train.jsonl`, `valid.jsonl` and `test.jsonl` in `folder`.
 
-    Each line is an object with "hypotheses" (a list, best first) and "reference", and "sources" if any, or
-    with the keys of another tool that `moe_jax.formats` knows (such as HyPoradise's "input" and "output").
-    Raises ValueError, in one line, without `train.jsonl`, or if the name cannot be used.
+    (Or .jsonl.gz, or .json: a list.) Each line is an object with "hypotheses" (a list, best first) and "reference",
+    and "sources" if any, or with the keys of another tool that `moe_jax.formats` knows (such as HyPoradise's "input"
+    and "output"). Raises ValueError, in one line, without a train file, or if the name cannot be used.
     """
     folder = Path(folder).absolute()
-    JsonLines(family, lambda: folder, "").path("train")
-    splits = [split for split in SPLITS if any((folder / f"{split}.jsonl{end}").is_file() for end in ("", ".gz"))]
-    return register(name, family, lambda: folder, "", splits)
+    source = JsonLines(family, lambda: folder, "")
+    source.path("train")
+    return register(name, family, lambda: folder, "", [split for split in SPLITS if source.has(split)])

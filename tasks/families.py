@@ -4,7 +4,7 @@ Append only. 0 is padding (seqio's packer strips zeros, so a family is never 0),
 shapes of every task table, so that a checkpoint still loads after a family has been added.
 """
 
-MAX_FAMILIES = 16
+MAX_FAMILIES = 64
 
 FAMILIES = {
     "asr": 1,  # post-ASR from an n-best list
@@ -12,6 +12,9 @@ FAMILIES = {
     "mt": 3,  # post-MT from one or more translations
     "gec": 4,  # grammar and spelling
     "denoise": 5,  # synthetic noise on clean text, for base models
+    "tn": 6,  # text normalisation: written -> spoken
+    "itn": 7,  # inverse: spoken -> written
+    "st": 8,  # speech translation
 }
 
 

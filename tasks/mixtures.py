@@ -1,18 +1,23 @@
 """Mixtures of the correction tasks.
 
 correct_all   the four families, each by the square root of its size (temperature 2), so that small ones count
+correct_five  the same with text normalisation and its inverse, where the corpus has them
 correct_base  generated noise (two thirds) and the families, to pretrain a base model
 """
 
 import functools
 
-from moe_jax.tasks import asr, denoise, gec, mt, ocr
+from moe_jax.tasks import asr, denoise, gec, itn, mt, ocr, tn
 from moe_jax.tasks.quiet import seqio
 
 by_size = functools.partial(seqio.mixing_rate_num_examples, temperature=2.0)
 
 CORRECT_ALL = seqio.MixtureRegistry.add(
     "correct_all", [task.TASK.name for task in (asr, ocr, mt, gec)], default_rate=by_size
+)
+
+CORRECT_FIVE = seqio.MixtureRegistry.add(
+    "correct_five", [task.TASK.name for task in (asr, ocr, mt, gec, tn, itn)], default_rate=by_size
 )
 
 BASE_RATES = {denoise: 110.0, mt: 24.0, gec: 14.0, asr: 12.0, ocr: 10.0}

@@ -1,6 +1,7 @@
-"""From a line of JSON to `tokens`, `roles` and `tasks`: int32, equally long, without zeros.
+"""From a line of JSON to `tokens`, `roles` and `tasks`: int32, equally long, the last two without zeros.
 
-Zero-free because seqio's packer strips zeros; per token because it refuses features that pass through.
+Zero-free because seqio's packer strips zeros (`CorrectionConverter` keeps it from token 0, which pretrained
+vocabularies have); per token because it refuses features that pass through.
 """
 
 from __future__ import annotations
@@ -14,11 +15,10 @@ from moe_jax.formats import objects
 from moe_jax.formats.record import Bad, Place, Record
 from moe_jax.tasks.quiet import tf
 from moe_jax.text.prompt import READ, Example
-from moe_jax.text.tokeniser import EOS
 
-UNFIT = Example([EOS], [READ])  # stands for an example that is too long, so that it is counted, not lost
+UNFIT = Example([1], [READ])  # stands for an example that is too long, so that it is counted, not lost
 
-Encode = Callable[[Record, int], Example | None]  # (record, max_length)
+Encode = Callable[[Record, int], tuple[Example | None, int]]  # (record, max_length) -> an example, the id of its task
 
 
 def parse_row(line: bytes, path: bytes, number: int) -> Record:
@@ -45,7 +45,6 @@ def encode_rows(
     sequence_length: Mapping[str, int] | None,
     *,
     get_encode: Callable[[], Encode],
-    task_id: int,
 ) -> tf.data.Dataset:
     """Adds the model's features to {"line", "path", "number"}; an example that does not fit becomes `UNFIT`.
 
@@ -58,10 +57,11 @@ def encode_rows(
     def to_arrays(line: bytes, path: bytes, number: int) -> np.ndarray:
         record = parse_row(line, path, number)
         try:
-            example = encode(record, max_length) or UNFIT
+            example, task = encode(record, max_length)
         except ValueError as error:
             raise ValueError(f"{path.decode()}:{number}: {error}") from None
-        return np.stack([example.tokens, example.roles, np.full(len(example.tokens), task_id)]).astype(np.int32)
+        tokens, roles = example or UNFIT
+        return np.stack([tokens, roles, np.full(len(tokens), task)]).astype(np.int32)
 
     def features(row: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         # Declared stateless: TensorFlow cannot save the state of an iterator over stateful functions.

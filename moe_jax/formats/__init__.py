@@ -94,15 +94,16 @@ def detect(path: PathLike, fmt: str | None = None) -> str:
 
 
 def split_file(folder: PathLike, split: str, stem: str = "") -> Path:
-    """The file of a split in a corpus folder, `stem` + split + `.jsonl.gz` or `.jsonl`; where both are, the first.
+    """The file of a split in a corpus folder, `stem` + split + `.jsonl.gz`, `.jsonl` or `.json` (a list, as HyPoradise
+    has it); of several, the first.
 
-    Raises ValueError, in one line, where there is neither.
+    Raises ValueError, in one line, where there is none.
     """
-    zipped = Path(folder) / f"{stem}{split}.jsonl.gz"
-    for path in (zipped, zipped.with_suffix("")):
+    paths = [Path(folder) / f"{stem}{split}{suffix}" for suffix in (".jsonl.gz", ".jsonl", ".json")]
+    for path in paths:
         if path.is_file():
             return path
-    raise ValueError(f"{zipped}: no such file, nor one without .gz")
+    raise ValueError(f"{paths[0]}: no such file, nor one that ends in .jsonl or .json")
 
 
 def parts(path: PathLike, fmt: str | None = None, field: str | None = None) -> Iterator[Part]:

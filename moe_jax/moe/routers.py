@@ -16,7 +16,7 @@ from flax import nnx
 from moe_jax.layers.param import Module, Rngs, normal, param
 from moe_jax.types import Array, RouterStats, RoutingDecision, TokenInfo
 
-MAX_TASKS = 16  # the shape of every task table (tasks/families.py: MAX_FAMILIES)
+MAX_TASKS = 64  # the shape of every task table (tasks/families.py: MAX_FAMILIES)
 
 
 def chosen(score_BxLxE: Array, expert_BxLxK: Array) -> Array:

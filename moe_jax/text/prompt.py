@@ -6,7 +6,8 @@
 The aligned layout is a confusion network over the words of the first hypothesis, after Mangu, Brill and
 Stolcke, "Finding consensus in speech recognition" (2000), but with whole differing spans as alternatives, so
 that every hypothesis is still a path through it. One that has little in common with the first follows whole.
-The corrected text is written after `<fix>` and ends with end-of-text.
+The corrected text is written after `<fix>` and ends with end-of-text. Prompts in plain text, which pretrained models
+read, are in `templates.py`; `encode_example` takes the names of either.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import NamedTuple
 
 from rapidfuzz.distance import Levenshtein
 
-from moe_jax.text.tokeniser import ALT, CONTROLS, END_ALT, EOS, FIX, HYP, OR, SRC, Tokeniser
+from moe_jax.text import templates
+from moe_jax.text.tokeniser import ALT, CONTROLS, END_ALT, FIX, HYP, OR, SRC, Tokeniser, Unigram
 
 READ, WRITE = 1, 2  # roles of tokens; 0 is padding
 LAYOUTS = ("aligned", "list")
@@ -73,7 +75,7 @@ class Prompt:
         strands = (align(first, near), *(align(words, ()) for words in far))
         return cls(strands, tuple(dict.fromkeys(sources)))
 
-    def encode(self, tokeniser: Tokeniser) -> list[int]:
+    def encode(self, tokeniser: Unigram) -> list[int]:
         ids: list[int] = []
         for strand in self.strands:
             ids.append(HYP)
@@ -84,7 +86,7 @@ class Prompt:
         return [*ids, FIX]
 
     @classmethod
-    def decode(cls, tokeniser: Tokeniser, ids: Iterable[int]) -> Prompt:
+    def decode(cls, tokeniser: Unigram, ids: Iterable[int]) -> Prompt:
         """The prompt of ids up to `<fix>`. Raises ValueError if control tokens stand where they cannot."""
         strands: list[list[list[Words]]] = []
         sources: list[str] = []
@@ -130,6 +132,17 @@ def align(first: Words, others: Sequence[Words]) -> Strand:
     return (*strand, (first[done:],)) if done < len(first) else tuple(strand)
 
 
+def check_layout(tokeniser: Tokeniser, layout: str) -> None:
+    """Raises ValueError, in one line, for a layout that there is not, or that this tokeniser cannot write."""
+    if layout not in LAYOUTS:
+        templates.check(tokeniser, layout)
+    elif not isinstance(tokeniser, Unigram):
+        raise ValueError(
+            f"layout {layout!r} is written in control tokens of moe_jax's own tokeniser; "
+            f"for a pretrained one choose a template: {', '.join(templates.TEMPLATES)}"
+        )
+
+
 def encode_example(
     tokeniser: Tokeniser,
     hypotheses: Sequence[str],
@@ -140,28 +153,42 @@ def encode_example(
     layout: str = "aligned",
     max_hypotheses: int = 5,
     max_sources: int = 0,
+    family: str | None = None,
 ) -> Example | None:
     """The ids that train (with `reference`) or prompt (without) the corrector.
 
     What does not fit `max_length` loses its last hypotheses, then its last sources; None if the first
     hypothesis alone does not fit, for the caller to count. Without a reference, room for writing the
     correction is kept: 1.3 x the tokens of the first hypothesis + 16.
+
+    Args:
+      layout: one of `LAYOUTS`, or a template (`templates.py`).
+      family: the task where it is known; only templates that say it ask.
     """
-    hypotheses = list(dict.fromkeys(hypotheses))[:max_hypotheses]
+    check_layout(tokeniser, layout)
+    first, hypotheses = hypotheses[:1], templates.fill(layout, hypotheses, max_hypotheses)
     sources = sources[:max_sources]
     if reference is None:
         target = []
-        room = max_length - room_to_write(tokeniser, hypotheses[0]) if hypotheses else 0
+        room = max_length - room_to_write(tokeniser, first[0]) if first else 0
     else:
-        target = [*tokeniser.encode(reference), EOS]
+        target = [*tokeniser.encode(reference), tokeniser.eos[0]]
         room = max_length - len(target)
     fewer_hypotheses = [(n, len(sources)) for n in range(len(hypotheses), 1, -1)]
     fewer_sources = [(1, n) for n in range(len(sources), -1, -1)]
     for kept, kept_sources in fewer_hypotheses + fewer_sources:
-        prompt = Prompt.build(hypotheses[:kept], sources[:kept_sources], layout).encode(tokeniser)
+        prompt = _prompt(tokeniser, hypotheses[:kept], sources[:kept_sources], layout, family)
         if len(prompt) <= room:
             return Example(prompt + target, [READ] * len(prompt) + [WRITE] * len(target))
     return None
+
+
+def _prompt(
+    tokeniser: Tokeniser, hypotheses: Sequence[str], sources: Sequence[str], layout: str, family: str | None
+) -> list[int]:
+    if isinstance(tokeniser, Unigram) and layout in LAYOUTS:
+        return Prompt.build(hypotheses, sources, layout).encode(tokeniser)
+    return templates.encode(tokeniser, layout, hypotheses, sources, family)
 
 
 def room_to_write(tokeniser: Tokeniser, first: str) -> int:
@@ -188,7 +215,7 @@ def _merge(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return merged
 
 
-def _encode_span(tokeniser: Tokeniser, span: Span) -> list[int]:
+def _encode_span(tokeniser: Unigram, span: Span) -> list[int]:
     if len(span) == 1:
         return tokeniser.encode_words(span[0])
     ids = [ALT, *tokeniser.encode_words(span[0])]

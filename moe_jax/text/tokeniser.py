@@ -1,8 +1,9 @@
-"""Text <-> token ids: a SentencePiece unigram model with byte fallback.
+"""Text <-> token ids: what every tokeniser can do, and our own one (`pretrained.py` has those of pretrained models).
 
-Every text round-trips exactly (double spaces, line breaks, any script): the model normalises nothing, and
-what it has no piece for is spelled in UTF-8 bytes, so `<unk>` never occurs. Each *word* carries its leading
-space, the first one too, so that a word has the same pieces wherever it stands, in a prompt or in a target.
+Ours is a SentencePiece unigram model with byte fallback. Every text round-trips exactly (double spaces, line
+breaks, any script): the model normalises nothing, and what it has no piece for is spelled in UTF-8 bytes, so
+`<unk>` never occurs. Each *word* carries its leading space, the first one too, so that a word has the same
+pieces wherever it stands, in a prompt or in a target.
 
 Ids: 0 padding, 1 end of text, 2 unknown (never produced), 3-8 the control tokens of `prompt.py`, 9-264 the
 bytes, then pieces. No text can spell a control token: "<hyp>" typed by a user is five characters of text.
@@ -10,6 +11,7 @@ bytes, then pieces. No text can spell a control token: "<hyp>" typed by a user i
 
 from __future__ import annotations
 
+import abc
 import hashlib
 import io
 import os
@@ -27,13 +29,80 @@ _SPACE_MARK = "\u2581"  # SentencePiece's own spelling of a space; a literal one
 _SPACE_MARK_IDS = [FIRST_BYTE + byte for byte in _SPACE_MARK.encode()]
 
 
-class Tokeniser:
-    """A tokeniser from the bytes of a SentencePiece model (see `Tokeniser.load` and `train`)."""
+class Tokeniser(abc.ABC):
+    """What prompts, prepared data and decoding need of a tokeniser, whichever it is.
+
+    Attributes:
+      model: the whole tokeniser as bytes, which travel with prepared data and checkpoints; `load` reads them.
+      sha256: of `model`.
+      eos: ids of end-of-text: targets end with the first, a written text with any.
+      bos: the id that stands in front of every prompt, or None.
+    """
+
+    eos: tuple[int, ...] = (EOS,)
+    bos: int | None = None
+
+    def __init__(self, model: bytes):
+        self.model = model
+        self.sha256 = hashlib.sha256(model).hexdigest()
+
+    @staticmethod
+    def load(source: str | os.PathLike | bytes) -> Tokeniser:
+        """From a tokeniser's file or its bytes, or from the folder of a Hugging Face model.
+
+        Raises ValueError in one line; nothing is executed on load.
+        """
+        name = "the tokeniser model" if isinstance(source, bytes) else str(source)
+        try:
+            if not isinstance(source, bytes) and Path(source).is_dir():
+                from moe_jax.text import pretrained
+
+                return pretrained.from_folder(source)
+            model = source if isinstance(source, bytes) else Path(source).read_bytes()
+        except OSError as error:
+            raise ValueError(f"{source}: cannot read the tokeniser ({error.strerror})") from None
+        if model.startswith(b"{"):  # SentencePiece's protocol buffers never do
+            from moe_jax.text import pretrained
+
+            return pretrained.Pretrained(model, name)
+        return Unigram(model, name)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the model aside, then renames it, so that a torn file never carries the name."""
+        aside = Path(f"{path}.{os.getpid()}.tmp")
+        aside.write_bytes(self.model)
+        aside.replace(path)
+
+    @property
+    @abc.abstractmethod
+    def vocab_size(self) -> int:
+        """Rows of the embedding: every id is below."""
+
+    @abc.abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """The ids of plain text: whatever a user typed, none of them is a control token."""
+
+    @abc.abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of any ids (say, of a model): control tokens are skipped, broken UTF-8 becomes U+FFFD."""
+
+    def control(self, name: str) -> int | None:
+        """The id of the control token that is spelled so, or None."""
+        return None
+
+    def _ids(self, ids: Iterable[int]) -> list[int]:
+        ids = [int(i) for i in ids]
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            raise ValueError(f"token ids {min(ids)}..{max(ids)} outside of [0, {self.vocab_size})")
+        return ids
+
+
+class Unigram(Tokeniser):
+    """Our own tokeniser, from the bytes of a SentencePiece model (see `train`)."""
 
     def __init__(self, model: bytes, name: str = "the tokeniser model"):
         """Raises ValueError, in one line, if `model` is damaged or lacks the fixed special ids."""
-        self.model = model
-        self.sha256 = hashlib.sha256(model).hexdigest()
+        super().__init__(model)
         try:
             if not model:  # SentencePiece would wait for a model instead of refusing
                 raise RuntimeError("empty")
@@ -43,22 +112,6 @@ class Tokeniser:
             raise ValueError(f"{name}: not a SentencePiece model, or a damaged one") from None
         if pieces != ["<pad>", "</s>", "<unk>", *CONTROLS, "<0x00>"]:
             raise ValueError(f"{name}: unexpected special ids {pieces}; train it with moe_jax.text")
-
-    @classmethod
-    def load(cls, source: str | os.PathLike | bytes) -> Tokeniser:
-        """From a `.model` file or its bytes. Raises ValueError in one line; nothing is executed on load."""
-        if isinstance(source, bytes):
-            return cls(source)
-        try:
-            return cls(Path(source).read_bytes(), str(source))
-        except OSError as error:
-            raise ValueError(f"{source}: cannot read the tokeniser ({error.strerror})") from None
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes the model aside, then renames it, so that a torn file never carries the name."""
-        aside = Path(f"{path}.{os.getpid()}.tmp")
-        aside.write_bytes(self.model)
-        aside.replace(path)
 
     @property
     def vocab_size(self) -> int:
@@ -81,7 +134,6 @@ class Tokeniser:
         return first + [i for ids in rest for i in (*_SPACE_MARK_IDS, *ids)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of any ids (say, of a model): control tokens are skipped, broken UTF-8 becomes U+FFFD."""
         return self._decode(ids).removeprefix(" ")
 
     def decode_words(self, ids: Iterable[int]) -> list[str]:
@@ -90,13 +142,10 @@ class Tokeniser:
         return text.removeprefix(" ").split(" ") if text else []
 
     def _decode(self, ids: Iterable[int]) -> str:
-        ids = [int(i) for i in ids]
-        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            raise ValueError(f"token ids {min(ids)}..{max(ids)} outside of [0, {self.vocab_size})")
-        return self._sp.decode([i for i in ids if i >= FIRST_BYTE])
+        return self._sp.decode([i for i in self._ids(ids) if i >= FIRST_BYTE])
 
 
-def train(sentences: Iterable[str], vocab_size: int, seed: int = 0) -> Tokeniser:
+def train(sentences: Iterable[str], vocab_size: int, seed: int = 0) -> Unigram:
     """Trains on `sentences`: deterministic, one thread. Raises ValueError if there is too little text.
 
     Args:
@@ -130,7 +179,7 @@ def train(sentences: Iterable[str], vocab_size: int, seed: int = 0) -> Tokeniser
         )
     except RuntimeError as error:
         raise ValueError(f"cannot train {vocab_size} pieces: {str(error).rpartition('] ')[2].strip()}") from None
-    return Tokeniser(model.getvalue())
+    return Unigram(model.getvalue())
 
 
 def fair_sample(
