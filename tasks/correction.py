@@ -186,11 +186,9 @@ def register(
     def correction_metrics(targets, predictions):
         return metrics(targets, predictions, family=family)
 
-    try:
-        task_id = family_id(family)
-    except KeyError as error:
-        raise ValueError(error.args[0]) from None
-    encode_rows = functools.partial(preprocessors.encode_rows, get_encode=lambda: settings().encode, task_id=task_id)
+    encode_rows = functools.partial(
+        preprocessors.encode_rows, get_encode=lambda: settings().encode, task_id=family_id(family)
+    )
     return seqio.TaskRegistry.add(
         name,
         source=JsonLines(family, folder, stem, splits),

@@ -5,6 +5,7 @@ Pre-norm blocks: a short causal convolution, rotary attention, a gated feed-forw
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -77,6 +78,8 @@ class Corrector(Module):
     auxiliary: weights of the auxiliary losses by name (`losses.AUXILIARY`).
     remat: gradient checkpointing policy of the stack (`layers.stack.REMAT`).
     unroll: layers written out in each turn of the loop over layers, without a state; 1 compiles fastest.
+
+    Raises ValueError for a router that is not causal.
     """
 
     def __init__(
@@ -99,6 +102,11 @@ class Corrector(Module):
         self.blocks: Any = stack.build(
             lambda rngs: Block(d, attention=attention, ffn=ffn, conv_width=conv_width, rngs=rngs), layers, rngs
         )
+        if (router := getattr(self.ffn, "router", None)) and not getattr(router, "causal", True):
+            raise ValueError(
+                f"{type(router).__name__} looks at the whole row: a causal model would see its future; "
+                "use it in an encoder"
+            )
         self.norm = RMSNorm(d, rngs=rngs)
         self.output = None if tied else param(rngs, (d, vocab), ("embed", "vocab"), normal(d**-0.5))
         self.auxiliary = tuple(sorted(dict(auxiliary).items()))
@@ -125,6 +133,7 @@ class Corrector(Module):
         The state comes back as it is given: stacked over layers, or `stack.split`, which is faster token by token.
         """
         x = self.embedding[...][tokens_BxL] * self.d**0.5
+        info = dataclasses.replace(info, token_BxL=tokens_BxL)
         keys = None if key is None else jax.random.split(key, self.layers)
         x, outs = stack.run(
             self.blocks,
