@@ -39,7 +39,7 @@ from moe_jax.layers.param import Rngs
 from moe_jax.main import shipped
 from moe_jax.models.corrector import Corrector
 from moe_jax.moe.layer import MoeFfn
-from moe_jax.moe.routers import TaskMapped
+from moe_jax.moe.task_routers import TaskMapped
 from moe_jax.packing import Packable, pack
 from moe_jax.text.prompt import READ, WRITE
 from moe_jax.text.tokeniser import Tokeniser

@@ -16,7 +16,7 @@ from typing import Any
 from moe_jax.layers import attention, ffn
 from moe_jax.layers.param import Module
 from moe_jax.models import corrector
-from moe_jax.moe import dispatch, experts, grouped, layer, routers
+from moe_jax.moe import dispatch, experts, grouped, layer, routers, task_routers
 
 KNOWN: dict[str, Callable] = {
     cls.__name__: cls
@@ -28,10 +28,14 @@ KNOWN: dict[str, Callable] = {
         experts.Gated,
         routers.Router,
         routers.Switch,
-        routers.TaskMapped,
-        routers.TaskBiased,
-        routers.ByTask,
         routers.BiasBalanced,
+        routers.SentenceLevel,
+        routers.ExpertChoice,
+        routers.Hash,
+        task_routers.TaskMapped,
+        task_routers.TaskBiased,
+        task_routers.TaskLevel,
+        task_routers.ByTask,
         dispatch.dropless,
         dispatch.ragged,
         dispatch.exchanged,

@@ -19,7 +19,7 @@ from moe_jax.data import Prepared
 from moe_jax.formats import Record
 from moe_jax.metrics import errors, scoring
 from moe_jax.metrics.normalisers import family_normaliser
-from moe_jax.moe.routers import TaskMapped
+from moe_jax.moe.task_routers import TaskMapped
 from moe_jax.partfile import write_text
 from moe_jax.pipeline import Guard, Pipeline, Proposal, export
 from moe_jax.report import write_report
@@ -94,9 +94,15 @@ def tune_guard(rows: Rows, proposals: Sequence[Proposal]) -> Guard:
 def atlas(pipeline: Pipeline, valid_data: str, batches: int = 16, batch_size: int = 16) -> dict[str, Any] | None:
     """Where free routing sends each family, over prepared validation rows: the data of the report's heat maps.
 
+    With a task map, `mapped` lists the experts of each family, and `agreement` is the share of its tokens for which
+    free routing chooses at least one of them, the mean over layers.
+
     Returns None for a dense model.
     """
-    data, model = Prepared.open(valid_data), pipeline.model
+    data, model = Prepared.open(valid_data), jax.tree.map(lambda leaf: leaf, pipeline.model)
+    router = getattr(model.ffn, "router", None)
+    if isinstance(router, TaskMapped):
+        router.inference = "free"  # of this copy: the rows say their task
     batches = max(1, min(batches, data.rows // batch_size))
     step = jax.jit(lambda m, b: m(b.tokens_BxL, b.info)[2])
     total: Any = None
@@ -115,14 +121,11 @@ def atlas(pipeline: Pipeline, valid_data: str, batches: int = 16, batch_size: in
         "load": share.tolist(),
         "entropy": (np.asarray(total.entropy) / np.maximum(np.asarray(total.count), 1)).tolist(),
     }
-    router = model.ffn.router
     if isinstance(router, TaskMapped):
-        # An assignment is one of k choices of a token: k x the share is how often the mapped expert is among them.
-        out["mapped"] = {names.get(t, "unknown"): router.experts[t] for t in present}
-        out["agreement"] = {
-            names.get(t, "unknown"): float(min(1.0, router.k * share[:, i, router.experts[t]].mean()))
-            for i, t in enumerate(present)
-        }
+        asked, found = np.asarray(total.target_T), np.asarray(total.found_T)
+        mapped = [t for t in present if asked[:, t].any()]
+        out["mapped"] = {names.get(t, "unknown"): list(router.experts[t]) for t in mapped}
+        out["agreement"] = {names.get(t, "unknown"): float((found[:, t] / asked[:, t]).mean()) for t in mapped}
     return out
 
 

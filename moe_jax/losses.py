@@ -49,10 +49,10 @@ def task_balance(stats: RouterStats) -> Array:
 
 
 def task_map(stats: RouterStats) -> Array:
-    """Mean -log probability of the expert that the task map asks for (`routers.TaskMapped`), the mean over layers; 0
-    for routers without a map. Our addition to NeKo: in a short fine-tuning the gradient through the mixing weights
-    alone is too weak for free routing to find the mapped experts."""
-    return (stats.target_nll / jnp.maximum(stats.targets, 1)).mean()
+    """Mean -log probability of the experts that the task map asks for (`task_routers.TaskMapped`), the mean over
+    layers; 0 for routers without a map. Our addition to NeKo: in a short fine-tuning the gradient through the mixing
+    weights alone is too weak for free routing to find the mapped experts."""
+    return (stats.target_nll / jnp.maximum(jnp.sum(stats.target_T, axis=-1), 1)).mean()
 
 
 AUXILIARY = {

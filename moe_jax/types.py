@@ -33,12 +33,14 @@ class TokenInfo:
       valid_BxL: bool, False at padding: such a position never routes and never enters a loss.
       segment_BxL: int32, which example of a packed row (from 1); positions of two segments never meet.
       position_BxL: int32, the position within the segment, from 0.
+      token_BxL: int32, the id of what is read there; None outside of models of tokens, which set it.
     """
 
     task_BxL: Array
     valid_BxL: Array
     segment_BxL: Array
     position_BxL: Array
+    token_BxL: Array | None = None
 
 
 @value
@@ -63,16 +65,16 @@ class RoutingDecision:
     """Which experts a position goes to, and with which weights.
 
     Attributes:
-      expert_BxLxK: int32 in [0, E]; E is nobody (padding).
-      weight_BxLxK: float32; 0 at padding.
+      expert_BxLxK: int32 in [0, E]; E is nobody (padding, or fewer than K experts).
+      weight_BxLxK: float32; 0 for nobody.
       logits_BxLxE: float32 router logits, before any forcing or bias.
-      target_BxL: int32, the expert that a task map asks for, -1 where none does; None outside such training.
+      target_BxLxE: bool, the experts that a task map asks for; None without a map.
     """
 
     expert_BxLxK: Array
     weight_BxLxK: Array
     logits_BxLxE: Array
-    target_BxL: Array | None = None
+    target_BxLxE: Array | None = None
 
 
 @value
@@ -88,8 +90,9 @@ class RouterStats:
       dropped: assignments lost to capacity (no gradient).
       task_load_TxE: assignments by family (no gradient).
       count: number of valid positions.
-      target_nll: sum of -log softmax(logits) at the experts that a task map asks for; carries a gradient.
-      targets: number of positions for which a task map asks for one.
+      target_nll: sum of -log probability of all experts that a task map asks for; carries a gradient.
+      target_T: number of positions of each family for which a task map asks.
+      found_T: those of them that have an expert that it asks for (no gradient).
     """
 
     load_E: Array
@@ -100,4 +103,5 @@ class RouterStats:
     task_load_TxE: Array
     count: Array
     target_nll: Array | float = 0.0
-    targets: Array | float = 0.0
+    target_T: Array | float = 0.0
+    found_T: Array | float = 0.0

@@ -77,19 +77,12 @@ def task_ids(ids: Mapping[str, int] | None = None) -> dict[str, int]:
     """
     table = FAMILIES | dict(ids or {})
     for name, number in table.items():
-        _family_id(name.split("/")[0])
+        family_id(name.split("/")[0])
         if type(number) is not int or not 0 < number < MAX_FAMILIES:
             raise ValueError(f"task {name!r} has the id {number!r}; give it one of 1 to {MAX_FAMILIES - 1}")
         if twins := [other for other in table if other != name and table[other] == number]:
             raise ValueError(f"tasks {name!r} and {twins[0]!r} have the same id {number}; give each its own")
     return table
-
-
-def _family_id(family: str) -> int:
-    try:
-        return family_id(family)
-    except KeyError as error:
-        raise ValueError(error.args[0]) from None
 
 
 _settings = Settings()
@@ -268,7 +261,7 @@ def add(
     """
     if name in seqio.TaskRegistry.names() or name in seqio.MixtureRegistry.names():
         raise ValueError(f"a task or mixture called {name!r} is registered already; choose another name")
-    _family_id(family)
+    family_id(family)
 
     def correction_metrics(targets, predictions):
         return metrics(targets, predictions, family=family)

@@ -33,7 +33,8 @@ def make_info() -> TokenInfo:
     segment[1], position[1] = np.repeat([0, 1], [3, 9]), np.r_[[0] * 3, 0:9]
     segment[2] = position[2] = 0
     task = np.where(segment > 0, 1 + (segment + np.arange(B)[:, None]) % 4, 0).astype(np.int32)
-    return TokenInfo(*map(jnp.asarray, (task, segment > 0, segment, position)))
+    token = np.random.default_rng(0).integers(1, VOCAB, (B, L)).astype(np.int32)
+    return TokenInfo(*map(jnp.asarray, (task, segment > 0, segment, position, token)))
 
 
 def part(info: TokenInfo, rows: slice, places: slice) -> TokenInfo:

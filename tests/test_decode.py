@@ -8,7 +8,7 @@ import pytest
 from moe_jax import decode
 from moe_jax.layers.param import Rngs
 from moe_jax.models.corrector import Corrector
-from moe_jax.moe import routers
+from moe_jax.moe import task_routers
 from moe_jax.moe.layer import MoeFfn
 from moe_jax.types import TokenInfo
 
@@ -19,7 +19,7 @@ def corrector(seed: int = 0, sharp: float = 4.0) -> Corrector:
     """A random MoE corrector whose distributions are sharp enough that rounding decides nothing."""
 
     def ffn(d, *, rngs):
-        return MoeFfn(d, num_experts=3, hidden=16, router=routers.TaskMapped, rngs=rngs)
+        return MoeFfn(d, num_experts=3, hidden=16, router=task_routers.TaskMapped, rngs=rngs)
 
     model = Corrector(d=24, layers=2, vocab=VOCAB, ffn=ffn, rngs=Rngs(params=seed))
     return jax.tree.map(lambda x: x + sharp * 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), model)

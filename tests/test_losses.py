@@ -23,7 +23,8 @@ ranks_must_match = pytest.mark.usefixtures("ranks_must_match")
 
 def make_stats(**known) -> RouterStats:
     zeros: dict[str, Any] = {"load_E": np.zeros(2), "prob_E": np.zeros(2), "task_load_TxE": np.zeros((MAX_TASKS, 2))}
-    zeros |= dict.fromkeys(("z", "entropy", "dropped", "count", "target_nll", "targets"), 0.0)
+    zeros |= dict.fromkeys(("z", "entropy", "dropped", "count", "target_nll"), 0.0)
+    zeros |= dict.fromkeys(("target_T", "found_T"), np.zeros(MAX_TASKS))
     return RouterStats(**{name: jnp.asarray(x, jnp.float32) for name, x in (zeros | known).items()})
 
 
@@ -86,7 +87,8 @@ def test_a_small_task_weighs_as_much_as_a_large_one():
 @ranks_must_match
 def test_task_map():
     # two positions of the first layer have a mapped expert, one of the second: (6 / 2 + 1 / 1) / 2
-    layers = make_stats(target_nll=6.0, targets=2.0), make_stats(target_nll=1.0, targets=1.0)
+    asked = lambda n: np.eye(1, MAX_TASKS, 3)[0] * n  # noqa: E731
+    layers = make_stats(target_nll=6.0, target_T=asked(2)), make_stats(target_nll=1.0, target_T=asked(1))
     np.testing.assert_allclose(losses.task_map(jax.tree.map(lambda *x: jnp.stack(x), *layers)), 2)
     assert float(losses.task_map(SKEWED)) == 0  # a router without a map
 
@@ -124,7 +126,7 @@ def random_decision(seed: int):
         jnp.asarray(np.where(valid[..., None], expert, 3)),
         jnp.asarray(np.where(valid[..., None], 0.5, 0), jnp.float32),
         jnp.asarray(rng.normal(size=(2, 6, 3)), jnp.float32),
-        jnp.asarray(np.where(valid, rng.integers(-1, 3, (2, 6)), -1)),
+        jnp.asarray(valid[..., None] & (rng.random((2, 6, 3)) < 0.4)),
     )
     task = jnp.asarray(np.where(valid, rng.integers(1, 4, (2, 6)), 0))
     return decision, TokenInfo(task, jnp.asarray(valid), jnp.ones((2, 6), int), jnp.zeros((2, 6), int))
@@ -136,18 +138,22 @@ stats_of = jax.jit(lambda decision, info: router_stats(decision, info, jnp.ones(
 @ranks_must_match
 def test_statistics_equal_a_loop():
     decision, info = jax.device_get(random_decision(0))
-    load, prob, by_task, z, entropy, asked = np.zeros(3), np.zeros(3), np.zeros((MAX_TASKS, 3)), 0.0, 0.0, []
+    load, prob, by_task, z, entropy, nll = np.zeros(3), np.zeros(3), np.zeros((MAX_TASKS, 3)), 0.0, 0.0, 0.0
+    asked, found = np.zeros((2, MAX_TASKS))
     for b, l in np.argwhere(info.valid_BxL):
         p = np.exp(decision.logits_BxLxE[b, l]) / np.exp(decision.logits_BxLxE[b, l]).sum()
         prob += p
         entropy -= (p * np.log(p)).sum()
         z += np.log(np.exp(decision.logits_BxLxE[b, l]).sum()) ** 2
-        if (target := decision.target_BxL[b, l]) >= 0:
-            asked.append(-np.log(p[target]))
+        if (target := decision.target_BxLxE[b, l]).any():
+            nll -= np.log(p[target].sum())
+            asked[info.task_BxL[b, l]] += 1
+            found[info.task_BxL[b, l]] += target[decision.expert_BxLxK[b, l]].any()
         for e in decision.expert_BxLxK[b, l]:
             load[e] += 1
             by_task[info.task_BxL[b, l], e] += 1
-    numbers: tuple[Any, ...] = (load, prob, z, entropy, 1.0, by_task, info.valid_BxL.sum(), sum(asked), len(asked))
+    numbers: tuple[Any, ...] = (load, prob, z, entropy, 1.0, by_task, info.valid_BxL.sum(), nll, asked, found)
+    assert 0 < found.sum() < asked.sum() < info.valid_BxL.sum()
     expected = RouterStats(*numbers)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), stats_of(decision, info), expected)
 
@@ -173,7 +179,7 @@ def only_auxiliary(batch):
     return dataclasses.replace(batch, weights_BxL=jnp.zeros_like(batch.weights_BxL))
 
 
-@pytest.mark.parametrize("router", GATED)
+@pytest.mark.parametrize("router", [name for name in GATED if ROUTERS[name].causal])
 def test_each_auxiliary_loss_reaches_the_gate_of_every_layer(router):
     weights = {"load_balance": 0.5, "router_z": 0.25, "task_balance": 2.0, "task_map": 1.5}
     assert set(weights) == set(losses.AUXILIARY)

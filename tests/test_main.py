@@ -12,6 +12,7 @@ import pytest
 
 from moe_jax import main, train, tree
 from moe_jax.layers.param import Rngs
+from moe_jax.tasks import families
 
 GIN = Path(main.GIN)
 RUNS = sorted(str(p.relative_to(GIN)) for folder in ("runs", "experiments") for p in (GIN / folder).rglob("*.gin"))
@@ -57,10 +58,39 @@ def test_every_router_file_makes_an_moe_of_the_tiny_corrector(router):
     text = (GIN / "runs" / "base.gin").read_text().replace("models/dense.gin", f"routers/{router}.gin")
     gin.add_config_file_search_path(str(GIN))
     gin.parse_config(text)
-    model = configured_model()
-    table = jax.eval_shape(lambda: tree.flatten(model(vocab=64, rngs=Rngs(params=0))))
-    assert table["blocks/ffn/experts/gate"].shape == (4, 4, 192, 512)
     main._check_all_used(gin.config._CONFIG)
+    model = configured_model()
+
+    def build():
+        return jax.eval_shape(lambda: tree.flatten(model(vocab=64, rngs=Rngs(params=0))))
+
+    if router in ("expert_choice", "sentence_level"):
+        with pytest.raises(ValueError, match="use it in an encoder"):
+            build()
+    else:
+        assert build()["blocks/ffn/experts/gate"].shape == (4, 4, 192, 512)
+
+
+def task_map(files: list[str], bindings: Sequence[str]) -> list[tuple[int, ...]]:
+    """The experts of tasks 1 to 5 of the configured model."""
+    main.load(files, bindings)
+    model = jax.eval_shape(lambda: configured_model()(vocab=64, rngs=Rngs(params=0)))
+    return list(model.ffn.router.experts[1:6])
+
+
+def test_a_task_map_may_come_from_the_command_line():
+    by_name = task_map(["runs/quickstart.gin"], ['MAP={"asr": 3, "ocr": [0, 1]}', "WEIGHTS=full", "INFERENCE=forced"])
+    assert by_name == [(3,), (0, 1), (2,), (3,), (0,)]
+    with pytest.raises(ValueError, match="unknown task family 'asrr'; known: asr, ocr"):
+        task_map(["runs/quickstart.gin"], ['MAP={"asrr": 3}'])
+
+
+def test_a_task_map_may_be_random():
+    files = ["runs/quickstart.gin", "routers/task_mapped_random.gin"]
+    drawn = [families.random_map(seed, num_experts=4) for seed in (1, 2)]
+    found = [task_map(files, [f"MAP_SEED={seed}"]) for seed in (1, 2)]
+    assert found == [[(one[name],) for name in ("asr", "ocr", "mt", "gec", "denoise")] for one in drawn]
+    assert found[0] != found[1]
 
 
 def refused(files, bindings) -> str:

@@ -69,9 +69,9 @@ def test_normalisers_are_idempotent(name, text):
 
 def test_signatures_and_families():
     assert [n.signature for n in NORMALISERS.values()] == ["speech|v1", "written|v1", "raw|v1"]
-    families = ("asr", "ocr", "mt", "gec", "itn")
+    families = ("asr", "ocr", "mt", "st", "gec", "tn", "itn", "another")
     names = [normalisers.family_normaliser(family).name for family in families]
-    assert names == ["speech", "written", "written", "written", "written"]
+    assert names == ["speech", *["written"] * 4, "raw", "raw", "written"]
 
 
 # Error rates
@@ -298,12 +298,13 @@ def test_rows_by_hand():
 
 
 def test_metrics_of_each_family():
-    families = ("asr", "mt", "gec", "itn")
-    rows = score([example("A b.", "A c.", task=task) for task in families], ["A b."] * 4)
+    families = ("asr", "mt", "st", "gec", "itn")
+    rows = score([example("A b.", "A c.", task=task) for task in families], ["A b."] * 5)
     found = {task: [row["metric"] for row in rows if (row["task"], row["set"]) == (task, "all")] for task in families}
     assert found == {
         "asr": ["wer", "cer"],
         "mt": ["wer", "cer", "bleu", "chrf"],
+        "st": ["wer", "cer", "bleu", "chrf"],
         "gec": ["wer", "cer", "f0.5"],
         "itn": ["wer", "cer"],
     }

@@ -1,4 +1,4 @@
-"""The mixture of experts: every router with every dispatch.
+"""The mixture of experts: every router with every dispatch. (What routers decide: test_routers.py.)
 
 Both are found by introspection, so that a new one is tested from its first day.
 """
@@ -17,8 +17,6 @@ from contract import (
     Case,
     D,
     close,
-    make_info,
-    verify_chunks,
     verify_contract,
     verify_sharded,
     verify_training,
@@ -28,17 +26,18 @@ from moe_jax import describe, tree
 from moe_jax.layers import stack
 from moe_jax.layers.ffn import DenseFfn
 from moe_jax.layers.param import Module, Rngs
-from moe_jax.moe import dispatch, routers
+from moe_jax.moe import dispatch, routers, task_routers
 from moe_jax.moe.layer import MoeFfn
-from moe_jax.types import RouterStats, RoutingDecision
+from moe_jax.types import RoutingDecision
 
 E, HIDDEN = 4, 8
 KEY = jax.random.key(3)
 
 ROUTERS = {
     name: cls
-    for name, cls in vars(routers).items()
-    if inspect.isclass(cls) and issubclass(cls, Module) and cls.__module__ == routers.__name__ and name == cls.__name__
+    for module in (routers, task_routers)
+    for name, cls in vars(module).items()
+    if inspect.isclass(cls) and issubclass(cls, Module) and cls.__module__ == module.__name__ and name == cls.__name__
 }
 DISPATCHES = {
     name: f
@@ -58,7 +57,7 @@ def configured(thing, **hyper):
 @cache
 def layer_case(router: str, to: str = "dropless", **hyper) -> Case:
     """Noise while training, and too few slots, where they can be had."""
-    hyper = {"k": 2, "jitter": 0.3, "unknown_rate": 0.4, "factor": 0.5} | hyper
+    hyper = {"k": 2, "jitter": 0.3, "unknown_rate": 0.4, "capacity": 3.0, "factor": 0.5} | hyper
     make = partial(
         MoeFfn,
         D,
@@ -81,22 +80,13 @@ def weights(d: RoutingDecision) -> jax.Array:
     return (jax.nn.one_hot(d.expert_BxLxK, E) * d.weight_BxLxK[..., None]).sum(2)
 
 
-def chosen_logits(logits_BxLxE, expert_BxLxK) -> np.ndarray:
-    return np.take_along_axis(np.asarray(logits_BxLxE), np.minimum(np.asarray(expert_BxLxK), E - 1), -1)
-
-
-def router_case(router: str) -> Case:
-    """The router alone: its output is whom it weighs how much."""
-    make = configured(ROUTERS[router], d=D, num_experts=E, k=2, jitter=0.3, unknown_rate=0.4)
-    return Case(make, lambda layer, x, info, state, key: (weights(layer(x, info, key)), None))
-
-
 def experts_of(layer) -> list:
     return [[np.asarray(w[e]) for w in (layer.experts.gate, layer.experts.up, layer.experts.down)] for e in range(E)]
 
 
 def test_what_there_is():
-    assert {"Router", "Switch", "TaskMapped", "TaskBiased", "ByTask", "BiasBalanced"} <= set(ROUTERS)
+    assert {"Router", "Switch", "BiasBalanced", "SentenceLevel", "ExpertChoice", "Hash"} <= set(ROUTERS)
+    assert {"TaskMapped", "TaskBiased", "TaskLevel", "ByTask"} <= set(ROUTERS)
     assert {"ragged", "exchanged", "slots", "gathered", "side_by_side", "dropless"} <= set(DISPATCHES)
     assert (set(ROUTERS) | set(DISPATCHES)) <= set(describe.KNOWN), "a checkpoint could not describe it"
 
@@ -108,8 +98,11 @@ def test_what_there_is():
 def test_every_dispatch_of_every_router_equals_the_oracle(router):
     case = layer_case(router)
     d = decide(router, training=True)
-    choose = lambda b, l: (d.expert_BxLxK[b, l], d.weight_BxLxK[b, l])  # noqa: E731
     half = {"factor": 0.5}
+
+    def choose(b, l):
+        real = d.expert_BxLxK[b, l] < E
+        return d.expert_BxLxK[b, l][real], d.weight_BxLxK[b, l][real]
 
     @jax.jit
     def everyway(layer, x, info):
@@ -260,208 +253,3 @@ def test_the_capacity_of_a_slot_table():
     np.testing.assert_array_equal(seen[0][0, :, :, 0], [[0, 0], [1, 2]])
     np.testing.assert_array_equal(y[0, :, 0], [1, 2, 0])
     assert float(to.dropped) == 1
-
-
-# --- routers ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("router", ROUTERS)
-def test_router_contract(router):
-    case = router_case(router)
-    if router == "ByTask":  # it looks at the task alone, and learns nothing
-        verify_chunks(case)
-    else:
-        verify_contract(case, meshes=({"data": 2, "expert": 4},))
-        verify_training(case)
-
-
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("router", ROUTERS)
-def test_decisions_are_well_formed(router, training):
-    valid, d = np.asarray(make_info().valid_BxL), decide(router, training)
-    k = d.expert_BxLxK.shape[-1]
-    assert (d.expert_BxLxK[~valid] == E).all() and not d.weight_BxLxK[~valid].any() and not d.logits_BxLxE[~valid].any()
-    assert all(
-        len(set(chosen)) == k and 0 <= min(chosen) <= max(chosen) < E for chosen in d.expert_BxLxK[valid].tolist()
-    )
-    assert (d.weight_BxLxK[valid] > 0).all()
-    assert d.weight_BxLxK.dtype == d.logits_BxLxE.dtype == np.float32 and d.expert_BxLxK.dtype == np.int32
-    if ROUTERS[router] is not routers.Switch:
-        np.testing.assert_allclose(d.weight_BxLxK[valid].sum(-1), 1, rtol=1e-5)
-
-
-@pytest.mark.parametrize("router", GATED)
-def test_gates_stay_float32_in_bfloat16_models(router):
-    case = layer_case(router)
-    d = jax.eval_shape(case.layer.router, case.x.astype(jnp.bfloat16), case.info)
-    assert d.logits_BxLxE.dtype == d.weight_BxLxK.dtype == jnp.float32
-    y, _ = jax.eval_shape(
-        jax.tree.map(lambda a: a.astype(jnp.bfloat16), case.layer), case.x.astype(jnp.bfloat16), case.info
-    )
-    assert y.dtype == jnp.bfloat16
-
-
-def test_noise_is_for_training_alone_and_comes_from_the_key():
-    case = layer_case("Router")
-    router = jax.jit(case.layer.router)
-    clean = decide("Router", training=False).logits_BxLxE
-    valid = np.asarray(case.info.valid_BxL)
-    np.testing.assert_allclose(clean[valid], case.x[valid] @ case.layer.router.gate[...], atol=1e-5)
-    noisy = np.concatenate(
-        [router(case.x, case.info, jax.random.key(i)).logits_BxLxE[valid] - clean[valid] for i in range(20)]
-    )
-    np.testing.assert_allclose(noisy.std(), 0.3, rtol=0.1)
-    np.testing.assert_allclose(noisy.mean(), 0, atol=0.02)
-
-
-def test_the_weight_of_switch_is_the_whole_softmax():
-    d, valid = decide("Switch", training=False), np.asarray(make_info().valid_BxL)
-    prob = np.exp(d.logits_BxLxE) / np.exp(d.logits_BxLxE).sum(-1, keepdims=True)
-    np.testing.assert_array_equal(d.expert_BxLxK[valid][:, 0], prob[valid].argmax(-1))
-    np.testing.assert_allclose(d.weight_BxLxK[valid][:, 0], prob[valid].max(-1), rtol=1e-5)
-
-
-@pytest.mark.parametrize("router", ["Switch", "Router"])
-def test_the_gate_of_top_1_has_a_gradient_with_switch_weights_only(router):
-    """Softmax over one chosen logit is the constant 1; the probability of the full softmax is not."""
-    case = layer_case(router, k=1, jitter=0.0)
-    _, grads = case.run(case.x, case.info, KEY)
-    assert (np.abs(grads["router/gate"]).max() > 1e-4) == (router == "Switch")
-
-
-def test_task_mapped_forces_while_training_and_is_free_at_inference():
-    info = jax.device_get(make_info())
-    task, valid = info.task_BxL, info.valid_BxL
-    trained, free = (
-        decide("TaskMapped", training=True, jitter=0.0),
-        decide("TaskMapped", training=False, jitter=0.0),
-    )
-    np.testing.assert_array_equal(trained.expert_BxLxK[valid][:, 0], (task[valid] - 1) % E)
-    np.testing.assert_array_equal(free.expert_BxLxK[valid], np.argsort(-free.logits_BxLxE[valid], -1)[:, :2])
-    np.testing.assert_array_equal(free.logits_BxLxE, trained.logits_BxLxE)  # the logits are not what is forced
-    mapped = (task[valid] - 1) % E
-    best_other = [
-        next(e for e in np.argsort(-row) if e != m) for row, m in zip(free.logits_BxLxE[valid], mapped, strict=True)
-    ]
-    np.testing.assert_array_equal(trained.expert_BxLxK[valid][:, 1], best_other)
-    chosen = chosen_logits(free.logits_BxLxE, trained.expert_BxLxK)[valid]
-    expected = np.exp(chosen) / np.exp(chosen).sum(-1, keepdims=True)
-    np.testing.assert_allclose(trained.weight_BxLxK[valid], expected, rtol=1e-5)
-
-
-def test_task_mapped_says_what_the_map_asks_for_in_training_only():
-    info = jax.device_get(make_info())
-    target = decide("TaskMapped", training=True, jitter=0.0).target_BxL
-    np.testing.assert_array_equal(target, np.where(info.valid_BxL, (info.task_BxL - 1) % E, -1))
-    assert decide("TaskMapped", training=False, jitter=0.0).target_BxL is None
-
-
-def test_task_mapped_routes_an_unknown_task_freely():
-    case = layer_case("TaskMapped", jitter=0.0)
-    unknown = jax.tree.map(lambda a: a, case.info)
-    unknown = type(unknown)(
-        jnp.zeros_like(unknown.task_BxL), unknown.valid_BxL, unknown.segment_BxL, unknown.position_BxL
-    )
-    trained = jax.jit(case.layer.router)(case.x, unknown, KEY)
-    free = decide("TaskMapped", training=False, jitter=0.0)
-    np.testing.assert_array_equal(trained.expert_BxLxK, free.expert_BxLxK)
-    assert (np.asarray(trained.target_BxL) == -1).all()
-
-
-@pytest.mark.parametrize("router", ["TaskMapped", "ByTask"])
-def test_a_task_map_says_which_expert(router):
-    cls = ROUTERS[router]
-    info = make_info()
-    d = cls(D, E, experts={1: 3, 2: 3}, rngs=Rngs(params=0))(jnp.zeros((*info.task_BxL.shape, D)), info, KEY)
-    for task, expert in ((1, 3), (2, 3), (3, 2), (4, 3)):  # 3 and 4 by default: (3 - 1) mod 4, (4 - 1) mod 4
-        assert (d.expert_BxLxK[info.task_BxL == task][:, 0] == expert).all()
-
-
-@pytest.mark.parametrize(
-    ("experts", "message"),
-    [
-        ({0: 1}, "task id 0 is outside 1..15"),
-        ({16: 1}, "task id 16 is outside 1..15"),
-        ({2: 4}, "task 2 -> expert 4, but there are experts 0..3"),
-        ((0, 0, -1), "task 2 -> expert -1, but there are experts 0..3"),
-    ],
-)
-def test_a_wrong_task_map_is_refused(experts, message):
-    with pytest.raises(ValueError, match=message):
-        routers.task_table(experts, E)
-
-
-def test_by_task_sends_every_position_to_its_expert_with_weight_1():
-    info = jax.device_get(make_info())
-    d = decide("ByTask", training=False)
-    np.testing.assert_array_equal(d.expert_BxLxK[info.valid_BxL][:, 0], (info.task_BxL[info.valid_BxL] - 1) % E)
-    np.testing.assert_array_equal(d.weight_BxLxK[info.valid_BxL], 1)
-
-
-def test_task_biased_adds_a_bias_of_the_task_and_hides_some_tasks_while_training():
-    case = layer_case("TaskBiased", jitter=0.0)
-    router, info = case.layer.router, jax.device_get(case.info)
-    plain = case.x @ router.gate[...]
-    bias = np.asarray(router.task[...])[info.task_BxL]
-    np.testing.assert_allclose(
-        decide("TaskBiased", training=False, jitter=0.0).logits_BxLxE[info.valid_BxL],
-        (plain + bias)[info.valid_BxL],
-        atol=1e-5,
-    )
-    call, hidden = jax.jit(router), 0
-    rows = info.valid_BxL.any(1)
-    for i in range(40):
-        logits = np.asarray(call(case.x, case.info, jax.random.key(i)).logits_BxLxE)
-        with_task, without = (
-            np.abs(logits - np.where(info.valid_BxL[..., None], z, 0)).max((1, 2)) for z in (plain + bias, plain)
-        )
-        assert ((with_task < 1e-4) | (without < 1e-4)).all()  # a row is hidden whole, or not at all
-        hidden += (without[rows] < 1e-4).sum() / rows.sum() / 40
-    np.testing.assert_allclose(hidden, 0.4, atol=0.1)
-
-
-def test_bias_balancing_moves_towards_balance_and_never_enters_the_weight():
-    """One expert that everyone wants loses its advantage step by step; gradients never touch the bias."""
-    case = layer_case("BiasBalanced", jitter=0.0, k=1)
-    layer = case.make(router=partial(routers.BiasBalanced, k=1, rate=0.05), rngs=Rngs(params=0))
-    layer.router.gate[...] = 0.3 * layer.router.gate[...]
-    x = np.abs(case.x)  # positive inputs and a gate that favours expert 2: alone it would take everything
-    layer.router.gate[...] = layer.router.gate[...].at[:, 2].add(0.02)
-    call = jax.jit(lambda layer: layer(x, case.info, KEY)[1])
-    stats = call(layer)
-    shares = []
-    for _ in range(30):
-        before = np.asarray(layer.router.bias[...])
-        layer.router = layer.router.after_step(stats)
-        load = np.asarray(stats.load_E)
-        moved = np.asarray(layer.router.bias[...]) - before
-        np.testing.assert_allclose(moved, 0.05 * np.sign(load.mean() - load), atol=1e-6)
-        stats = call(layer)
-        shares.append(float(stats.load_E.max() / stats.load_E.sum()))
-    assert shares[0] > 0.9 and np.mean(shares[-5:]) < 0.65, shares
-    _, grads = layer_case("BiasBalanced").run(case.x, case.info, KEY)
-    assert not grads["router/bias"].any() and grads["router/gate"].any()
-    d = decide("BiasBalanced", training=False, jitter=0.0)
-    chosen = chosen_logits(d.logits_BxLxE, d.expert_BxLxK)
-    np.testing.assert_allclose(
-        d.weight_BxLxK[..., 0],
-        np.where(d.weight_BxLxK[..., 0] > 0, 1 / (1 + np.exp(chosen[..., 1] - chosen[..., 0])), 0),
-        rtol=1e-4,
-    )
-
-
-@pytest.mark.parametrize("router", ROUTERS)
-def test_after_step_works_on_stacked_layers(router):
-    one = layer_case(router).layer.router
-    load = jnp.array([[3.0, 0, 1, 4], [2.0, 2, 2, 2]])
-    zero = jnp.zeros(())
-    stats = [RouterStats(x, x, zero, zero, zero, jnp.zeros((1, E)), zero) for x in load]
-    stacked = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)  # noqa: E731
-    expected = stacked([one.after_step(s) for s in stats])
-    jax.tree.map(np.testing.assert_array_equal, stacked([one, one]).after_step(stacked(stats)), expected)
-
-
-@pytest.mark.parametrize("k", [0, 5])
-def test_k_is_between_1_and_the_number_of_experts(k):
-    with pytest.raises(ValueError, match=f"k={k} must be between 1 and num_experts=4"):
-        routers.Router(D, E, k=k, rngs=Rngs(params=0))

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 
 from moe_jax import checkpoint, cli, decode, describe, evaluate, main, tree
+from moe_jax.data import write_prepared
 from moe_jax.formats import Record
 from moe_jax.layers.param import Rngs
 from moe_jax.models.corrector import Corrector
-from moe_jax.moe import routers
+from moe_jax.moe import task_routers
 from moe_jax.moe.layer import MoeFfn
+from moe_jax.packing import Packable
 from moe_jax.pipeline import Guard, Pipeline, Proposal, export, local_edits, repeats
 from moe_jax.tasks.families import FAMILIES
 from moe_jax.text.tokeniser import Tokeniser
@@ -34,7 +36,7 @@ def shipped(tmp_path_factory) -> Path:
     """A tiny random MoE with the shipped tokeniser, as `model.safetensors` of a run folder."""
     folder = tmp_path_factory.mktemp("run")
     tokeniser = Tokeniser.load(main.shipped("tokeniser.model"))
-    ffn = partial(MoeFfn, num_experts=2, hidden=8, router=routers.TaskMapped)
+    ffn = partial(MoeFfn, num_experts=2, hidden=8, router=task_routers.TaskMapped)
     model = Corrector(d=16, layers=2, vocab=tokeniser.vocab_size, ffn=ffn, rngs=Rngs(params=0))
     meta = {
         "model": describe.describe(model),
@@ -58,7 +60,26 @@ def test_what_was_exported_is_loaded(shipped, pipeline):
     for path, leaf in tree.flatten(pipeline.model).items():
         np.testing.assert_array_equal(leaf, table[path])
     assert pipeline.guard == Guard(single=2.5, several=2.5)
-    assert pipeline.model.ffn.router.experts[:5] == (0, 0, 1, 0, 1)
+    assert pipeline.model.ffn.router.experts[:5] == ((), (0,), (1,), (0,), (1,))
+
+
+@pytest.mark.parametrize("inference", ["free", "forced"])
+def test_the_atlas_says_how_often_free_routing_finds_a_mapped_expert(pipeline, tmp_path, inference):
+    rng = np.random.default_rng(0)
+    examples = [Packable(rng.integers(1, 4096, 9), [1] * 5 + [2] * 4, int(rng.integers(1, 4))) for _ in range(64)]
+    write_prepared(tmp_path / "valid", examples, length=32, tokeniser=pipeline.tokeniser, families=FAMILIES)
+    mapped = {1: 0, 2: (1, 2), 3: (0, 1, 2, 3)}
+    router = partial(task_routers.TaskMapped, k=1, experts=mapped, inference=inference)
+    ffn = partial(MoeFfn, num_experts=4, hidden=8, router=router)
+    model = Corrector(d=16, layers=2, vocab=4096, ffn=ffn, rngs=Rngs(params=0))
+    routing = evaluate.atlas(dataclasses.replace(pipeline, model=model), str(tmp_path / "valid"), batch_size=4)
+    assert routing["tasks"] == ["asr", "ocr", "mt"]
+    assert routing["mapped"] == {"asr": [0], "ocr": [1, 2], "mt": [0, 1, 2, 3]}
+    load = np.array(routing["load"]).mean(0)  # with one choice a token the share of tokens
+    found = [load[i, list(experts)].sum() for i, experts in enumerate(routing["mapped"].values())]
+    np.testing.assert_allclose(list(routing["agreement"].values()), found, rtol=1e-5)
+    assert found[0] < 1 and found[2] == pytest.approx(1)
+    assert model.ffn.router.inference == inference  # what is looked at is a copy
 
 
 def test_order_is_kept_and_a_record_does_not_depend_on_its_neighbours(pipeline):

@@ -47,7 +47,7 @@ ROUTING = {
     "experts": ["0", "1"],
     "tasks": ["asr", "ocr"],
     "load": [[[0.9, 0.1], [0.25, 0.75]], [[0.5, 0.5], [0, 0]]],
-    "mapped": {"asr": 0, "ocr": 1},
+    "mapped": {"asr": 0, "ocr": [1]},
     "entropy": [0.4, 0.69],
     "agreement": {"asr": 0.93},
 }
@@ -196,6 +196,15 @@ def test_routing_grids_show_shares_and_mapped_experts(run):
     assert titles == [f"{cell}: {shares[cell][layer]}" for layer in (0, 1) for cell in shares]
     assert "0.40 of 0.69 nats" in page.text and "93.0" in page.text
     assert "h20" in page.with_class("mapped")[0]["class"], "the greatest share has the deepest shade"
+
+
+def test_a_task_may_be_mapped_to_several_experts(run):
+    page = run(routing={**ROUTING, "mapped": {"ocr": [0, 1]}, "agreement": {"ocr": 0.5}})
+    assert [a["title"][:13] for _, a in page.tags if "mapped" in (a.get("class") or "").split()][:2] == [
+        "ocr, expert 0",
+        "ocr, expert 1",
+    ]
+    assert "(expert 0 or 1)" in page.text
 
 
 def test_tasks_told_apart():
@@ -366,6 +375,8 @@ def test_marked_pieces_join_to_their_texts(first, corrected, reference):
         ("routing.json", {**ROUTING, "load": [[[0.9, 0.1], [1, 1]]]}, "add up to 2, not 1"),
         ("routing.json", {**ROUTING, "entropy": [1]}, "one number for each of the 2 layers"),
         ("routing.json", {**ROUTING, "mapped": {"asr": 2}}, "there are only experts 0 to 1"),
+        ("routing.json", {**ROUTING, "mapped": {"asr": [0, "1"]}}, "there are only experts 0 to 1"),
+        ("routing.json", {**ROUTING, "mapped": {"asr": "0"}}, '"asr" must be a list'),
         ("routing.json", {**ROUTING, "agreement": {"asr": "x"}}, '"asr" must be a number'),
         ("metrics.jsonl", b'{"step": 1, "loss": 2}\n{"step": 2, "lo', "metrics.jsonl:2: not whole JSON"),
         ("metrics.jsonl", b'{"loss": 2}\n', 'metrics.jsonl:1: "step" must be a whole number, is null'),

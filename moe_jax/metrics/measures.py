@@ -39,12 +39,12 @@ class Measure:
 
 
 def measures(family: str, examples: Sequence[Mapping[str, Any]], corrections: Sequence[str]) -> list[Measure]:
-    """The metrics of a family: `wer` and `cer`; with them `bleu` and `chrf` for mt, `f0.5` for gec."""
+    """The metrics of a family: `wer` and `cer`; with them `bleu` and `chrf` for mt and st, `f0.5` for gec."""
     references = [example["reference"] for example in examples]
     n_bests = [list(example["hypotheses"]) for example in examples]
     normaliser = family_normaliser(family)
     found = [_error_rate(metric, references, n_bests, corrections, normaliser) for metric in ("wer", "cer")]
-    if family == "mt":
+    if family in ("mt", "st"):
         found += [_translation(m, references, n_bests, corrections) for m in (translation.bleu(), translation.chrf())]
     if family == "gec":
         found.append(_edit_f(references, n_bests, corrections))

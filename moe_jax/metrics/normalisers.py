@@ -102,7 +102,11 @@ RAW = Normaliser("raw", 1, _collapse)
 
 NORMALISERS = {normaliser.name: normaliser for normaliser in (SPEECH, WRITTEN, RAW)}
 
-FAMILY_NORMALISER = {"asr": "speech", "ocr": "written", "mt": "written", "gec": "written"}
+FAMILY_NORMALISER = {
+    "asr": "speech",
+    **dict.fromkeys(("ocr", "mt", "st", "gec"), "written"),
+    **dict.fromkeys(("tn", "itn"), "raw"),  # the form itself is what is corrected
+}
 
 
 def family_normaliser(family: str) -> Normaliser:

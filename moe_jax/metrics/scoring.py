@@ -34,7 +34,7 @@ def score(
 
     Returns:
       JSON-safe rows: for each family (in order of appearance) its metrics with set "all", then those of each
-      source set. The metrics are `wer` and `cer`; with them `bleu` and `chrf` for mt and `f0.5` for gec,
+      source set. The metrics are `wer` and `cer`; with them `bleu` and `chrf` for mt and st and `f0.5` for gec,
       where higher is better. Scores are fractions (BLEU 0.25 is sacreBLEU's 25). Keys:
         task, set, lines, metric, normaliser (null for sacreBLEU metrics), signature (sacreBLEU's, else null);
         first_pass, corrected, oracle_nb, oracle_cp (wer only, else null): scores;

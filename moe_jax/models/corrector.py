@@ -5,6 +5,7 @@ Pre-norm blocks: a short causal convolution, rotary attention, a gated feed-forw
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -84,6 +85,8 @@ class Corrector(Module):
     auxiliary: weights of the auxiliary losses by name (`losses.AUXILIARY`).
     remat: gradient checkpointing policy of the stack (`layers.stack.REMAT`).
     unroll: layers written out in each turn of the loop over layers, without a state; 1 compiles fastest.
+
+    Raises ValueError for a router that is not causal.
     """
 
     def __init__(
@@ -121,6 +124,11 @@ class Corrector(Module):
 
         self.blocks: Any = blocks(ffn, layers - len(self.dense_layers))
         self.dense_blocks: Any = None if dense is None else blocks(dense, len(self.dense_layers))
+        if (router := getattr(self.ffn, "router", None)) and not getattr(router, "causal", True):
+            raise ValueError(
+                f"{type(router).__name__} looks at the whole row: a causal model would see its future; "
+                "use it in an encoder"
+            )
         self.norm = RMSNorm(d, eps=norm_eps, rngs=rngs)
         self.output = None if tied else param(rngs, (d, vocab), ("embed", "vocab"), normal(d**-0.5))
         self.auxiliary = tuple(sorted(dict(auxiliary).items()))
@@ -151,6 +159,7 @@ class Corrector(Module):
         The state comes back as it is given: stacked over layers, or `stack.split`, which is faster token by token.
         """
         x = constrain(self.embedding[...][tokens_BxL] * self.embedding_scale, "batch", None, None)
+        info = dataclasses.replace(info, token_BxL=tokens_BxL)
         keys = None if key is None else jax.random.split(key, self.layers)
         states, stats = [], []
         for blocks, start, end in self._runs():

@@ -11,7 +11,7 @@ from moe_jax.layers.param import Module, Rngs, linear, normal, param
 from moe_jax.moe import dispatch as dispatches
 from moe_jax.moe.experts import Gated
 from moe_jax.moe.grouped import Experts
-from moe_jax.moe.routers import MAX_TASKS, TopK, chosen
+from moe_jax.moe.routers import MAX_TASKS, TopK
 from moe_jax.types import Array, RouterStats, RoutingDecision, TokenInfo
 
 
@@ -70,12 +70,16 @@ def router_stats(decision: RoutingDecision, info: TokenInfo, dropped: Array, num
     surprise = jax.lax.stop_gradient(jax.nn.log_softmax(logits, axis=-1))
     # Counted by comparing and one product, which TPUs do faster than they scatter; nobody (E) is in no column.
     mine_BxLxE = jax.nn.one_hot(decision.expert_BxLxK, num_experts).sum(2)
-    load = jnp.einsum("blt,ble->te", jax.nn.one_hot(info.task_BxL, MAX_TASKS), mine_BxLxE)
-    target_nll, targets = jnp.zeros(()), jnp.zeros(())
-    if decision.target_BxL is not None:
-        asked = decision.target_BxL >= 0
-        logp = chosen(jax.nn.log_softmax(logits, axis=-1), decision.target_BxL[..., None])[..., 0]
-        target_nll, targets = -jnp.where(asked, logp, 0).sum(), asked.sum().astype(jnp.float32)
+    task_BxLxT = jax.nn.one_hot(info.task_BxL, MAX_TASKS)
+    load = jnp.einsum("blt,ble->te", task_BxLxT, mine_BxLxE)
+    target_nll, target_T, found_T = jnp.zeros(()), jnp.zeros(MAX_TASKS), jnp.zeros(MAX_TASKS)
+    if (target := decision.target_BxLxE) is not None:
+        asked = target.any(-1)
+        logp = jax.nn.log_softmax(logits, axis=-1)
+        # Finite where nothing is asked for: of a sum over nobody the gradient would be NaN.
+        target_nll = -jnp.where(asked, jax.nn.logsumexp(jnp.where(target, logp, -1e9), axis=-1), 0).sum()
+        found = (mine_BxLxE * target).any(-1)
+        target_T, found_T = (jnp.einsum("blt,bl->t", task_BxLxT, of.astype(jnp.float32)) for of in (asked, found))
     return RouterStats(
         load_E=load.sum(0),
         prob_E=prob.sum((0, 1)),
@@ -85,5 +89,6 @@ def router_stats(decision: RoutingDecision, info: TokenInfo, dropped: Array, num
         task_load_TxE=load,
         count=valid.sum(),
         target_nll=target_nll,
-        targets=targets,
+        target_T=target_T,
+        found_T=found_T,
     )

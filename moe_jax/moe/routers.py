@@ -2,21 +2,23 @@
 
 `key=None` is evaluation and decoding; a key is training. Selection, softmax, masking and jitter are shared. Losses
 never live here: the decision carries its logits, `moe.layer` turns them into statistics, `losses.py` into losses.
+Those that look at the task are in `task_routers.py`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from moe_jax.layers.param import Module, Rngs, normal, param
 from moe_jax.types import Array, RouterStats, RoutingDecision, TokenInfo
 
 MAX_TASKS = 64  # the shape of every task table (tasks/families.py: MAX_FAMILIES)
+WEIGHTS = ("chosen", "full", "equal")
 
 
 def chosen(score_BxLxE: Array, expert_BxLxK: Array) -> Array:
@@ -29,20 +31,43 @@ def chosen(score_BxLxE: Array, expert_BxLxK: Array) -> Array:
     return jnp.where(mine_BxLxKxE, score_BxLxE[..., None, :], 0).sum(-1)
 
 
+def fixed(expert_BxLxK: Array, info: TokenInfo, num_experts: int) -> RoutingDecision:
+    """The decision of a router that learns nothing: equal weights, and logits that say who was chosen."""
+    expert = jnp.where(info.valid_BxL[..., None], expert_BxLxK, num_experts)
+    real = expert < num_experts
+    mine_BxLxE = jax.nn.one_hot(expert, num_experts, dtype=bool).any(2)
+    return RoutingDecision(
+        expert_BxLxK=expert,
+        weight_BxLxK=real / jnp.maximum(real.sum(-1, keepdims=True), 1).astype(jnp.float32),
+        logits_BxLxE=jnp.where(info.valid_BxL[..., None] & ~mine_BxLxE, -20.0, 0.0),
+    )
+
+
 class Router(Module):
-    """Top-k of a linear gate, softmax over the chosen logits (Mixtral, WeNet, NeKo: top-k first, then softmax).
+    """Top-k of a linear gate.
 
     Args:
       d: model width.
       num_experts: E.
       k: choices a position.
+      weights: how the chosen are weighed: "chosen", the softmax over their logits (Mixtral, WeNet, NeKo: top-k first,
+        then softmax); "full", their probabilities in the softmax over all, not made to add up to 1 (Switch,
+        Qwen1.5-MoE); "equal", 1 / k, with which only auxiliary losses teach the gate.
       jitter: standard deviation of the Gaussian noise on the logits while training.
+
+    A router that looks at later positions says `causal = False`; decoder-only models refuse it.
     """
 
-    def __init__(self, d: int, num_experts: int, *, k: int = 2, jitter: float = 0.0, rngs: Rngs):
+    causal = True
+
+    def __init__(
+        self, d: int, num_experts: int, *, k: int = 2, weights: str = "chosen", jitter: float = 0.0, rngs: Rngs
+    ):
         if not 1 <= k <= num_experts:
             raise ValueError(f"k={k} must be between 1 and num_experts={num_experts}")
-        self.num_experts, self.k, self.jitter = num_experts, k, jitter
+        if weights not in WEIGHTS:
+            raise ValueError(f"unknown weights {weights!r}; known: {', '.join(WEIGHTS)}")
+        self.num_experts, self.k, self.weights, self.jitter = num_experts, k, weights, jitter
         self.gate = param(rngs, (d, num_experts), ("embed", None), normal(0.02))
 
     def logits(self, x_BxLxD: Array, info: TokenInfo) -> Array:
@@ -50,11 +75,15 @@ class Router(Module):
         return x_BxLxD.astype(jnp.float32) @ self.gate[...].astype(jnp.float32)
 
     def select(self, logits_BxLxE: Array, info: TokenInfo, key: Array | None) -> Array:
-        """expert_BxLxK."""
+        """expert_BxLxK; E is nobody."""
         return jax.lax.top_k(logits_BxLxE, self.k)[1]
 
     def weigh(self, logits_BxLxE: Array, expert_BxLxK: Array) -> Array:
         """weight_BxLxK."""
+        if self.weights == "equal":
+            return jnp.full(expert_BxLxK.shape, 1 / expert_BxLxK.shape[-1])
+        if self.weights == "full":
+            return chosen(jax.nn.softmax(logits_BxLxE, axis=-1), expert_BxLxK)
         return jax.nn.softmax(chosen(logits_BxLxE, expert_BxLxK), axis=-1)
 
     def after_step(self, stats: RouterStats) -> Router:
@@ -83,128 +112,7 @@ class Switch(Router):
     """Top-1 with the probability of the full softmax as weight (Fedus et al. 2022), so that the gate has a gradient."""
 
     def __init__(self, d: int, num_experts: int, *, jitter: float = 0.0, rngs: Rngs):
-        super().__init__(d, num_experts, k=1, jitter=jitter, rngs=rngs)
-
-    def weigh(self, logits_BxLxE: Array, expert_BxLxK: Array) -> Array:
-        return chosen(jax.nn.softmax(logits_BxLxE, axis=-1), expert_BxLxK)
-
-
-TaskMap = Mapping[int, int] | Sequence[int] | None
-
-
-def task_table(experts: TaskMap, num_experts: int) -> tuple[int, ...]:
-    """expert_T: the expert of each task id; tasks without an entry go to (id - 1) mod E, id 0 (unknown) to expert 0.
-
-    Raises ValueError for a task id or an expert out of range.
-    """
-    table = [max(t - 1, 0) % num_experts for t in range(MAX_TASKS)]
-    items = experts.items() if isinstance(experts, Mapping) else list(enumerate(experts or ()))[1:]
-    for task, expert in items:
-        if not 1 <= task < MAX_TASKS:
-            raise ValueError(f"task map: task id {task} is outside 1..{MAX_TASKS - 1}")
-        if not 0 <= expert < num_experts:
-            raise ValueError(f"task map: task {task} -> expert {expert}, but there are experts 0..{num_experts - 1}")
-        table[task] = int(expert)
-    return tuple(table)
-
-
-class TaskMapped(Router):
-    """NeKo (arXiv 2411.05945): in training the task's mapped expert takes one slot, the router's best other experts
-    the rest; at inference the task is unknown and routing is free.
-
-    The weights are the softmax over the chosen logits (our reading; the paper leaves it open), so the gate learns to
-    score the mapped expert high, which is what makes free routing find it.
-
-    Args:
-      experts: task id -> expert; default (id - 1) mod E.
-    """
-
-    def __init__(
-        self,
-        d: int,
-        num_experts: int,
-        *,
-        k: int = 2,
-        jitter: float = 0.0,
-        experts: TaskMap = None,
-        rngs: Rngs,
-    ):
-        super().__init__(d, num_experts, k=k, jitter=jitter, rngs=rngs)
-        self.experts = task_table(experts, num_experts)
-
-    def mapped(self, info: TokenInfo) -> Array:
-        """expert_BxL: the expert that each position's task is mapped to."""
-        return jnp.asarray(self.experts, jnp.int32)[info.task_BxL]
-
-    def select(self, logits_BxLxE: Array, info: TokenInfo, key: Array | None) -> Array:
-        if key is None:
-            return super().select(logits_BxLxE, info, key)
-        forced = jax.nn.one_hot(self.mapped(info), self.num_experts, dtype=bool)
-        # A known task's expert comes first; an unknown task (id 0) is routed freely even while training.
-        known = (info.task_BxL > 0)[..., None]
-        return jax.lax.top_k(jnp.where(forced & known, jnp.inf, logits_BxLxE), self.k)[1]
-
-    def __call__(self, x_BxLxD: Array, info: TokenInfo, key: Array | None = None) -> RoutingDecision:
-        decision = super().__call__(x_BxLxD, info, key)
-        if key is None:
-            return decision
-        known = info.valid_BxL & (info.task_BxL > 0)
-        return dataclasses.replace(decision, target_BxL=jnp.where(known, self.mapped(info), -1))
-
-
-class TaskBiased(Router):
-    """The gate sees the task: logits = x W + b_task (after Gupta et al. 2022, whose exact gate is not known to us).
-
-    Args:
-      unknown_rate: share of training rows whose task is hidden, so that the gate also works without one.
-    """
-
-    def __init__(
-        self,
-        d: int,
-        num_experts: int,
-        *,
-        k: int = 2,
-        jitter: float = 0.0,
-        unknown_rate: float = 0.1,
-        rngs: Rngs,
-    ):
-        super().__init__(d, num_experts, k=k, jitter=jitter, rngs=rngs)
-        self.unknown_rate = unknown_rate
-        self.task = param(rngs, (MAX_TASKS, num_experts), ("task", None), normal(0.02))
-
-    def logits(self, x_BxLxD: Array, info: TokenInfo) -> Array:
-        bias = jnp.where((info.task_BxL > 0)[..., None], self.task[...][info.task_BxL], 0)
-        return super().logits(x_BxLxD, info) + bias.astype(jnp.float32)
-
-    def __call__(self, x_BxLxD: Array, info: TokenInfo, key: Array | None = None) -> RoutingDecision:
-        if key is not None and self.unknown_rate:
-            key, hide = jax.random.split(key)
-            hidden = jax.random.bernoulli(hide, self.unknown_rate, (x_BxLxD.shape[0], 1))
-            info = TokenInfo(jnp.where(hidden, 0, info.task_BxL), info.valid_BxL, info.segment_BxL, info.position_BxL)
-        return super().__call__(x_BxLxD, info, key)
-
-
-class ByTask(Module):
-    """Static: every position of a task goes to the task's expert, with weight 1. Nothing is learnt; the task must be
-    known (an unknown one goes to expert 0). A router without parameters is also how a task adapter is chosen."""
-
-    def __init__(self, d: int, num_experts: int, *, experts: TaskMap = None, rngs: Rngs | None = None):
-        self.num_experts, self.k = num_experts, 1
-        self.experts = task_table(experts, num_experts)
-
-    def after_step(self, stats: RouterStats) -> ByTask:
-        return self
-
-    def __call__(self, x_BxLxD: Array, info: TokenInfo, key: Array | None = None) -> RoutingDecision:
-        expert = jnp.asarray(self.experts, jnp.int32)[info.task_BxL]
-        valid = info.valid_BxL
-        chosen = jax.nn.one_hot(expert, self.num_experts, dtype=jnp.float32)
-        return RoutingDecision(
-            expert_BxLxK=jnp.where(valid, expert, self.num_experts)[..., None],
-            weight_BxLxK=valid[..., None].astype(jnp.float32),
-            logits_BxLxE=jnp.where(valid[..., None] & (chosen > 0), 0.0, -20.0) * valid[..., None],
-        )
+        super().__init__(d, num_experts, k=1, weights="full", jitter=jitter, rngs=rngs)
 
 
 class Balance(nnx.Variable):
@@ -230,3 +138,96 @@ class BiasBalanced(Router):
         router = jax.tree.map(lambda leaf: leaf, self)
         router.bias[...] = self.bias[...] + step
         return router
+
+
+# --- routers that look at a whole segment -----------------------------------------------------------------------------
+
+
+def same_segment(info: TokenInfo) -> Array:
+    """same_BxLxL: whether two positions belong to the same segment; padding belongs to none."""
+    segment, valid = info.segment_BxL, info.valid_BxL
+    return (segment[:, :, None] == segment[:, None]) & valid[:, :, None] & valid[:, None]
+
+
+class SentenceLevel(Router):
+    """All positions of a segment go the same way: the gate sees the segment's mean (Kudugunta et al. 2021, whose
+    sentences these are). There is no jitter, which would part them."""
+
+    causal = False
+
+    def __init__(self, d: int, num_experts: int, *, k: int = 2, weights: str = "chosen", rngs: Rngs):
+        super().__init__(d, num_experts, k=k, weights=weights, rngs=rngs)
+
+    def logits(self, x_BxLxD: Array, info: TokenInfo) -> Array:
+        same = same_segment(info).astype(jnp.float32)
+        return same @ super().logits(x_BxLxD, info) / jnp.maximum(same.sum(-1, keepdims=True), 1)
+
+
+class ExpertChoice(Router):
+    """Experts choose positions (Zhou et al. 2022): each takes the C = ceil(capacity * length / E) of a segment that
+    have its highest probabilities, which are their weights. A position may have any number of experts, and none.
+
+    The paper chooses among all tokens of a batch; within segments examples packed into a row do not compete (our
+    choice). K is E, most of it nobody: a dispatch with `slots` has no use for it.
+
+    Args:
+      capacity: mean number of experts a position.
+    """
+
+    causal = False
+
+    def __init__(self, d: int, num_experts: int, *, capacity: float = 2.0, jitter: float = 0.0, rngs: Rngs):
+        if not 0 < capacity <= num_experts:
+            raise ValueError(f"capacity={capacity} must be above 0 and at most num_experts={num_experts}")
+        super().__init__(d, num_experts, k=num_experts, weights="full", jitter=jitter, rngs=rngs)
+        self.capacity = capacity
+
+    def select(self, logits_BxLxE: Array, info: TokenInfo, key: Array | None) -> Array:
+        prob, same = jax.nn.softmax(logits_BxLxE, axis=-1), same_segment(info)
+        mine, other = prob[:, :, None], prob[:, None]  # [B, L, 1, E] and [B, 1, L, E]: XLA makes no [B, L, L, E]
+        place = jnp.arange(prob.shape[1])
+        first = (other > mine) | ((other == mine) & (place < place[:, None])[..., None])
+        rank_BxLxE = (first & same[..., None]).sum(2)
+        taken_BxL = jnp.ceil(self.capacity * same.sum(-1) / self.num_experts)
+        return jnp.where(rank_BxLxE < taken_BxL[..., None], jnp.arange(self.num_experts), self.num_experts)
+
+
+# --- routers that learn nothing ---------------------------------------------------------------------------------------
+
+HASHED = 1 << 16  # ids in a hash table, at least; others begin again
+
+
+@functools.cache
+def hash_table(num_experts: int, seed: int) -> np.ndarray:
+    """expert_NxE: row n permutes the experts over the ids n * E to n * E + E - 1, so that any vocabulary is balanced;
+    and where ids are sorted by frequency, as those of tokenisers mostly are, so are the experts' tokens, roughly."""
+    rows = -(-HASHED // num_experts)
+    random = np.random.Philox(key=seed).random_raw(rows * num_experts)
+    return np.argsort(random.reshape(rows, num_experts), axis=1, kind="stable").astype(np.int32)
+
+
+class Hash(Module):
+    """By token id (Roller et al. 2021: a fixed, balanced hash): nothing is learnt, and position plays no part.
+
+    Args:
+      k: choices a position, of equal weight; the paper has one.
+      seed: of the table.
+
+    Raises ValueError when called without `TokenInfo.token_BxL`, which models of tokens set.
+    """
+
+    def __init__(self, d: int, num_experts: int, *, k: int = 1, seed: int = 0, rngs: Rngs | None = None):
+        if not 1 <= k <= num_experts:
+            raise ValueError(f"k={k} must be between 1 and num_experts={num_experts}")
+        self.num_experts, self.k, self.seed = num_experts, k, seed
+
+    def after_step(self, stats: RouterStats) -> Hash:
+        return self
+
+    def __call__(self, x_BxLxD: Array, info: TokenInfo, key: Array | None = None) -> RoutingDecision:
+        if info.token_BxL is None:
+            raise ValueError("Hash routes by token id, but the model gives no TokenInfo.token_BxL; use another router")
+        table_NxE, token_BxLx1 = hash_table(self.num_experts, self.seed), info.token_BxL[..., None]
+        row = token_BxLx1 // self.num_experts % len(table_NxE)
+        column_BxLxK = (token_BxLx1 + jnp.arange(self.k)) % self.num_experts
+        return fixed(jnp.asarray(table_NxE)[row, column_BxLxK], info, self.num_experts)

@@ -30,7 +30,7 @@ def atlas(routing: dict[str, Any]) -> dict[str, Any]:
                                 "text": f"{100 * share:.0f}" if any(row) else "–",
                                 "exact": f"{task}, expert {expert}: {100 * share:.1f} %",
                                 "shade": round(SHADES * share / most),
-                                "mapped": mapped.get(task) == e,
+                                "mapped": e in mapped.get(task, ()),
                             }
                             for e, (expert, share) in enumerate(zip(experts, row, strict=True))
                         ],
@@ -45,7 +45,7 @@ def atlas(routing: dict[str, Any]) -> dict[str, Any]:
         "even": f"{100 / len(experts):.0f}" if experts else "–",
         "mapped": mapped,
         "agreement": [
-            {"task": t, "expert": _expert(experts, mapped.get(t)), "share": f"{100 * v:.1f}"}
+            {"task": t, "experts": [experts[e] for e in mapped.get(t, ())], "share": f"{100 * v:.1f}"}
             for t, v in routing["agreement"].items()
         ],
     }
@@ -61,7 +61,3 @@ def told_apart(load: list[list[float]]) -> float:
     pairs = [(v, m) for row in rows for v, m in zip(row, mean, strict=True) if v > 0]
     nats = sum(v * math.log(v / m) for v, m in pairs) / len(rows)
     return min(1.0, max(0.0, nats / math.log(len(rows))))
-
-
-def _expert(experts: list[str], index: int | None) -> str:
-    return "–" if index is None else experts[index]

@@ -117,16 +117,18 @@ def _routing(path: Path) -> dict[str, Any]:
     entropy = whole["entropy"]
     if entropy is not None and (len(entropy) != len(layers) or None in map(_plain_number, entropy)):
         raise ValueError(f"{path}: entropy must hold one number for each of the {len(layers)} layers")
-    for key, kind in (("mapped", int), ("agreement", float)):
+    for key, kind in (("mapped", list), ("agreement", float)):
         table = whole.get(key)
         if table is None:
             whole[key] = {}
         elif not isinstance(table, dict):
-            raise ValueError(f"{path}: {key} must be an object of task: number")
+            raise ValueError(f"{path}: {key} must be an object of task: {_KINDS[kind]}")
         else:
+            table = {t: [v] if kind is list and isinstance(v, int) else v for t, v in table.items()}  # one, or several
             whole[key] = _checked(table, dict.fromkeys(table, kind), {}, f"{path}: {key}")
-    if wrong := [t for t, e in whole["mapped"].items() if not 0 <= e < len(experts)]:
-        raise ValueError(f"{path}: mapped, task {wrong[0]}: there are only experts 0 to {len(experts) - 1}")
+    for task, mapped in whole["mapped"].items():
+        if not all(type(e) is int and 0 <= e < len(experts) for e in mapped):
+            raise ValueError(f"{path}: mapped, task {task}: there are only experts 0 to {len(experts) - 1}")
     return {**whole, "experts": experts, "tasks": tasks}
 
 

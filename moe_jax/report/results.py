@@ -26,6 +26,9 @@ TASKS = {
     "mt": "Machine translation",
     "gec": "Grammar",
     "denoise": "Noisy text",
+    "tn": "Text normalisation",
+    "itn": "Inverse text normalisation",
+    "st": "Speech translation",
 }
 VERDICTS = {"helps": "helps", "flat": "no clear change", "hurts": "hurts", "untested": "not tested"}
 ICONS = {"helps": "✓", "flat": "○", "hurts": "✕", "untested": "·"}

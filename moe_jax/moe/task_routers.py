@@ -1,0 +1,182 @@
+"""Routers that look at the task: `TaskMapped` and `ByTask` by a map that is given, `TaskBiased` and `TaskLevel` by what
+they learn.
+
+Task ids are those of the data: families (tasks/families.py) or data sets, from 1 to `MAX_TASKS` - 1; 0 is unknown.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.layers.param import Module, Rngs, normal, param
+from moe_jax.moe.routers import MAX_TASKS, Router, fixed
+from moe_jax.types import Array, RouterStats, RoutingDecision, TokenInfo
+
+TaskMap = Mapping[int, int | Sequence[int]] | Sequence[int | Sequence[int]] | None
+
+
+def task_table(experts: TaskMap, num_experts: int) -> tuple[tuple[int, ...], ...]:
+    """The experts of each task id: one or several, or none if the map says []. Tasks without an entry have
+    (id - 1) mod E, id 0 (unknown) has none.
+
+    Raises ValueError for a task id or an expert out of range.
+    """
+    table = [(), *((task % num_experts,) for task in range(MAX_TASKS - 1))]
+    items = experts.items() if isinstance(experts, Mapping) else list(enumerate(experts or ()))[1:]
+    for task, given in items:
+        if not 1 <= task < MAX_TASKS:
+            raise ValueError(f"task map: task id {task} is outside 1..{MAX_TASKS - 1}")
+        table[task] = tuple(sorted({given} if isinstance(given, int) else set(given)))
+        for expert in table[task]:
+            if not 0 <= expert < num_experts:
+                raise ValueError(
+                    f"task map: task {task} -> expert {expert}, but there are experts 0..{num_experts - 1}"
+                )
+    return tuple(table)
+
+
+class TaskMapped(Router):
+    """NeKo (arXiv 2411.05945): in training the task's mapped expert takes one slot, the router's best other expert
+    the other; at inference the task is unknown and routing is free.
+
+    The paper leaves open how the two are weighed. By default (our reading) by the softmax over their logits, so the
+    gate learns to score the mapped expert high, which is what makes free routing find it. Several tasks may share an
+    expert; of a task with several experts those that the router likes best take the forced slots (ours).
+
+    Args:
+      k: choices a position at inference.
+      weights: see `Router`.
+      experts: task id -> expert or experts; default (id - 1) mod E. A task of none is routed freely.
+      forced: slots for mapped experts. Where a task has fewer, the router fills what is left.
+      free: slots in training that the router fills; default k - forced. 0: routing is static while training.
+      inference: "free", the paper's; or "forced": a task that is known takes its slots as in training, an unknown one
+        is routed freely.
+    """
+
+    def __init__(
+        self,
+        d: int,
+        num_experts: int,
+        *,
+        k: int = 2,
+        weights: str = "chosen",
+        jitter: float = 0.0,
+        experts: TaskMap = None,
+        forced: int = 1,
+        free: int | None = None,
+        inference: str = "free",
+        rngs: Rngs,
+    ):
+        super().__init__(d, num_experts, k=k, weights=weights, jitter=jitter, rngs=rngs)
+        self.experts = task_table(experts, num_experts)
+        self.forced, self.free, self.inference = forced, k - forced if free is None else free, inference
+        if forced < 1 or self.free < 0 or forced + self.free > num_experts:
+            raise ValueError(
+                f"forced={forced}, free={self.free}: at least one slot must be forced, none below 0, "
+                f"and together no more than num_experts={num_experts} (free is k - forced by default)"
+            )
+        if inference not in ("free", "forced"):
+            raise ValueError(f"unknown inference {inference!r}; known: free, forced")
+
+    def mapped(self, info: TokenInfo) -> Array:
+        """mapped_BxLxE: the experts of each position's task; none of one that is unknown."""
+        table_TxE = np.zeros((MAX_TASKS, self.num_experts), bool)
+        for task, experts in enumerate(self.experts):
+            table_TxE[task, list(experts)] = True
+        return jnp.asarray(table_TxE)[info.task_BxL] & info.valid_BxL[..., None]
+
+    def select(self, logits_BxLxE: Array, info: TokenInfo, key: Array | None) -> Array:
+        if key is None and self.inference == "free":
+            return super().select(logits_BxLxE, info, key)
+        mapped = self.mapped(info)
+        best_BxLxM = jax.lax.top_k(jnp.where(mapped, logits_BxLxE, -jnp.inf), self.forced)[1]
+        forced = mapped & jax.nn.one_hot(best_BxLxM, self.num_experts, dtype=bool).any(2)
+        slots = self.k if key is None else self.forced + self.free
+        return jax.lax.top_k(jnp.where(forced, jnp.inf, logits_BxLxE), slots)[1]
+
+    def __call__(self, x_BxLxD: Array, info: TokenInfo, key: Array | None = None) -> RoutingDecision:
+        return dataclasses.replace(super().__call__(x_BxLxD, info, key), target_BxLxE=self.mapped(info))
+
+
+def some_unknown(info: TokenInfo, rate: float, key: Array | None) -> TokenInfo:
+    """While training the task of some rows is hidden, so that a gate that sees tasks works without one too."""
+    if key is None or not rate:
+        return info
+    hidden_Bx1 = jax.random.bernoulli(key, rate, (info.task_BxL.shape[0], 1))
+    return dataclasses.replace(info, task_BxL=jnp.where(hidden_Bx1, 0, info.task_BxL))
+
+
+class TaskBiased(Router):
+    """The gate sees position and task: logits = x W + b_task, which is a linear gate on [x; e_task] (after Gupta et al.
+    2022, whose exact gate is not known to us). An unknown task has no bias.
+
+    Args:
+      unknown_rate: share of training rows whose task is hidden.
+    """
+
+    def __init__(
+        self,
+        d: int,
+        num_experts: int,
+        *,
+        k: int = 2,
+        jitter: float = 0.0,
+        unknown_rate: float = 0.1,
+        rngs: Rngs,
+    ):
+        super().__init__(d, num_experts, k=k, jitter=jitter, rngs=rngs)
+        self.unknown_rate = unknown_rate
+        self.task = param(rngs, (MAX_TASKS, num_experts), ("task", None), normal(0.02))
+
+    def logits(self, x_BxLxD: Array, info: TokenInfo) -> Array:
+        bias = jnp.where((info.task_BxL > 0)[..., None], self.task[...][info.task_BxL], 0)
+        return super().logits(x_BxLxD, info) + bias.astype(jnp.float32)
+
+    def __call__(self, x_BxLxD: Array, info: TokenInfo, key: Array | None = None) -> RoutingDecision:
+        key, hide = (None, None) if key is None else jax.random.split(key)
+        return super().__call__(x_BxLxD, some_unknown(info, self.unknown_rate, hide), key)
+
+
+class TaskLevel(Router):
+    """The gate sees the task alone (Kudugunta et al. 2021): which experts a task has is learnt, and the same for all of
+    its positions. There is no jitter, which would part them.
+
+    Args:
+      unknown_rate: share of training rows whose task is hidden: they teach what an unknown task has (ours; the paper's
+        is always known).
+    """
+
+    def __init__(
+        self, d: int, num_experts: int, *, k: int = 2, weights: str = "chosen", unknown_rate: float = 0.1, rngs: Rngs
+    ):
+        super().__init__(MAX_TASKS, num_experts, k=k, weights=weights, rngs=rngs)  # a gate on the task, one-hot
+        self.unknown_rate = unknown_rate
+
+    def logits(self, x_BxLxD: Array, info: TokenInfo) -> Array:
+        return super().logits(jax.nn.one_hot(info.task_BxL, MAX_TASKS), info)
+
+    def __call__(self, x_BxLxD: Array, info: TokenInfo, key: Array | None = None) -> RoutingDecision:
+        return super().__call__(x_BxLxD, some_unknown(info, self.unknown_rate, key), key)
+
+
+class ByTask(Module):
+    """Static: every position of a task goes to the task's expert, with weight 1; with several to all of them, with
+    equal weights. Nothing is learnt; the task must be known (one that is unknown or without an expert goes to expert
+    0). A router without parameters is also how a task adapter is chosen."""
+
+    def __init__(self, d: int, num_experts: int, *, experts: TaskMap = None, rngs: Rngs | None = None):
+        self.experts = task_table(experts, num_experts)
+        self.num_experts, self.k = num_experts, max(map(len, self.experts))
+
+    def after_step(self, stats: RouterStats) -> ByTask:
+        return self
+
+    def __call__(self, x_BxLxD: Array, info: TokenInfo, key: Array | None = None) -> RoutingDecision:
+        nobody = (self.num_experts,) * self.k
+        table_TxK = jnp.asarray([((experts or (0,)) + nobody)[: self.k] for experts in self.experts], jnp.int32)
+        return fixed(table_TxK[info.task_BxL], info, self.num_experts)
