@@ -73,6 +73,7 @@ def test_every_router_file_makes_an_moe_of_the_tiny_corrector(router):
 
 def task_map(files: list[str], bindings: Sequence[str]) -> list[tuple[int, ...]]:
     """The experts of tasks 1 to 5 of the configured model."""
+    gin.clear_config()
     main.load(files, bindings)
     model = jax.eval_shape(lambda: configured_model()(vocab=64, rngs=Rngs(params=0)))
     return list(model.ffn.router.experts[1:6])
