@@ -37,8 +37,20 @@ def entry(argv: Sequence[str] | None = None) -> int:
 def _load(args: argparse.Namespace):
     """The corrector that the flags of `moe-jax correct` ask for."""
     from moe_jax.pipeline import Pipeline
+    from moe_jax.sampling import Sampling
 
-    return Pipeline.load(args.checkpoint, beams=args.beam, guard=args.guard, task=args.task)
+    given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
+    drawn = {name: number for name, number in given.items() if number is not None}
+    return Pipeline.load(
+        args.checkpoint,
+        weights=args.weights,
+        beams=args.beam,
+        guard=args.guard,
+        task=args.task,
+        sampling=Sampling(**drawn) if drawn else None,
+        seed=args.seed,
+        continuous=args.continuous,
+    )
 
 
 def _export(args: argparse.Namespace) -> int:

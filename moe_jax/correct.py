@@ -27,6 +27,7 @@ from moe_jax.partfile import PartFile, Refused, Signals, Stopped, again, part_pa
 
 # A compressed output gets one member (gzip) or stream (xz) a batch, so that it too can be continued.
 PACKERS = {".gz": functools.partial(gzip.compress, mtime=0), ".xz": lzma.compress}
+OF_MODEL = ("task", "beam", "guard", "temperature", "top_k", "top_p", "seed", "weights")  # options that change texts
 LISTED = 20  # bad records whose lines the report names
 
 
@@ -280,8 +281,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--overwrite", action="store_true", help="replace the output and what an unfinished run left")
     add("--task", help="the family of all records that name none, such as asr (default: unknown)")
-    add("--beam", type=_positive, default=1, metavar="N", help="beams of the decoder (default: 1, greedy)")
+    add("--beam", type=_positive, default=1, metavar="N", help="beams or samples of a record (default: 1)")
     add("--guard", type=float, metavar="X", help="threshold of the guard, in place of the checkpoint's")
+    add("--temperature", type=float, metavar="X", help="sample at this temperature, in place of searching")
+    add("--top_k", type=_positive, metavar="N", help="sample of the N likeliest tokens alone")
+    add("--top_p", type=float, metavar="X", help="sample of the fewest tokens that have probability X together")
+    add("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
+    add("--continuous", action="store_true", help="let a new record in where one is done: for many records a batch")
+    add("--weights", choices=("float32", "bfloat16", "int8"), default="float32", help="how matrices lie in memory")
 
 
 def main(args: argparse.Namespace, load: Callable[[argparse.Namespace], CorrectBatch]) -> int:
@@ -292,7 +299,7 @@ def main(args: argparse.Namespace, load: Callable[[argparse.Namespace], CorrectB
     try:
         check(args.input, args.output, args.format, args.field, args.overwrite)
         correct_batch = load(args)
-        model = f"{os.path.abspath(args.checkpoint)} task={args.task} beam={args.beam} guard={args.guard}"
+        model = " ".join([os.path.abspath(args.checkpoint), *(f"{n}={getattr(args, n)}" for n in OF_MODEL)])
         summary = run(
             correct_batch,
             args.input,

@@ -1,30 +1,32 @@
-"""Decoding: read the prompts once, then search (one compiled loop; greedy is one beam) and score texts after them.
+"""Decoding: read the prompts once, then search or sample after them (one compiled loop; greedy is one beam), and score
+given texts.
 
-Prompts are padded on the left, so that every row writes into the same cache slot; positions and masks know the
-difference. Shapes come from short lists of buckets: a new length costs no new compilation beyond those. A prompt that
-was read may be searched and scored after any number of times, so its state is copied, not donated, to the search.
+Prompts are padded on the right, so that they may follow a prefix that was read once for all; every row then writes into
+the same cache slot, and positions and masks know of the holes. Shapes come from short lists of buckets: a new length
+costs no new compilation beyond those. A prompt that was read may be searched and scored after any number of times, so
+its state is copied, not donated, to the search.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import tree, xla
+from moe_jax import tree
 from moe_jax.layers import stack
-from moe_jax.moe.dispatch import WRITTEN_OUT
+from moe_jax.programs import Structure, apart, compiled, of_rows
+from moe_jax.sampling import Sampling, draw, keys
 from moe_jax.types import Array, TokenInfo, value
 
-PAD, EOS = 0, 1
+EOS = 1  # of the library's own tokenisers
 BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 ROOMS = (48, 96, 144, 192, 288, 384, 576, 768)  # a step reads all of its room, and each costs a program
-SLOTS = (64, 128, 256, 512, 1024)  # of the caches: one program of search serves the prompts of several buckets
+SLOTS = (64, 128, 256, 512, 1024, 2048)  # of the caches: one program of search serves the prompts of several buckets
 
 
 @value
@@ -43,21 +45,35 @@ class Prefill:
     length_B: Array
     task_B: Array
 
+    @property
+    def slots(self) -> int:
+        return self.state.attention.segment_BxS.shape[-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+    """What every prompt of a job begins with, read once: its tokens, their family and the state after them."""
+
+    tokens: tuple[int, ...]
+    task: int
+    state: Any
+
 
 @dataclasses.dataclass(frozen=True)
 class Decoded:
-    """One written text: its tokens (end-of-text included if reached) and the log-probability of each, in nats."""
+    """One written text: its tokens (end-of-text included if reached) and the log-probability of each, in nats.
+
+    Attributes:
+      ended: whether the last token is an end of text.
+    """
 
     tokens: list[int]
     logprobs: list[float]
+    ended: bool
 
     @property
     def total(self) -> float:
         return float(sum(self.logprobs))
-
-    @property
-    def ended(self) -> bool:
-        return bool(self.tokens) and self.tokens[-1] == EOS
 
 
 def bucket(size: int, buckets: Sequence[int] = BUCKETS) -> int:
@@ -73,23 +89,49 @@ def length_penalty(length: Any, alpha: float) -> Any:
     return ((5.0 + length) / 6.0) ** alpha
 
 
-def left_padded(prompts: Sequence[Sequence[int]], tasks: Sequence[int], length: int) -> tuple[np.ndarray, TokenInfo]:
-    """tokens_BxL and their TokenInfo, padding on the left."""
+def padded(
+    prompts: Sequence[Sequence[int]], tasks: Sequence[int], length: int, start: int = 0
+) -> tuple[np.ndarray, TokenInfo]:
+    """tokens_BxL, padding on the right, and their TokenInfo; the first is at position `start`."""
     tokens = np.zeros((len(prompts), length), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
-        row[length - len(prompt) :] = prompt
-    start = length - np.array([len(p) for p in prompts])[:, None]
-    position = np.arange(length)[None] - start
-    valid = position >= 0
+        row[: len(prompt)] = prompt
+    valid = np.arange(length) < np.array([len(p) for p in prompts])[:, None]
     task = np.where(valid, np.asarray(tasks, np.int32)[:, None], 0)
-    parts = (task, valid, valid.astype(np.int32), np.maximum(position, 0).astype(np.int32))
-    return tokens, TokenInfo(*(jnp.asarray(p) for p in parts))
+    position = np.where(valid, start + np.arange(length, dtype=np.int32), 0)
+    return tokens, TokenInfo(*(jnp.asarray(p) for p in (task, valid, valid.astype(np.int32), position)))
 
 
-def prefill(model: Any, prompts: Sequence[Sequence[int]], tasks: Sequence[int] | None = None) -> Prefill:
-    """Reads the prompts. `tasks`: family ids where they are known; 0, the default, is unknown."""
-    tokens, info = left_padded(prompts, tasks or [0] * len(prompts), bucket(max(map(len, prompts))))
-    return _prefill()(_structure(model), tree.flatten(model), tokens, info)
+def read_prefix(model: Any, tokens: Sequence[int], task: int = 0) -> Prefix:
+    """Reads what prompts share. Each length is a program of its own: round it."""
+    batch = padded([tokens], [task], len(tokens))
+    slots = bucket(len(tokens), SLOTS)
+    read = _prefill()(Structure(model), tree.flatten(model), *batch, None, grown=slots)
+    return Prefix(tuple(tokens), task, read.state)
+
+
+def prefill(
+    model: Any, prompts: Sequence[Sequence[int]], tasks: Sequence[int] | None = None, prefix: Prefix | None = None
+) -> Prefill:
+    """Reads the prompts.
+
+    Args:
+      tasks: family ids where they are known; 0, the default, is unknown.
+      prefix: what all of them begin with and go on after; of the same family. Their state is the same as without it.
+
+    Raises ValueError for a prompt that does not.
+    """
+    tasks = tasks or [0] * len(prompts)
+    if prefix is None:
+        tokens, info = padded(prompts, tasks, length := bucket(max(map(len, prompts))))
+        return _prefill()(Structure(model), tree.flatten(model), tokens, info, None, grown=bucket(length, SLOTS))
+    start = len(prefix.tokens)
+    for prompt, task in zip(prompts, tasks, strict=True):
+        if len(prompt) <= start or tuple(prompt[:start]) != prefix.tokens or task != prefix.task:
+            raise ValueError(f"a prompt of {len(prompt)} tokens and task {task} does not go on after the prefix")
+    tokens, info = padded([p[start:] for p in prompts], tasks, length := bucket(max(map(len, prompts)) - start), start)
+    grown = bucket(start + length, SLOTS) - bucket(start, SLOTS)
+    return _prefill()(Structure(model), tree.flatten(model), tokens, info, prefix.state, grown=grown)
 
 
 def search(
@@ -99,82 +141,97 @@ def search(
     beams: int = 1,
     max_new: Sequence[int] | int,
     alpha: float = 0.6,
+    eos: Sequence[int] = (EOS,),
 ) -> list[Decoded]:
     """The best continuation of each prompt by beam search; `beams=1` is greedy.
 
     Args:
-      max_new: tokens to write at most, of each prompt or of all.
+      max_new: tokens to write at most, of each prompt or of all; the last of them can only be an end.
       alpha: length penalty.
+      eos: the tokens that end a text, any of them.
     """
+    alive = jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf)  # all beams begin alike: only one is alive at the start
+    return [best for best, *_ in _texts(model, read, alive, None, None, max_new, alpha=alpha, eos=eos)]
+
+
+def sample(
+    model: Any,
+    read: Prefill,
+    sampling: Sampling,
+    *,
+    samples: int = 1,
+    seed: int = 0,
+    record: Sequence[int],
+    max_new: Sequence[int] | int,
+    eos: Sequence[int] = (EOS,),
+) -> list[list[Decoded]]:
+    """So many random continuations of each prompt, the likeliest first.
+
+    Args:
+      seed, record: of the random numbers: what is drawn for a record does not depend on what shares its batch.
+      max_new, eos: as of `search`.
+    """
+    key_R = keys(seed, jnp.asarray(record, jnp.uint32), samples)
+    return _texts(model, read, jnp.zeros(samples), key_R, sampling, max_new, alpha=0.0, eos=eos)
+
+
+def _texts(model, read, alive_K, key_R, sampling, max_new, *, alpha, eos) -> list[list[Decoded]]:
+    """The texts of all beams or samples of each prompt, best first."""
     limits = np.broadcast_to(np.asarray(max_new, np.int32), read.length_B.shape)
     room = bucket(int(limits.max()), ROOMS)
-    out = _search()(_structure(model), tree.flatten(model), read, limits, beams=beams, room=room, alpha=alpha)
-    written, logprobs, lengths = (np.asarray(a) for a in out)
-    return [Decoded(w[:n].tolist(), p[:n].tolist()) for w, p, n in zip(written, logprobs, lengths, strict=True)]
+    arrays = Structure(model), tree.flatten(model), read, limits, alive_K, key_R
+    out = _search()(*arrays, sampling=sampling, room=room, alpha=alpha, eos=tuple(eos))
+    return [
+        [Decoded(w[:n].tolist(), p[:n].tolist(), w[n - 1] in eos) for w, p, n in zip(*of_row, strict=True)]
+        for of_row in zip(*map(np.asarray, out), strict=True)
+    ]
 
 
-class _structure:
-    """A model's structure without its arrays: hashable, so that compiled programs are found again."""
-
-    def __init__(self, model: Any):
-        self.treedef = jax.tree.structure(model)
-        self.model = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model)
-        self.key = str(self.treedef)
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _structure) and self.key == other.key
-
-    def filled(self, params: dict[str, Array]) -> Any:
-        return tree.unflatten(self.model, params)
-
-
-def _compiled(**options: Any) -> Callable[[Callable], Callable[[], Any]]:
-    """A program of (structure, ...), made when it is first asked for: importing this file must not start a backend."""
-
-    def program(function: Callable) -> Callable[[], Any]:
-        return functools.cache(lambda: jax.jit(function, static_argnums=0, compiler_options=xla.options(), **options))
-
-    return program
-
-
-@_compiled()
-def _prefill(structure: _structure, params: dict[str, Array], tokens_BxP: Array, info: TokenInfo) -> Prefill:
+@compiled(static_argnames="grown")
+def _prefill(
+    structure: Structure, params: dict[str, Array], tokens_BxP: Array, info: TokenInfo, before: Any, *, grown: int
+) -> Prefill:
+    """`before`: the state of the one row that all go on after; `grown`: its additional slots."""
     model = structure.filled(params)
-    B, P = tokens_BxP.shape
-    x, state, _ = model(tokens_BxP, info, model.state(B, bucket(P, SLOTS)))
-    logp = jax.nn.log_softmax(model.logits(x[:, -1]).astype(jnp.float32))
-    return Prefill(state, logp, info.valid_BxL.sum(1), info.task_BxL[:, -1])
+    B = len(tokens_BxP)
+    state = model.state(B, grown) if before is None else of_rows(before, jnp.zeros(B, jnp.int32)).grown(grown)
+    x, state, _ = model(tokens_BxP, info, state)
+    last = info.valid_BxL.sum(1) - 1
+    x_BxD = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+    logp = jax.nn.log_softmax(model.logits(x_BxD).astype(jnp.float32))
+    length_B = jnp.take_along_axis(info.position_BxL, last[:, None], axis=1)[:, 0] + 1
+    return Prefill(state, logp, length_B, info.task_BxL[:, 0])
 
 
-@_compiled(static_argnames=("beams", "room", "alpha"))
+@compiled(static_argnames=("sampling", "room", "alpha", "eos"))
 def _search(
-    structure: _structure,
+    structure: Structure,
     params: dict[str, Array],
     read: Prefill,
     limit_B: Array,
+    alive_K: Array,
+    key_R: Array | None,
     *,
-    beams: int,
+    sampling: Sampling | None,
     room: int,
     alpha: float,
+    eos: tuple[int, ...],
 ):
-    """Returns (written_BxM, logprobs_BxM, lengths_B) of the best beam."""
-    model = jax.lax.optimization_barrier(_apart(structure.filled(params)))  # or XLA slices in every step
-    B, K, M, V = len(limit_B), beams, room, model.vocab
-    # Rows of beams lie beside each other: [B * K]. Only the first beam of a row is alive at the start.
+    """Returns (written_BxKxM, logprobs_BxKxM, lengths_BxK) of all beams or samples, best first."""
+    model = apart(structure.filled(params))
+    B, K, M, V = len(limit_B), len(alive_K), room, model.vocab
+    # Rows of beams lie beside each other: [B * K].
     state = tuple(one.shared(K, M) for one in stack.split(read.state, model.layers))
-    first_BxKxV = jnp.repeat(read.logp_BxV[:, None], K, axis=1)
-    alive = jnp.where(jnp.arange(K) == 0, 0.0, -jnp.inf)
     task_R = jnp.repeat(read.task_B, K)
 
     def choose(logp_BxKxV, total_BxK, done_BxK, count_BxK):
-        """The K best of all continuations. A finished beam goes on with PAD at no cost; a full one must end."""
-        only = jnp.full((V,), -jnp.inf)
-        logp = jnp.where(done_BxK[..., None], only.at[PAD].set(0.0), logp_BxKxV.at[..., PAD].set(-jnp.inf))
-        full = (count_BxK + 1 >= limit_B[:, None])[..., None] & ~done_BxK[..., None]
-        logp = jnp.where(full & (jnp.arange(V) != EOS), -jnp.inf, logp)
+        """The K best of all continuations, or one drawn for each sample."""
+        logp = allowed(logp_BxKxV, done_BxK, count_BxK + 1 >= limit_B[:, None], eos)
+        if sampling is not None and key_R is not None:
+            token = draw(logp.reshape(B * K, V), key_R, count_BxK.reshape(-1), sampling).reshape(B, K)
+            parent = jnp.broadcast_to(jnp.arange(K), (B, K))
+            gain = jnp.take_along_axis(logp, token[..., None], axis=-1)[..., 0]
+            return parent, token, gain, total_BxK + gain, done_BxK
         total = total_BxK[..., None] + logp
         after = (count_BxK + ~done_BxK).astype(jnp.float32)
         _, flat = jax.lax.top_k((total / length_penalty(after, alpha)[..., None]).reshape(B, K * V), K)
@@ -186,25 +243,25 @@ def _search(
     def body(carry):
         t, state, logp, total, done, count, written, gains = carry
         parent, token, gain, total, done = choose(logp, total, done, count)
-        reorder = lambda a: jnp.take_along_axis(a, parent[..., None], axis=1)  # noqa: E731
-        written = reorder(written).at[:, :, t].set(token)
-        gains = reorder(gains).at[:, :, t].set(jnp.where(done, 0.0, gain))
-        count = jnp.take_along_axis(count, parent, axis=1) + ~done
-        done = done | (token == EOS)
-        if K > 1:
-            state = tuple(one.descended(parent) for one in state)
-        live = ~done.reshape(-1, 1)
-        place = (read.length_B[:, None] + t + jnp.zeros((B, K), jnp.int32)).reshape(-1, 1)
-        step = TokenInfo(jnp.where(live, task_R[:, None], 0), live, live.astype(jnp.int32), place)
-        x, state, _ = model(jnp.where(live, token.reshape(-1, 1), PAD), step, state)
-        logp = jax.nn.log_softmax(model.logits(x[:, -1]).astype(jnp.float32)).reshape(B, K, V)
-        return t + 1, state, logp, total, done, count, written, gains
+        if sampling is None:
+            reorder = lambda a: jnp.take_along_axis(a, parent[..., None], axis=1)  # noqa: E731
+            written, gains = reorder(written), reorder(gains)
+            count = jnp.take_along_axis(count, parent, axis=1)
+            if K > 1:
+                state = tuple(one.descended(parent) for one in state)
+        written = written.at[:, :, t].set(token)
+        gains = gains.at[:, :, t].set(jnp.where(done, 0.0, gain))
+        count += ~done
+        done |= is_end(token, eos)
+        place = (read.length_B[:, None] + t + jnp.zeros((B, K), jnp.int32)).reshape(-1)
+        logp, state = step(model, state, token.reshape(-1), ~done.reshape(-1), place, task_R)
+        return t + 1, state, logp.reshape(B, K, V), total, done, count, written, gains
 
     start = (
         jnp.zeros((), jnp.int32),
         state,
-        first_BxKxV,
-        jnp.broadcast_to(alive, (B, K)),
+        jnp.repeat(read.logp_BxV[:, None], K, axis=1),
+        jnp.broadcast_to(alive_K, (B, K)),
         jnp.zeros((B, K), bool),
         jnp.zeros((B, K), jnp.int32),
         jnp.zeros((B, K, M), jnp.int32),
@@ -212,24 +269,46 @@ def _search(
     )
     end = jax.lax.while_loop(lambda c: (c[0] < M) & ~c[4].all(), body, start)
     _, _, _, total, _, count, written, gains = end
-    best = jnp.argmax(total / length_penalty(count.astype(jnp.float32), alpha), axis=1)[:, None]
-    take = lambda a: jnp.take_along_axis(a, best.reshape(B, 1, *(1,) * (a.ndim - 2)), axis=1)[:, 0]  # noqa: E731
+    order_BxK = jnp.argsort(-total / length_penalty(count.astype(jnp.float32), alpha), axis=1)
+    take = lambda a: jnp.take_along_axis(a, order_BxK.reshape(B, K, *(1,) * (a.ndim - 2)), axis=1)  # noqa: E731
     return take(written), take(gains), take(count)
 
 
-def score(model: Any, read: Prefill, rows: Sequence[int], texts: Sequence[Sequence[int]]) -> list[Decoded]:
+def is_end(token: Array, eos: Sequence[int]) -> Array:
+    return (token[..., None] == jnp.asarray(eos)).any(-1)
+
+
+def allowed(logp_xV: Array, done: Array, last: Array, eos: Sequence[int]) -> Array:
+    """`logp_xV` of texts that are not `done`; what is the `last` token of one can only end it. A text that is done goes
+    on as itself: by one end more, which is not counted, at no cost."""
+    end_V = is_end(jnp.arange(logp_xV.shape[-1]), eos)
+    again_V = jnp.where(jnp.arange(logp_xV.shape[-1]) == eos[0], 0.0, -jnp.inf)
+    return jnp.where(done[..., None], again_V, jnp.where(last[..., None] & ~end_V, -jnp.inf, logp_xV))
+
+
+def step(model: Any, state: Any, token_R: Array, live_R: Array, place_R: Array, task_R: Array) -> tuple[Array, Any]:
+    """(logp_RxV, state) after one more token of each row that is live."""
+    live = live_R[:, None]
+    info = TokenInfo(jnp.where(live, task_R[:, None], 0), live, live.astype(jnp.int32), place_R[:, None])
+    x, state, _ = model(jnp.where(live, token_R[:, None], 0), info, state)
+    return jax.nn.log_softmax(model.logits(x[:, -1]).astype(jnp.float32)), state
+
+
+def score(
+    model: Any, read: Prefill, rows: Sequence[int], texts: Sequence[Sequence[int]], eos: Sequence[int] = (EOS,)
+) -> list[Decoded]:
     """The log-probability of each given text (token ids, end-of-text included) after the prompt `rows` names."""
     tokens = np.zeros((len(texts), bucket(max(map(len, texts)), ROOMS)), np.int32)
     for row, text in zip(tokens, texts, strict=True):
         row[: len(text)] = text
     lengths = np.array([len(t) for t in texts])
-    logprobs = np.asarray(_score()(_structure(model), tree.flatten(model), read, np.asarray(rows), tokens, lengths))
-    return [Decoded(list(t), p[: len(t)].tolist()) for t, p in zip(texts, logprobs, strict=True)]
+    logprobs = np.asarray(_score()(Structure(model), tree.flatten(model), read, np.asarray(rows), tokens, lengths))
+    return [Decoded(list(t), p[: len(t)].tolist(), t[-1] in eos) for t, p in zip(texts, logprobs, strict=True)]
 
 
-@_compiled()
+@compiled()
 def _score(
-    structure: _structure, params: dict[str, Array], read: Prefill, row_R: Array, tokens_RxM: Array, length_R: Array
+    structure: Structure, params: dict[str, Array], read: Prefill, row_R: Array, tokens_RxM: Array, length_R: Array
 ) -> Array:
     """logprob_RxM of each token given its prompt and those before it."""
     model = structure.filled(params)
@@ -237,26 +316,7 @@ def _score(
     valid = jnp.arange(M) < length_R[:, None]
     task = jnp.where(valid, read.task_B[row_R][:, None], 0)
     info = TokenInfo(task, valid, valid.astype(jnp.int32), read.length_B[row_R][:, None] + jnp.arange(M))
-    x, _, _ = model(tokens_RxM, info, _rows(read.state, row_R).grown(M))
+    x, _, _ = model(tokens_RxM, info, of_rows(read.state, row_R).grown(M))
     after = jax.nn.log_softmax(model.logits(x[:, :-1]).astype(jnp.float32))
     logp = jnp.concatenate([read.logp_BxV[row_R][:, None], after], axis=1)
     return jnp.take_along_axis(logp, tokens_RxM[..., None], axis=-1)[..., 0]
-
-
-def _apart(model: Any) -> Any:
-    """`model` with the matrices of each layer and each expert as arrays of their own, on CPU. (Elsewhere a slice is no
-    copy, and these would be.)"""
-    if jax.default_backend() != "cpu":
-        return model
-
-    def parts(x: Array, words: Sequence[str | None]) -> Any:
-        stacked = x.ndim > len(words) or (words[:1] == ("expert",) and len(x) <= WRITTEN_OUT)
-        return stack.Apart(tuple(parts(part, words[-part.ndim :]) for part in x)) if stacked else x
-
-    words = tree.axes(model)
-    return tree.unflatten(model, {name: parts(x, words[name]) for name, x in tree.flatten(model).items()})
-
-
-def _rows(state: Any, row_R: Array) -> Any:
-    """The state of some rows, stacked over layers; leaves without rows count slots."""
-    return jax.tree.map(lambda s: s if s.ndim < 2 else jnp.take(s, row_R, axis=1), state)

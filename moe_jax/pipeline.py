@@ -8,19 +8,25 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 from rapidfuzz.distance import Levenshtein
 
-from moe_jax import checkpoint, decode, describe, tree
+from moe_jax import checkpoint, decode, describe, lanes, quantise, tree
 from moe_jax.correct import Correction
 from moe_jax.formats import Record
 from moe_jax.layers.param import Rngs
+from moe_jax.sampling import Sampling
 from moe_jax.text.prompt import Example, check_layout, encode_example, room_to_write
 from moe_jax.text.tokeniser import Tokeniser
+
+Batch = tuple[list[Record], list[list[int]]]  # records and their prompts
+Read = tuple[decode.Prefill, list[decode.Decoded]]  # what was read of a batch, and what was written after it
+SHARED, LEAST_SHARED = 16, 32  # a prefix is read once in multiples of so many tokens, from so many on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +88,9 @@ class Pipeline:
 
     Attributes:
       guard: when to keep the first pass.
-      beams: width of the beam search (1 is greedy).
+      beams: width of the beam search (1 is greedy); with `sampling`, how many samples, of which the likeliest is taken.
+      sampling, seed: how to draw; what is drawn for a record depends on the seed and its line alone. None: search.
+      continuous: lanes that are done take the next prompt (`lanes`; one beam or sample); else batches end together.
       task: the family of everything that is corrected; None, the default, is unknown: routing is free anyway. (A
         template that says the task, "+task", then says what a record gives as its own.)
       rescore: let the given hypotheses compete with what the search found, by the model's own score.
@@ -102,10 +110,18 @@ class Pipeline:
     max_sources: int = 0
     batch_size: int = 32
     task: str | None = None
+    sampling: Sampling | None = None
+    seed: int = 0
+    continuous: bool = False
+    _prefix: decode.Prefix | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.continuous and self.beams > 1:
+            raise ValueError(f"continuous batching has one beam or sample, not {self.beams}; take one")
 
     @classmethod
-    def load(cls, path: str | Path, **options: Any) -> Pipeline:
-        """From a run folder (its `model.safetensors`) or such a file.
+    def load(cls, path: str | Path, *, weights: str = "float32", **options: Any) -> Pipeline:
+        """From a run folder (its `model.safetensors`) or such a file; its matrices held as `weights` (`quantise`).
 
         Raises CheckpointError, in one line, for a checkpoint that is missing, torn or of another shape.
         """
@@ -140,7 +156,7 @@ class Pipeline:
             raise checkpoint.CheckpointError(
                 f"{path}: the tokeniser has {tokeniser.vocab_size} pieces, the embedding {empty.vocab}; export it again"
             )
-        model = tree.unflatten(empty, params)
+        model = quantise.hold(tree.unflatten(empty, params), weights)
         made = cls(model, tokeniser, families, layout, guard, fingerprint, max_length=length, **counts)
         if (task := options.get("task")) and task not in families:
             raise ValueError(f"unknown task {task!r}; {path} knows: {', '.join(families)}")
@@ -157,11 +173,12 @@ class Pipeline:
         fitting = {i: e for i, e in enumerate(examples) if e is not None}
         order = sorted(fitting, key=lambda i: len(fitting[i].tokens))
         out: list[Proposal | None] = [None] * len(records)
-        for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            for i, proposal in zip(
-                chosen, self._batch([records[i] for i in chosen], [fitting[i] for i in chosen]), strict=True
-            ):
+        prefix = self._shared([e.tokens for e in fitting.values()])
+        numbers = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        decoded = self._in_lanes if self.continuous else self._in_turn
+        batches = [([records[i] for i in chosen], [fitting[i].tokens for i in chosen]) for chosen in numbers]
+        for chosen, (given, _), (read, found) in zip(numbers, batches, decoded(batches, prefix), strict=True):
+            for i, proposal in zip(chosen, self._proposals(given, read, found), strict=True):
                 out[i] = proposal
         return [
             p
@@ -186,17 +203,64 @@ class Pipeline:
             family=self.task or record.task,
         )
 
-    def _batch(self, records: Sequence[Record], examples: Sequence[Example]) -> list[Proposal]:
-        prompts = [e.tokens for e in examples]
-        tasks = [self.families[self.task] if self.task else 0] * len(records)
+    def _shared(self, prompts: Sequence[list[int]]) -> decode.Prefix | None:
+        """What these prompts begin with, read once; that of an earlier call where it fits, as its programs are there.
+        Few prompts have much in common by chance, and are not worth a program."""
+        held = self._prefix
+        if held and all(len(p) > len(held.tokens) and tuple(p[: len(held.tokens)]) == held.tokens for p in prompts):
+            return held
+        if len(prompts) < self.batch_size:
+            return None
+        first, last = min(prompts), max(prompts)  # all others lie between them
+        common = sum(1 for _ in itertools.takewhile(lambda two: two[0] == two[1], zip(first[:-1], last, strict=False)))
+        size = common // SHARED * SHARED
+        if size < LEAST_SHARED:
+            return None
+        self._prefix = decode.read_prefix(self.model, first[:size], self._task_id())
+        return self._prefix
+
+    def _task_id(self) -> int:
+        return self.families[self.task] if self.task else 0
+
+    def _read(self, prompts: Sequence[list[int]], prefix: decode.Prefix | None) -> decode.Prefill:
+        """A full batch always: one compiled program a bucket."""
+        full = [*prompts, *[prompts[-1]] * (self.batch_size - len(prompts))]
+        return decode.prefill(self.model, full, [self._task_id()] * len(full), prefix)
+
+    def _limits(self, records: Sequence[Record]) -> list[int]:
+        return [room_to_write(self.tokeniser, r.hypotheses[0]) for r in records]
+
+    def _in_turn(self, batches: Sequence[Batch], prefix: decode.Prefix | None) -> Iterator[Read]:
+        """Each batch to its end."""
+        eos = self.tokeniser.eos
+        for records, prompts in batches:
+            read, pad = self._read(prompts, prefix), self.batch_size - len(records)
+            room = [*self._limits(records), *[1] * pad]
+            if self.sampling is None:
+                found = decode.search(self.model, read, beams=self.beams, max_new=room, alpha=self.alpha, eos=eos)
+            else:
+                lines = [*(r.line for r in records), *[0] * pad]
+                draw = partial(decode.sample, self.model, read, self.sampling, samples=self.beams, seed=self.seed)
+                drawn = draw(record=lines, max_new=room, eos=eos)
+                found = [max(texts, key=lambda d: self._penalised(d)[1]) for texts in drawn]
+            yield read, found[: len(records)]
+
+    def _in_lanes(self, batches: Sequence[Batch], prefix: decode.Prefix | None) -> Iterator[Read]:
+        """Lanes of one program take the prompts whose caches are of one size."""
+        room = decode.bucket(max((n for records, _ in batches for n in self._limits(records)), default=1), decode.ROOMS)
+        waiting = (
+            lanes.Waiting(self._read(prompts, prefix), self._limits(records), [r.line for r in records])
+            for records, prompts in batches
+        )
+        run = partial(lanes.run, self.model, lanes=self.batch_size, room=room, seed=self.seed, eos=self.tokeniser.eos)
+        for _, group in itertools.groupby(waiting, lambda batch: batch.read.slots):
+            for batch, texts in run(group, sampling=self.sampling or lanes.GREEDY):
+                yield batch.read, texts
+
+    def _proposals(
+        self, records: Sequence[Record], read: decode.Prefill, found: Sequence[decode.Decoded]
+    ) -> list[Proposal]:
         firsts = [r.hypotheses[0] for r in records]
-        pad = self.batch_size - len(prompts)  # a full batch always: one compiled program a bucket
-        full, full_tasks = [*prompts, *[prompts[-1]] * pad], [*tasks, *[tasks[-1]] * pad]
-        limits = [room_to_write(self.tokeniser, f) for f in firsts]
-        read = decode.prefill(self.model, full, full_tasks)
-        room = [*limits, *[1] * pad]
-        how = {"beams": self.beams, "alpha": self.alpha, "eos": self.tokeniser.eos}
-        found = decode.search(self.model, read, max_new=room, **how)[: len(records)]
         written = [self.tokeniser.decode(d.tokens) if d.ended else None for d in found]
         texts = [t and local_edits(t, r.hypotheses) for t, r in zip(written, records, strict=True)]
         candidates = [self._candidates(r, t) for r, t in zip(records, texts, strict=True)]
@@ -226,7 +290,7 @@ class Pipeline:
         for start in range(0, len(jobs), self.batch_size):
             batch = jobs[start : start + self.batch_size]
             padded = [*batch, *[batch[-1]] * (self.batch_size - len(batch))]
-            results = decode.score(self.model, read, [i for i, _, _ in padded], [ids for *_, ids in padded])
+            results = decode.score(self.model, read, [i for i, *_ in padded], [ids for *_, ids in padded])
             for (i, text, _), result in zip(batch, results, strict=False):
                 out[i][text] = self._penalised(result)
         return out

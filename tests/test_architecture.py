@@ -25,7 +25,9 @@ sharding losses tree packing correct tasks
 layers optim checkpoint data
 moe
 models
+programs sampling quantise
 describe decode profile
+lanes
 pipeline
 train evaluate seqio_data
 prepare main

@@ -21,6 +21,7 @@ from moe_jax.moe import task_routers
 from moe_jax.moe.layer import MoeFfn
 from moe_jax.packing import Packable
 from moe_jax.pipeline import Guard, Pipeline, Proposal, export, local_edits, repeats
+from moe_jax.sampling import Sampling
 from moe_jax.tasks.families import FAMILIES
 from moe_jax.text.tokeniser import Tokeniser
 
@@ -95,6 +96,56 @@ def test_order_is_kept_and_a_record_does_not_depend_on_its_neighbours(pipeline):
         (alone,) = pipeline.propose([r])
         assert (alone.first, alone.text) == (proposal.first, proposal.text) == (r.hypotheses[0], proposal.text)
         assert alone.margin == pytest.approx(proposal.margin, abs=1e-3)
+
+
+SENTENCES = [record(f"the cat sat on {n} mats of {' '.join('abcdefg'[: n % 7])}".strip()) for n in range(11)]
+
+
+def told(proposals):
+    return [(p.first, p.text, round(p.margin, 2)) for p in proposals]
+
+
+@pytest.fixture
+def unguarded(monkeypatch):
+    """What a random model writes is left as it is."""
+    monkeypatch.setattr("moe_jax.pipeline.local_edits", lambda text, hypotheses: text)
+
+
+@pytest.mark.usefixtures("unguarded")
+def test_lanes_and_batches_propose_the_same(pipeline):
+    lanes = dataclasses.replace(pipeline, continuous=True)
+    assert told(lanes.propose(SENTENCES)) == told(pipeline.propose(SENTENCES))
+
+
+def test_lanes_have_one_beam(pipeline):
+    with pytest.raises(ValueError, match="one beam"):
+        dataclasses.replace(pipeline, continuous=True, beams=2)
+
+
+@pytest.mark.usefixtures("unguarded")
+def test_what_all_prompts_begin_with_is_read_once(pipeline, monkeypatch):
+    """The same proposals; a later, smaller call goes on with the prefix, and one that it does not fit without."""
+    monkeypatch.setattr("moe_jax.pipeline.LEAST_SHARED", 2)
+    monkeypatch.setattr("moe_jax.pipeline.SHARED", 2)
+    read, own = [], dataclasses.replace(pipeline)
+    monkeypatch.setattr(decode, "read_prefix", lambda *a, f=decode.read_prefix: read.append(a[1]) or f(*a))
+    assert told(own.propose(SENTENCES)) == told(own.propose(SENTENCES[:3])) + told(pipeline.propose(SENTENCES[3:]))
+    assert len(read) == 2  # one of each pipeline
+    assert told(own.propose([record("a b c d")])) == told(pipeline.propose([record("a b c d")]))
+    assert len(read) == 2
+    expected = pipeline.encode(SENTENCES[0]).tokens[: len(read[0])]
+    assert read[0] == expected
+    assert len(read[0]) >= 2
+
+
+@pytest.mark.usefixtures("unguarded")
+@pytest.mark.parametrize("options", [{"beams": 2}, {"continuous": True}], ids=str)
+def test_samples_do_not_depend_on_the_batch(pipeline, options):
+    drawing = dataclasses.replace(pipeline, sampling=Sampling(1.3), seed=4, rescore=False, **options)
+    records = [dataclasses.replace(r, line=i) for i, r in enumerate(SENTENCES[:6])]
+    together = drawing.propose(records)
+    assert told(together[4:]) == told(drawing.propose(records[4:]))
+    assert told(together) != told(dataclasses.replace(drawing, seed=5).propose(records))
 
 
 def test_the_chosen_text_beats_every_given_hypothesis_by_the_models_own_score(pipeline):
@@ -172,7 +223,9 @@ def test_known_tasks_reach_the_router_and_unknown_ones_are_zero(shipped):
     pipeline = Pipeline.load(shipped, batch_size=2, task="ocr")
     prefill = decode.prefill
     try:
-        decode.prefill = lambda model, prompts, tasks: seen.append(tasks) or prefill(model, prompts, tasks)
+        decode.prefill = lambda model, prompts, tasks, *more: (
+            seen.append(tasks) or prefill(model, prompts, tasks, *more)
+        )
         pipeline.propose([record("a cat", task="asr"), record("a hat")])
         Pipeline.load(shipped, batch_size=2).propose([record("a cat", task="asr")])
     finally:

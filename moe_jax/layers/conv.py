@@ -16,7 +16,7 @@ from moe_jax.types import Array, TokenInfo, value
 
 @value
 class ConvState:
-    """The last `width - 1` inputs: x_BxWxD, segment_BxW (0 = nothing)."""
+    """The last `width - 1` inputs before the padding at the end: x_BxWxD, segment_BxW (0 = nothing)."""
 
     x_BxWxD: Array
     segment_BxW: Array
@@ -49,5 +49,8 @@ class CausalConv(Module):
             same = jax.lax.slice_in_dim(seen, start, start + L, axis=1) == segment
             y = y + jnp.where(same[..., None], jax.lax.slice_in_dim(x, start, start + L, axis=1), 0) * taps[back]
         if state is not None:
-            state = ConvState(x[:, L:].astype(state.x_BxWxD.dtype), seen[:, L:])
+            # What a row ends with in padding does not come between its inputs and those of the next call.
+            end_B = jnp.where(info.valid_BxL, jnp.arange(1, L + 1), 0).max(1)
+            last = jax.vmap(lambda a, end: jax.lax.dynamic_slice_in_dim(a, end, self.width - 1))
+            state = ConvState(last(x, end_B).astype(state.x_BxWxD.dtype), last(seen, end_B))
         return y, state
