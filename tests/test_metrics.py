@@ -68,7 +68,7 @@ def test_normalisers_are_idempotent(name, text):
 
 
 def test_signatures_and_families():
-    assert [n.signature for n in NORMALISERS.values()] == ["speech|v1", "written|v1", "raw|v1"]
+    assert [n.signature for n in NORMALISERS.values()] == ["speech|v1", "written|v1", "raw|v1", "hypo2trans|v1"]
     families = ("asr", "ocr", "mt", "gec", "itn")
     names = [normalisers.family_normaliser(family).name for family in families]
     assert names == ["speech", "written", "written", "written", "written"]
