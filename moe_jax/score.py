@@ -36,6 +36,8 @@ FIRST = "first pass"
 ORACLES = {"oracle n-best": oracles.n_best, "oracle compositional": oracles.compositional}
 AVERAGE = "average"
 """The `set` of the plain mean over sets, as papers report it; `ALL` is that of their lines together."""
+DISTINCT = "distinct hypotheses: "
+"""Begins the `set` of those of all lines whose lists hold so many."""
 
 KEYS = ("corrected", "prediction")  # of predictions in JSON, the first that a record has
 
@@ -123,7 +125,7 @@ def score(
     resamples: int = 2000,
 ) -> list[Row]:
     """First pass, oracles and systems on each set, on the average over sets, on all lines, and on the lines of each
-    number of different hypotheses.
+    number of distinct hypotheses.
 
     Args:
       sets: name -> records, all with references.
@@ -183,10 +185,10 @@ def _groups(sets: Sets) -> Iterable[tuple[str, Choice, Score]]:
         onehot_NxS = np.eye(len(sets))[of_set_N]
         yield AVERAGE, lambda x_Nx2: (onehot_NxS[..., None] * x_Nx2[:, None]).reshape(len(x_Nx2), -1), _mean_of_sets
         yield ALL, lambda x_Nx2: x_Nx2, error_rate
-    different_N = np.array([len(set(r.hypotheses)) for records in sets.values() for r in records])
-    numbers = np.unique(different_N).tolist()
+    distinct_N = np.array([len(set(r.hypotheses)) for records in sets.values() for r in records])
+    numbers = np.unique(distinct_N).tolist()
     if len(numbers) > 1:
-        yield from ((f"distinct hypotheses: {n}", _chosen(different_N == n), error_rate) for n in numbers)
+        yield from ((f"{DISTINCT}{n}", _chosen(distinct_N == n), error_rate) for n in numbers)
 
 
 def _chosen(mask_N: np.ndarray) -> Choice:
@@ -217,7 +219,7 @@ def _compared(arm: str, first_NxK: np.ndarray, mine_NxK: np.ndarray, total: Scor
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
-    """Two tables of the rows of one normaliser, in percent: a set a row, then the systems' intervals."""
+    """Two tables of the rows of one normaliser, in percent: a set a row, then the systems' intervals on whole sets."""
     what = {"wer": "WER", "mean_line_wer": "mean WER of lines"}[rows[0]["metric"]]
     cells: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
@@ -233,7 +235,9 @@ def to_markdown(rows: Sequence[Row]) -> str:
     systems = [arm for arm in arms if arm not in (FIRST, *ORACLES)]
     if systems:
         head = ("set", "system", what, "95 % interval", "change", "95 % interval", "p", "fixed / broken")
-        details = [_detail(cells[name, arm]) for name in sets for arm in (FIRST, *systems)]
+        details = [
+            _detail(cells[name, arm]) for name in sets if not name.startswith(DISTINCT) for arm in (FIRST, *systems)
+        ]
         text += "\n" + _table([head, ("---", "---", *["--:"] * 6), *details])
     return text
 

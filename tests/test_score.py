@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_pipeline import shipped  # noqa: F401  a fixture: a tiny checkpoint with a guard of 2.5 nats
 
 from benchmarks import zero_shot
-from moe_jax import cli, score
+from moe_jax import cli, evaluate, pipeline, score
 from moe_jax.metrics.normalisers import HYPO2TRANS, SPEECH
 
 # Word errors of the first pass, o_nb and o_cp: 1 1 0 of 2, 1 0 0 of 3, 2 1 1 of 5.
@@ -234,6 +235,17 @@ def test_the_command_scores_and_says_what_is_wrong_in_one_line(one, tmp_path, ca
     assert cli.entry(["score", "--input", str(tmp_path / "none.json")]) == 2
     err = capsys.readouterr().err
     assert "none.json: cannot be read" in err and err.count("\n") == 1
+
+
+def test_a_checkpoint_is_guarded_as_it_says_itself(one, shipped, monkeypatch):  # noqa: F811
+    margins = iter([2.0, 3.0])
+
+    def propose(_, records, progress=True):
+        return [pipeline.Proposal(r.hypotheses[0], "new", next(margins), 0.0) for r in records]
+
+    monkeypatch.setattr(evaluate, "propose", propose)
+    correct = cli.scored(str(shipped))
+    assert correct(score.read_sets([one], "asr")["one"]) == [("a x", "new"), ("new", "new")]
 
 
 def test_zero_shot_corrects_a_set_once(one, two, tmp_path):
