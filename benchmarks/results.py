@@ -16,6 +16,7 @@ import numpy as np
 
 from benchmarks.measure import markdown
 from moe_jax import partfile
+from moe_jax.score import to_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 HIGHER = ("bleu", "chrf", "f0.5")
@@ -76,6 +77,21 @@ def unique(items: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(items))
 
 
+EVALUATION_ONLY = """Evaluation only: nothing was trained or tuned on these sets. `average` is the plain mean of the
+sets, `all` their lines together, `distinct hypotheses: n` the lines whose list has so many. `hypo2trans` is how
+HyPoradise's authors score: punctuation and digits deleted, the mean of the lines' own rates.
+"""
+
+
+def zero_shot(data: dict[str, Any]) -> str:
+    """Test sets of others, once under each normaliser."""
+    out = [f"## Zero-shot: HyPoradise\n\n`{data['meta']['command']}` · {data['meta']['date']}\n"]
+    out.append(EVALUATION_ONLY)
+    for normaliser in unique(r["normaliser"] for r in data["rows"]):
+        out.append(to_markdown([r for r in data["rows"] if r["normaliser"] == normaliser]))
+    return "\n".join(out)
+
+
 SPEED = """# Speed
 
 A ratio is ours / the rival's in time or memory, the smaller the better, both measured in one run in turns; targets are
@@ -123,7 +139,8 @@ def results() -> str:
     """The text of RESULTS.md: each experiment's own remarks (results/<experiment>/notes.md) follow its table."""
     parts = [HEAD]
     for path in sorted((ROOT / "results").glob("*/table.json")):
-        parts.append(table(json.loads(path.read_text("utf-8"))))
+        data = json.loads(path.read_text("utf-8"))
+        parts.append(zero_shot(data) if data["experiment"] == "zero_shot" else table(data))
         notes = path.with_name("notes.md")
         if notes.exists():
             parts.append(notes.read_text("utf-8"))

@@ -1,12 +1,14 @@
-"""`moe-jax`: correct a file, run an experiment, export a checkpoint."""
+"""`moe-jax`: correct a file, score test sets, run an experiment, export a checkpoint."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 
-from moe_jax import __version__, correct, launch, main
+from moe_jax import __version__, correct, launch, main, score
+from moe_jax.formats import Record
 
 
 def entry(argv: Sequence[str] | None = None) -> int:
@@ -18,6 +20,7 @@ def entry(argv: Sequence[str] | None = None) -> int:
     correct.add_arguments(
         commands.add_parser("correct", help="correct a file of hypotheses", description=correct.__doc__)
     )
+    score.add_arguments(commands.add_parser("score", help="score test sets, ours beside other systems"))
     main.add_arguments(commands.add_parser("run", help="run the jobs of a gin file: prepare, train, evaluate"))
     export = commands.add_parser(
         "export", help="write a run's best checkpoint, or a safetensors file, as another dtype"
@@ -29,6 +32,8 @@ def entry(argv: Sequence[str] | None = None) -> int:
     if args.command == "run":
         return main.start(args)
     try:
+        if args.command == "score":
+            return score.main(args, scored)
         return correct.main(args, _load) if args.command == "correct" else _export(args)
     except Exception as error:
         return main.report(error)
@@ -51,6 +56,20 @@ def _load(args: argparse.Namespace):
         seed=args.seed,
         continuous=args.continuous,
     )
+
+
+def scored(checkpoint: str) -> score.Correct:
+    """The corrector of a checkpoint for `moe-jax score`: each text as its guard has it, and without the guard."""
+    from moe_jax import evaluate
+    from moe_jax.pipeline import Pipeline
+
+    pipeline = Pipeline.load(checkpoint)
+
+    def correct(records: Sequence[Record]) -> list[tuple[str, str]]:
+        proposals = evaluate.propose(pipeline, records)
+        return [(pipeline.guard(p).text, p.guarded(-math.inf).text) for p in proposals]
+
+    return correct
 
 
 def _export(args: argparse.Namespace) -> int:

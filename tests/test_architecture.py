@@ -21,7 +21,7 @@ FILES = {
 # A room imports itself and rooms of the lines above; a room is a file or a folder of moe_jax, and `tasks`.
 LINES = """
 types text metrics formats partfile report logs xla launch
-sharding losses tree packing correct tasks
+sharding losses tree packing correct score tasks
 layers optim checkpoint data
 moe
 models
@@ -39,6 +39,7 @@ LINE: dict[str, int] = {room: number for number, line in enumerate(LINES.strip()
 ONLY = {
     "tasks": {"formats", "metrics", "text"},
     "correct": {"formats", "partfile"},
+    "score": {"formats", "metrics"},
     "tree": {"types"},
     "checkpoint": set(),
     "optim": set(),
@@ -51,7 +52,7 @@ ONLY = {
 }
 OPENS_TASKS = {"seqio_data", "main"}  # `main` for the files that are shipped there
 
-WITHOUT_JAX = ("text", "metrics", "formats", "partfile", "report", "logs", "correct", "tasks", "launch")
+WITHOUT_JAX = ("text", "metrics", "formats", "partfile", "report", "logs", "correct", "score", "tasks", "launch")
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
 TENSORFLOW = ("seqio", "tensorflow", "tensorflow_datasets", "tf_keras", "t5")
 UNSAFE = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml", "torch")

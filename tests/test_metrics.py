@@ -68,7 +68,7 @@ def test_normalisers_are_idempotent(name, text):
 
 
 def test_signatures_and_families():
-    assert [n.signature for n in NORMALISERS.values()] == ["speech|v1", "written|v1", "raw|v1"]
+    assert [n.signature for n in NORMALISERS.values()] == ["speech|v1", "written|v1", "raw|v1", "hypo2trans|v1"]
     families = ("asr", "ocr", "mt", "st", "gec", "tn", "itn", "another")
     names = [normalisers.family_normaliser(family).name for family in families]
     assert names == ["speech", *["written"] * 4, "raw", "raw", "written"]

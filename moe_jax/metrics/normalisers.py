@@ -89,6 +89,10 @@ def _written(text: str) -> str:
     return _collapse(unicodedata.normalize("NFC", text).translate(_QUOTES))
 
 
+def _hypo2trans(text: str) -> str:
+    return _collapse(re.sub(r"\n+.+", "", re.sub(r"[^\w\s]|\d", "", text.lower())))
+
+
 SPEECH = Normaliser("speech", 1, _speech)
 """What cannot be heard goes: NFKC, lower case, words only. A word is letters, marks and digits of any script
 with inner apostrophes; everything else, hyphens included, separates words. It is not Whisper's English
@@ -100,7 +104,12 @@ WRITTEN = Normaliser("written", 1, _written)
 RAW = Normaliser("raw", 1, _collapse)
 """White space collapsed, nothing else."""
 
-NORMALISERS = {normaliser.name: normaliser for normaliser in (SPEECH, WRITTEN, RAW)}
+HYPO2TRANS = Normaliser("hypo2trans", 1, _hypo2trans)
+"""As HyPoradise's authors score (`inference.py` of Hypo2Trans): lower case, the first line alone, punctuation and
+digits deleted, so that "it's" is "its" and "twenty-one" is "twentyone". They lower the prediction alone (their lists
+are in lower case), average the rates of lines, and skip a line whose reference is empty, which counts here."""
+
+NORMALISERS = {normaliser.name: normaliser for normaliser in (SPEECH, WRITTEN, RAW, HYPO2TRANS)}
 
 FAMILY_NORMALISER = {
     "asr": "speech",

@@ -107,8 +107,8 @@ def _row(family: str, name: str, measure: Measure, lines: Sequence[int], seed: i
         "corrected": _total(measure, corrected_NxK),
         "oracle_nb": _total(measure, measure.oracle_nb_NxK[lines]),
         "oracle_cp": None if measure.oracle_cp_NxK is None else _total(measure, measure.oracle_cp_NxK[lines]),
-        "relative_change": _finite(comparison.relative_change),
-        "ci95": [_finite(end) for end in comparison.ci95],
+        "relative_change": finite(comparison.relative_change),
+        "ci95": [finite(end) for end in comparison.ci95],
         "p_value": comparison.p_value,
         "fixed": int((gain_N > 0).sum()),
         "broken": int((gain_N < 0).sum()),
@@ -121,7 +121,7 @@ def _row(family: str, name: str, measure: Measure, lines: Sequence[int], seed: i
     if measure.metric == "f0.5":
         counts = EditCounts(*(int(kind) for kind in sums))
         row["precision"], row["recall"] = counts.precision, counts.recall
-        row["corrected_ci95"] = [_finite(end) for end in comparison.corrected_ci95]
+        row["corrected_ci95"] = [finite(end) for end in comparison.corrected_ci95]
     return row
 
 
@@ -129,7 +129,8 @@ def _total(measure: Measure, lines_NxK: np.ndarray) -> float:
     return float(measure.score(lines_NxK.sum(0, keepdims=True))[0])
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
+    """For JSON, which has no inf and no nan."""
     return value if math.isfinite(value) else None
 
 
@@ -156,14 +157,14 @@ def to_markdown(rows: Sequence[Row]) -> str:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    low, high = (_percent(end, sign="+", digits=1) for end in row["ci95"])
-    change = _percent(row["relative_change"], sign="+", digits=1)
+    low, high = (percent(end, sign="+", digits=1) for end in row["ci95"])
+    change = percent(row["relative_change"], sign="+", digits=1)
     arrow = " ↑" if row["metric"] in ("bleu", "chrf", "f0.5") else " ↓"
     cells = (
         row["task"],
         row["metric"] + arrow,
         f"{row['lines']:,}",
-        *(_percent(row[key]) for key in ("first_pass", "corrected", "oracle_nb", "oracle_cp")),
+        *(percent(row[key]) for key in ("first_pass", "corrected", "oracle_nb", "oracle_cp")),
         change if change == "–" else f"{change} % ({low} to {high})",
         f"{row['p_value']:.4f}",
         f"{row['fixed']} / {row['broken']} / {row['untouched']}",
@@ -172,5 +173,6 @@ def _cells(row: Row) -> tuple[str, ...]:
     return tuple(cell.replace("|", r"\|").replace("\n", " ") for cell in cells)
 
 
-def _percent(value: float | None, *, sign: str = "", digits: int = 2) -> str:
+def percent(value: float | None, *, sign: str = "", digits: int = 2) -> str:
+    """A fraction as the tables show it; a dash for None."""
     return "–" if value is None else f"{100 * value:{sign}.{digits}f}"
