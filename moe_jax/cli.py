@@ -1,4 +1,4 @@
-"""`moe-jax`: correct a file, score test sets, run an experiment, export a checkpoint."""
+"""`moe-jax`: correct a file, score test sets, run an experiment, import and export models."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 from moe_jax import __version__, correct, launch, main, score
 from moe_jax.formats import Record
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def entry(argv: Sequence[str] | None = None) -> int:
@@ -27,14 +29,24 @@ def entry(argv: Sequence[str] | None = None) -> int:
     )
     export.add_argument("--checkpoint", required=True, help="a run folder, or a safetensors file")
     export.add_argument("--output", required=True, help="the safetensors file to write")
-    export.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    export.add_argument("--dtype", default="float32", choices=DTYPES)
+    formats = ("moe_jax", "huggingface")
+    export.add_argument("--to", default="moe_jax", choices=formats, help="a file of ours, or a folder of theirs")
+    bring = commands.add_parser("import", help="make a checkpoint of a pretrained model")
+    bring.add_argument("--model", required=True, metavar="PATH", help="a Hugging Face folder, or a GGUF file")
+    bring.add_argument("--output", required=True, metavar="FILE", help="the safetensors file to write")
+    bring.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they are)")
+    bring.add_argument("--layout", default="instruct", help="how prompts are written (default: instruct)")
+    bring.add_argument("--length", type=int, default=1024, help="tokens of prompt and correction (default: 1024)")
     args = parser.parse_args(main.rewritten(sys.argv[1:] if argv is None else argv))
     if args.command == "run":
         return main.start(args)
     try:
+        if args.command == "correct":
+            return correct.main(args, _load)
         if args.command == "score":
             return score.main(args, scored)
-        return correct.main(args, _load) if args.command == "correct" else _export(args)
+        return {"export": _export, "import": _import}[args.command](args)
     except Exception as error:
         return main.report(error)
 
@@ -79,8 +91,24 @@ def _export(args: argparse.Namespace) -> int:
 
     path = Path(args.checkpoint)
     table, meta = checkpoint.read_safetensors(path / "model.safetensors" if path.is_dir() else path)
+    if args.to == "huggingface":
+        from moe_jax.interop import bring
+
+        kind = bring.give({name: x.astype(args.dtype) for name, x in table.items()}, meta, args.output)
+        print(f"{args.output}: a {kind} model of {sum(x.size for x in table.values()) / 1e6:.2f} M parameters")
+        return 0
     checkpoint.write_safetensors(args.output, table, meta, dtype=args.dtype)
     print(f"{args.output}: {sum(x.size for x in table.values()) / 1e6:.2f} M parameters as {args.dtype}")
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    from moe_jax import checkpoint
+    from moe_jax.interop import bring
+
+    table, meta = bring.bring(args.model, length=args.length, layout=args.layout)
+    checkpoint.write_safetensors(args.output, table, meta, dtype=args.dtype)
+    print(f"{args.output}: {sum(x.size for x in table.values()) / 1e6:.2f} M parameters, every tensor accounted for")
     return 0
 
 

@@ -9,12 +9,14 @@ never names code to run.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from moe_jax.layers import attention, ffn
-from moe_jax.layers.param import Module
+from moe_jax.checkpoint import read_safetensors
+from moe_jax.layers import attention
+from moe_jax.layers import ffn as ffns
+from moe_jax.layers.param import Module, Rngs
 from moe_jax.models import corrector
 from moe_jax.moe import dispatch, experts, grouped, layer, routers, task_routers
 
@@ -23,7 +25,7 @@ KNOWN: dict[str, Callable] = {
     for cls in (
         corrector.Corrector,
         attention.Attention,
-        ffn.DenseFfn,
+        ffns.DenseFfn,
         layer.MoeFfn,
         experts.Gated,
         routers.Router,
@@ -92,3 +94,37 @@ def configured(data: Any) -> Any:
     if isinstance(data, list):
         return tuple(configured(v) for v in data)
     return data
+
+
+def like(
+    path: str,
+    *,
+    vocab: int,
+    ffn: Callable | None = None,
+    dense_layers: Sequence[int] = (),
+    rngs: Rngs,
+    **changes: Any,
+) -> Module:
+    """A new model of the shape of the checkpoint at `path`, for `train.model`: of a pretrained one's width and depth.
+
+    Args:
+      vocab: what the tokeniser has; it must be the checkpoint's.
+      ffn: in place of the dense layer there, with its units and activation (upcycling). None: as it is.
+      dense_layers: numbers of the layers that keep the dense one.
+      changes: other arguments of the model, such as `auxiliary`, `remat` and `unroll`.
+
+    Raises ValueError where the tokeniser is another, or there is no dense layer to take the place of.
+    """
+    made = configured(read_safetensors(path)[1]["model"])
+    was = made.keywords
+    if was.get("vocab") != vocab:
+        raise ValueError(f"{path} has {was.get('vocab')} tokens, the data {vocab}: prepare them with its tokeniser")
+    if ffn is not None:
+        dense = was["ffn"]
+        if getattr(dense, "func", None) is not ffns.DenseFfn:
+            raise ValueError(f"{path} is a mixture of experts already: leave ffn as it is")
+        own = partial(experts.Gated, activation=dense.keywords["activation"])
+        changes["ffn"] = partial(ffn, hidden=dense.keywords["hidden"], experts=own)
+        if dense_layers:
+            changes |= {"dense": dense, "dense_layers": tuple(dense_layers)}
+    return made(**changes, rngs=rngs)

@@ -28,7 +28,7 @@ models
 programs sampling quantise
 describe decode profile
 lanes
-pipeline
+pipeline interop
 train evaluate seqio_data
 prepare main
 cli

