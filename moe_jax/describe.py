@@ -102,26 +102,29 @@ def like(
     vocab: int,
     ffn: Callable | None = None,
     dense_layers: Sequence[int] = (),
+    auxiliary: Mapping[str, float] | None = None,
+    remat: str = "none",
+    unroll: int = 1,
     rngs: Rngs,
-    **changes: Any,
 ) -> Module:
-    """A new model of the shape of the checkpoint at `path`, for `train.model`: of a pretrained one's width and depth.
+    """A new model as deep and wide as that of the checkpoint at `path`: what `train.model` is for a pretrained base.
 
     Args:
       vocab: what the tokeniser has; it must be the checkpoint's.
       ffn: in place of the dense layer there, with its units and activation (upcycling). None: as it is.
       dense_layers: numbers of the layers that keep the dense one.
-      changes: other arguments of the model, such as `auxiliary`, `remat` and `unroll`.
+      auxiliary, remat, unroll: of `Corrector`; none of them is the checkpoint's.
 
     Raises ValueError where the tokeniser is another, or there is no dense layer to take the place of.
     """
     made = configured(read_safetensors(path)[1]["model"])
     was = made.keywords
-    if was.get("vocab") != vocab:
-        raise ValueError(f"{path} has {was.get('vocab')} tokens, the data {vocab}: prepare them with its tokeniser")
+    if was["vocab"] != vocab:
+        raise ValueError(f"{path} has {was['vocab']} tokens, the data {vocab}: prepare them with its tokeniser")
+    changes: dict[str, Any] = dict(auxiliary=auxiliary or (), remat=remat, unroll=unroll)
     if ffn is not None:
         dense = was["ffn"]
-        if getattr(dense, "func", None) is not ffns.DenseFfn:
+        if dense.func is not ffns.DenseFfn:
             raise ValueError(f"{path} is a mixture of experts already: leave ffn as it is")
         own = partial(experts.Gated, activation=dense.keywords["activation"])
         changes["ffn"] = partial(ffn, hidden=dense.keywords["hidden"], experts=own)

@@ -12,14 +12,17 @@ bytes, then pieces. No text can spell a control token: "<hyp>" typed by a user i
 from __future__ import annotations
 
 import abc
+import base64
 import hashlib
 import io
+import json
 import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import sentencepiece
+from safetensors import SafetensorError, safe_open
 
 PAD, EOS, UNK = 0, 1, 2
 CONTROLS = ("<hyp>", "<alt>", "<or>", "</alt>", "<src>", "<fix>")
@@ -48,7 +51,7 @@ class Tokeniser(abc.ABC):
 
     @staticmethod
     def load(source: str | os.PathLike | bytes) -> Tokeniser:
-        """From a tokeniser's file or its bytes, or from the folder of a Hugging Face model.
+        """From a tokeniser's file or its bytes, a checkpoint that holds one, or the folder of a Hugging Face model.
 
         Raises ValueError in one line; nothing is executed on load.
         """
@@ -58,7 +61,10 @@ class Tokeniser(abc.ABC):
                 from moe_jax.text import pretrained
 
                 return pretrained.from_folder(source)
-            model = source if isinstance(source, bytes) else Path(source).read_bytes()
+            if isinstance(source, bytes):
+                model = source
+            else:
+                model = _of_checkpoint(Path(source)) or Path(source).read_bytes()
         except OSError as error:
             raise ValueError(f"{source}: cannot read the tokeniser ({error.strerror})") from None
         if model.startswith(b"{"):  # SentencePiece's protocol buffers never do
@@ -95,6 +101,17 @@ class Tokeniser(abc.ABC):
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             raise ValueError(f"token ids {min(ids)}..{max(ids)} outside of [0, {self.vocab_size})")
         return ids
+
+
+def _of_checkpoint(path: Path) -> bytes | None:
+    """The tokeniser in the metadata of a safetensors file of ours; None where `path` is no such file."""
+    if path.suffix != ".safetensors":
+        return None
+    try:
+        with safe_open(path, framework="np") as file:
+            return base64.b64decode(json.loads((file.metadata() or {})["moe_jax"])["tokeniser_model"])
+    except (SafetensorError, KeyError, TypeError, ValueError):
+        raise ValueError(f"{path}: holds no tokeniser; name a checkpoint of moe_jax, or a tokeniser") from None
 
 
 class Unigram(Tokeniser):
