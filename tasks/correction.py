@@ -124,24 +124,10 @@ class JsonLines(seqio.DataSource):
     memory keeps the first order; `try_in_mem_cache=False` turns it off.)
     """
 
-    def __init__(
-        self,
-        family: str,
-        folder: Callable[[], Path],
-        stem: str,
-        splits: Sequence[str] = SPLITS,
-        optional: bool = False,
-    ):
-        """`folder` is asked at use; a file is `stem` + split + suffix in it.
-
-        With `optional`, the splits are those that have a file: a mixture goes without the others.
-        """
+    def __init__(self, family: str, folder: Callable[[], Path], stem: str, splits: Sequence[str] = SPLITS):
+        """`folder` is asked at use; a file is `stem` + split + suffix in it."""
         super().__init__(splits, caching_permitted=False, performs_internal_shuffling=True)
-        self.family, self._folder, self._stem, self._optional = family, folder, stem, optional
-
-    @property
-    def splits(self) -> Sequence[str]:
-        return [split for split in self._splits if self.has(split)] if self._optional else self._splits
+        self.family, self._folder, self._stem = family, folder, stem
 
     def has(self, split: str) -> bool:
         try:
@@ -161,8 +147,6 @@ class JsonLines(seqio.DataSource):
         return [str(self.path(split))]
 
     def num_input_examples(self, split: str) -> int:
-        if self._optional and not self.has(split):
-            return 0
         path = self.path(split)
         mtime = path.stat().st_mtime_ns
         return len(_records(path, mtime)[0]) if path.suffix == ".json" else _count_lines(path, mtime)
@@ -237,15 +221,10 @@ def metrics(targets: Sequence[Record], predictions: Sequence[str], *, family: st
 
 
 def register(
-    name: str,
-    family: str,
-    folder: Callable[[], Path],
-    stem: str,
-    splits: Sequence[str] = SPLITS,
-    optional: bool = False,
+    name: str, family: str, folder: Callable[[], Path], stem: str, splits: Sequence[str] = SPLITS
 ) -> seqio.Task:
     """Registers a task over `JsonLines`. Raises ValueError as `add`."""
-    return add(name, family, JsonLines(family, folder, stem, splits, optional))
+    return add(name, family, JsonLines(family, folder, stem, splits))
 
 
 def add(

@@ -5,4 +5,4 @@ The embedded corpus has no rows of it: tasks/data/README.md.
 
 from moe_jax.tasks import correction
 
-TASK = correction.register("correct_itn", "itn", correction.data_folder, "itn.", optional=True)
+TASK = correction.register("correct_itn", "itn", correction.data_folder, "itn.")

@@ -6,18 +6,31 @@ correct_base  generated noise (two thirds) and the families, to pretrain a base 
 """
 
 import functools
+from collections.abc import Sequence
 
-from moe_jax.tasks import asr, denoise, gec, itn, mt, ocr, tn
+from moe_jax.tasks import asr, correction, denoise, gec, itn, mt, ocr, tn
 from moe_jax.tasks.quiet import seqio
 
 by_size = functools.partial(seqio.mixing_rate_num_examples, temperature=2.0)
+
+
+class Present(seqio.Mixture):
+    """Goes without the tasks that have no file in the corpus."""
+
+    @property
+    def tasks(self) -> Sequence[seqio.Task]:
+        return [task for task in super().tasks if any(map(task.source.has, correction.SPLITS))]
+
 
 CORRECT_ALL = seqio.MixtureRegistry.add(
     "correct_all", [task.TASK.name for task in (asr, ocr, mt, gec)], default_rate=by_size
 )
 
 CORRECT_FIVE = seqio.MixtureRegistry.add(
-    "correct_five", [task.TASK.name for task in (asr, ocr, mt, gec, tn, itn)], default_rate=by_size
+    "correct_five",
+    [task.TASK.name for task in (asr, ocr, mt, gec, tn, itn)],
+    default_rate=lambda task: by_size(task) if task.source.has("train") else 0.0,
+    mixture_cls=Present,
 )
 
 BASE_RATES = {denoise: 110.0, mt: 24.0, gec: 14.0, asr: 12.0, ocr: 10.0}

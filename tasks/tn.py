@@ -5,4 +5,4 @@ The embedded corpus has no rows of it: tasks/data/README.md.
 
 from moe_jax.tasks import correction
 
-TASK = correction.register("correct_tn", "tn", correction.data_folder, "tn.", optional=True)
+TASK = correction.register("correct_tn", "tn", correction.data_folder, "tn.")
