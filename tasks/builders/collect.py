@@ -83,8 +83,8 @@ def rows(path: Path) -> Iterator[tuple[str, str, str, str]]:
             raise ValueError(f'{path}:{record.line}: a row needs "task" and "reference"; add them')
         try:
             family_id(record.task)
-        except KeyError as error:
-            raise ValueError(f"{path}:{record.line}: {error.args[0]}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}:{record.line}: {error}") from None
         row = json.loads(record.raw)
         yield record.task, str(row.get("source_set", "unnamed")), record.reference, json.dumps(row, ensure_ascii=False)
 
