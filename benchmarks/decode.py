@@ -2,7 +2,8 @@
 
     python -m benchmarks.decode --json decode.json          # about 5 minutes on two cores; needs '.[bench]'
 
-Neither stops early. Greedy texts must be the same token by token.
+Neither stops early. Greedy texts must be the same token by token. The ragged case is lanes that take the next prompt
+against batches that end together (`--only ragged`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 
 from benchmarks import peer
 from benchmarks.measure import apart, interleaved, main, row
-from moe_jax import decode, tree
+from moe_jax import decode, lanes, tree
 from moe_jax.models.corrector import Corrector
 
 PROMPT, NEW, TARGET = 60, 128, 1 / 3
@@ -73,12 +74,36 @@ def generate(shape: peer.Shape, batch: int, beams: int) -> Iterator[dict[str, An
     yield row("generate", 1e3 * times["ours"], 1e3 * times["theirs"], TARGET, **more)
 
 
+def ragged(shape: peer.Shape) -> Iterator[dict[str, Any]]:
+    """Texts of exponentially distributed lengths, which their prompts do not foretell."""
+    rng, rows = np.random.default_rng(0), 32
+    prompts = rng.integers(3, shape.vocab, (4 * rows, PROMPT)).reshape(4, rows, PROMPT).tolist()
+    limits = np.clip(rng.exponential(NEW / 4, (4, rows)).astype(int), 2, NEW).tolist()
+    model = network(shape)
+
+    def in_turn() -> list[list[int]]:
+        reads = (decode.prefill(model, batch) for batch in prompts)
+        found = (decode.search(model, read, max_new=limit) for read, limit in zip(reads, limits, strict=True))
+        return [d.tokens for batch in found for d in batch]
+
+    def in_lanes() -> list[list[int]]:
+        reads = (decode.prefill(model, batch) for batch in prompts)
+        waiting = (lanes.Waiting(read, limit, [0] * rows) for read, limit in zip(reads, limits, strict=True))
+        room = decode.bucket(NEW, decode.ROOMS)
+        return [d.tokens for _, texts in lanes.run(model, waiting, lanes=rows, room=room) for d in texts]
+
+    if in_turn() != in_lanes():
+        raise ValueError("lanes and batches wrote different texts")
+    times = interleaved({"lanes": in_lanes, "batches": in_turn}, rounds=3)
+    yield row("generate", 1e3 * times["lanes"], 1e3 * times["batches"], 1.0, unit="ms", tokens=sum(map(sum, limits)))
+
+
 CASES = {
     f"{name} {'greedy' if beams == 1 else f'beam {beams}'} batch {batch}": partial(generate, shape, batch, beams)
     for name, shape in (("moe", peer.MOE), ("dense", peer.DENSE))
     for beams in (1, 4)
     for batch in (1, 8, 32)
-}
+} | {"moe ragged": partial(ragged, peer.MOE)}
 
 if __name__ == "__main__":
     main(str(__doc__), CASES)

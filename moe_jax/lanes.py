@@ -3,7 +3,12 @@
 Lanes go on together for `BLOCK` steps in one compiled loop; between blocks those that are done are filled with prompts
 that were read before, batch by batch. All lanes write into the same slot of their caches, which goes round in a ring
 behind the prompts' slots: a text is never longer than the ring, so what it overwrites is of nobody. Texts and their
-values are those of `decode.search` with one beam, or of `decode.sample`.
+values are those of `decode.search` with one beam, or of `decode.sample`. (Beams keep to batches: those of a prompt
+share its cache, and a lane has one of its own.)
+
+It pays where prompts do not foretell how long texts are: texts of exponential lengths took 0.62 of the time of batches
+of 32 (two CPU cores, `benchmarks.decode --only ragged`). Sorted corrections end nearly together: of the shipped base
+384 test lines went at 32 to 34 sentences/s in lanes and at 32 to 36 in batches, so batches are the default.
 """
 
 from __future__ import annotations

@@ -26,7 +26,9 @@ from moe_jax.text.tokeniser import Tokeniser
 
 Batch = tuple[list[Record], list[list[int]]]  # records and their prompts
 Read = tuple[decode.Prefill, list[decode.Decoded]]  # what was read of a batch, and what was written after it
-SHARED, LEAST_SHARED = 16, 32  # a prefix is read once in multiples of so many tokens, from so many on
+# A prefix is read once in multiples of SHARED tokens from LEAST_SHARED on. Measured on the shipped base: reading 32
+# prompts of 40 tokens after 16, 32, 64 and 128 shared ones takes 1.45, 0.84, 0.63 and 0.59 of the time without.
+SHARED, LEAST_SHARED = 16, 32
 
 
 @dataclasses.dataclass(frozen=True)

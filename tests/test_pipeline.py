@@ -252,11 +252,15 @@ def test_a_checkpoint_that_lies_is_refused_in_one_line(shipped, tmp_path, damage
     assert "\n" not in str(error.value)
 
 
-def test_the_correct_command_end_to_end(shipped, tmp_path, capsys):
+SAMPLED = ["--temperature=0.8", "--top_k=9", "--top_p=0.9", "--seed=3", "--continuous", "--weights=int8"]
+
+
+@pytest.mark.parametrize("flags", [[], SAMPLED], ids=["greedy", "sampled"])
+def test_the_correct_command_end_to_end(shipped, tmp_path, capsys, flags):
     data = [{"input": ["the cat sat", "the hat sat"], "output": "the cat sat", "id": i} for i in range(5)]
     (tmp_path / "in.json").write_text(json.dumps(data))
     argv = ["correct", f"--checkpoint={shipped}", f"--input={tmp_path}/in.json", f"--output={tmp_path}/out.json"]
-    assert cli.entry(argv) == 0
+    assert cli.entry([*argv, *flags]) == 0
     out = json.loads((tmp_path / "out.json").read_text())
     assert [{k: v for k, v in row.items() if k != "corrected"} for row in out] == data
     assert all(isinstance(row["corrected"], str) for row in out)
@@ -269,6 +273,8 @@ def test_the_correct_command_end_to_end(shipped, tmp_path, capsys):
         ["correct", "--checkpoint=/nowhere", "--input={in}", "--output={out}"],
         ["correct", "--checkpoint={run}", "--input={in}", "--output=/no/such/folder/out.json"],
         ["correct", "--checkpoint={run}", "--input={in}", "--output={out}", "--task=astrology"],
+        ["correct", "--checkpoint={run}", "--input={in}", "--output={out}", "--top_p=2"],
+        ["correct", "--checkpoint={run}", "--input={in}", "--output={out}", "--continuous", "--beam=2"],
         ["export", "--checkpoint=/nowhere/x.safetensors", "--output={out}"],
     ],
 )
