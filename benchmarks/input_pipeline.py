@@ -142,7 +142,7 @@ def waiting() -> Iterator[dict[str, Any]]:
     mesh, steps = sharding.make_mesh(), itertools.count()
     with prepared(256, EXAMPLES) as folder, sharding.use(mesh):
         model = quickstart(folder.tokeniser.vocab_size)
-        kinds = {"seed": 0, "micro": 1, "dtype": "float32", "max_targets": folder.meta["max_targets"]}
+        kinds: dict[str, Any] = {"seed": 0, "micro": 1, "dtype": "float32", "max_targets": folder.meta["max_targets"]}
         step_fn = train.make_step(model, transform, **kinds)
         state = train.start(model, transform, mesh)
 

@@ -13,7 +13,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Generator, Mapping, Sequence
+import zlib
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -176,19 +177,47 @@ def write_safetensors(path: Path | str, params: Table, meta: Mapping[str, Any], 
     os.replace(aside, path)
 
 
+class Source(Mapping[str, jax.Array]):
+    """The arrays of a safetensors file, or of a run folder's `model.safetensors`: each is read, as float32, when it is
+    asked for. `meta` is its metadata.
+
+    Raises CheckpointError for a file that is missing, torn or not ours.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
+        try:
+            self._file = safe_open(self.path, framework="flax")
+            self.meta: dict[str, Any] = json.loads((self._file.metadata() or {}).get("moe_jax", "null"))
+        except (OSError, SafetensorError, json.JSONDecodeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{self.path}: cannot be read as safetensors ({error}); is the path right, the file whole?"
+            ) from error
+        if not isinstance(self.meta, dict):
+            raise CheckpointError(f"{self.path}: has no moe_jax metadata; export it with `moe-jax export`")
+        self._names = dict.fromkeys(self._file.keys())
+
+    def __getitem__(self, name: str) -> jax.Array:
+        if name not in self._names:
+            raise KeyError(name)
+        try:
+            return jnp.asarray(self._file.get_tensor(name), jnp.float32)
+        except (SafetensorError, AttributeError) as error:  # a dtype that NumPy does not know
+            raise CheckpointError(
+                f"{self.path}: {name} cannot be read ({error}); export it in another dtype"
+            ) from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 def read_safetensors(path: Path | str) -> tuple[Table, dict[str, Any]]:
-    """(float32 table, metadata). Raises CheckpointError for a file that is missing, torn or not ours."""
-    try:
-        with safe_open(path, framework="flax") as file:
-            table = {name: jnp.asarray(file.get_tensor(name), jnp.float32) for name in file.keys()}  # noqa: SIM118
-            meta = json.loads((file.metadata() or {}).get("moe_jax", "null"))
-    except (OSError, SafetensorError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read as safetensors ({error}); is the path right, the file whole?"
-        ) from error
-    if not isinstance(meta, dict):
-        raise CheckpointError(f"{path}: has no moe_jax metadata; export it with `moe-jax export`")
-    return table, meta
+    """(float32 table, metadata) of a file or of a run folder. Raises CheckpointError as `Source` does."""
+    source = Source(path)
+    return dict(source), source.meta
 
 
 # --- one model from another -------------------------------------------------------------------------------------------
@@ -199,29 +228,52 @@ class Rule:
     """Paths of the source that match `pattern` become `replacement`, changed by `op`:
 
     copy     as it is
-    upcycle  repeated on a new expert axis (Komatsuzaki et al. 2022); `count` experts
+    upcycle  repeated on a new expert axis (Komatsuzaki et al. 2022); `count` experts, each with Gaussian noise of
+             `noise` times the standard deviation of its matrix (our choice; 0 is the paper's plain copy), by `seed`
     widen    the hidden dim repeated `count` times; with `down` scaled by 1 / count the function stays the same
+    mix      one expert of each source, in their order, on a new expert axis (Sukhbaatar et al. 2024)
+    average  the mean of all sources
     """
 
     pattern: str
     replacement: str
     op: str = "copy"
     count: int = 1
+    noise: float = 0.0
+    seed: int = 0
 
-    def __call__(self, path: str, x: jax.Array) -> jax.Array:
+    def __call__(self, path: str, sources: Sequence[jax.Array]) -> jax.Array:
+        if self.op == "mix":
+            return jnp.stack(sources, axis=-3)
+        if self.op == "average":
+            mean = sources[0]
+            for n, x in enumerate(sources[1:], 2):
+                mean += (x - mean) / n  # of equal arrays this is each of them, to the bit
+            return mean
+        if len(sources) > 1:
+            raise CheckpointError(f"{path}: the rule {self.op!r} takes one source, not {len(sources)}; mix or average")
+        (x,) = sources
         if self.op == "copy":
             return x
         if self.op == "upcycle":
-            return jnp.repeat(x[..., None, :, :], self.count, axis=-3)
+            y = jnp.repeat(x[..., None, :, :], self.count, axis=-3)
+            if not self.noise:
+                return y
+            key = jax.random.fold_in(jax.random.key(self.seed), zlib.crc32(path.encode()))
+            size = self.noise * jnp.std(y, axis=(-2, -1), keepdims=True)
+            return y + size * jax.random.normal(key, y.shape, y.dtype)
         if self.op == "widen":
             down = path.endswith("down")
             return jnp.concatenate([x / self.count if down else x] * self.count, axis=-2 if down else -1)
-        raise CheckpointError(f"unknown rule {self.op!r}; known: copy, upcycle, widen")
+        raise CheckpointError(f"unknown rule {self.op!r}; known: copy, upcycle, widen, mix, average")
 
 
-def upcycle(experts: int) -> tuple[Rule, ...]:
-    """Dense -> MoE: every expert starts as the dense feed-forward layer, the router is fresh."""
-    return (Rule(r"/ffn/(gate|up|down)$", r"/ffn/experts/\1", "upcycle", experts), Rule(r"^", "", "copy"))
+FFN, EXPERTS = r"/ffn/(gate|up|down)$", r"/ffn/experts/\1"
+
+
+def upcycle(experts: int, noise: float = 0.0, seed: int = 0) -> tuple[Rule, ...]:
+    """Dense -> MoE: every expert starts as the dense feed-forward layer (and `noise`), the router is fresh."""
+    return (Rule(FFN, EXPERTS, "upcycle", experts, noise, seed), Rule(r"^", "", "copy"))
 
 
 def widen(times: int) -> tuple[Rule, ...]:
@@ -229,29 +281,50 @@ def widen(times: int) -> tuple[Rule, ...]:
     return (Rule(r"(/ffn/(gate|up|down))$", r"\1", "widen", times), Rule(r"^", "", "copy"))
 
 
+def branch_train_mix() -> tuple[Rule, ...]:
+    """Dense models -> MoE (BTX, Sukhbaatar et al. 2024): their feed-forward layers become its experts, in the order in
+    which the models are named; all else is averaged; the router is fresh."""
+    return (Rule(FFN, EXPERTS, "mix"), *average())
+
+
+def average() -> tuple[Rule, ...]:
+    """Models of one shape -> their mean: the merge of Branch-Train-Merge (Li et al. 2022), with equal weights (our
+    choice; the paper also ensembles)."""
+    return (Rule(r"^", "", "average"),)
+
+
 def transplant(
-    target: Mapping[str, jax.Array],
-    source: Mapping[str, jax.Array],
+    target: Mapping[str, Any],
+    sources: Sequence[Mapping[str, jax.Array]],
     rules: Sequence[Rule],
     fresh: Sequence[str] = (r"/router/",),
 ) -> Table:
-    """`target` with its arrays taken from `source` by the first rule that matches each source path.
+    """`target` with its arrays taken from one source or several, by the first rule that matches each of their paths.
 
     Every leaf is accounted for: raises CheckpointError for a source leaf that has no place of its own, a shape that
-    differs, or a target leaf that nothing filled and that does not match `fresh` (those keep their initial values).
+    differs, sources that differ from each other, or a target leaf that nothing filled and that does not match `fresh`
+    (those keep their initial values; of the others only shape and dtype are looked at).
     """
+    for i, other in enumerate(sources[1:], 2):
+        if odd := sorted(set(other) ^ set(sources[0])):
+            raise CheckpointError(f"source {i} and source 1 do not share {odd[0]}: they must be of one configuration")
     out: Table = {}
     origin: dict[str, str] = {}
-    for path, x in source.items():
-        rule = next((r for r in rules if re.search(r.pattern, path)), None)
-        name = path if rule is None else re.sub(rule.pattern, rule.replacement, path, count=1)
-        y = x if rule is None else rule(path, x)
+    for path in sources[0]:
+        rule = next((r for r in rules if re.search(r.pattern, path)), Rule("^", ""))
+        name = re.sub(rule.pattern, rule.replacement, path, count=1)
         if (other := origin.setdefault(name, path)) != path:
             raise CheckpointError(f"{other} and {path} of the source both become {name}; mend the rules")
         if name not in target:
             raise CheckpointError(
                 f"{path} of the source becomes {name}, which this model does not have; mend the rules"
             )
+        xs = [s[path] for s in sources]
+        if len(shapes := {x.shape: None for x in xs}) > 1:
+            raise CheckpointError(
+                f"{path} is {' or '.join(map(str, shapes))} in the sources: they must be of one configuration"
+            )
+        y = rule(path, xs)
         if y.shape != target[name].shape:
             raise CheckpointError(
                 f"{name}: the source gives {tuple(y.shape)}, this model needs {tuple(target[name].shape)}"

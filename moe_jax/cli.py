@@ -25,10 +25,11 @@ def entry(argv: Sequence[str] | None = None) -> int:
     score.add_arguments(commands.add_parser("score", help="score test sets, ours beside other systems"))
     main.add_arguments(commands.add_parser("run", help="run the jobs of a gin file: prepare, train, evaluate"))
     export = commands.add_parser(
-        "export", help="write a run's best checkpoint, or a safetensors file, as another dtype"
+        "export", help="write a run's best checkpoint, or a safetensors file, as another dtype, or with adapters merged"
     )
     export.add_argument("--checkpoint", required=True, help="a run folder, or a safetensors file")
     export.add_argument("--output", required=True, help="the safetensors file to write")
+    export.add_argument("--adapters", help="a run's adapters.safetensors, to merge into --checkpoint, its base")
     export.add_argument("--dtype", default="float32", choices=DTYPES)
     formats = ("moe_jax", "huggingface")
     export.add_argument("--to", default="moe_jax", choices=formats, help="a file of ours, or a folder of theirs")
@@ -85,12 +86,12 @@ def scored(checkpoint: str) -> score.Correct:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from pathlib import Path
+    from moe_jax import adapters, checkpoint
 
-    from moe_jax import checkpoint
-
-    path = Path(args.checkpoint)
-    table, meta = checkpoint.read_safetensors(path / "model.safetensors" if path.is_dir() else path)
+    if args.adapters:
+        table, meta = adapters.merged(args.adapters, args.checkpoint)
+    else:
+        table, meta = checkpoint.read_safetensors(args.checkpoint)
     if args.to == "huggingface":
         from moe_jax.interop import bring
 

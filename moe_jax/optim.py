@@ -1,14 +1,11 @@
-"""Optimisers: optax chains over the flat table path -> array, so that what trains is said by paths."""
+"""Optimisers: optax chains over the flat table path -> array of what trains (`adapters.Adapters` says what does)."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
-
-FROZEN = (r"/bias$",)  # balance state moves by the router's own rule, not by gradients
 
 
 def warmup_linear(peak: float, *, steps: int, warmup: int = 100, final: float = 0.0) -> optax.Schedule:
@@ -33,15 +30,11 @@ def adamw(
     b2: float = 0.95,
     weight_decay: float = 0.05,
     clip: float = 1.0,
-    frozen: Sequence[str] = FROZEN,
 ) -> optax.GradientTransformation:
-    """AdamW with global-norm clipping; matrices decay, vectors do not; paths matching `frozen` stand still."""
-    decay = lambda table: {p: p.rsplit("/", 1)[-1] not in ("scale", "taps") for p in table}  # noqa: E731
-    return _with_frozen(
-        optax.chain(
-            optax.clip_by_global_norm(clip), optax.adamw(schedule, b1, b2, weight_decay=weight_decay, mask=decay)
-        ),
-        frozen,
+    """AdamW with global-norm clipping; matrices decay, vectors do not."""
+    decay = lambda table: {p: not re.search(r"(scale|taps|bias)$", p) for p in table}  # noqa: E731
+    return optax.chain(
+        optax.clip_by_global_norm(clip), optax.adamw(schedule, b1, b2, weight_decay=weight_decay, mask=decay)
     )
 
 
@@ -51,38 +44,27 @@ def muon_adam(
     adam_scale: float = 0.3,
     weight_decay: float = 0.05,
     clip: float = 1.0,
-    frozen: Sequence[str] = FROZEN,
 ) -> optax.GradientTransformation:
     """Muon (Jordan et al. 2024) for the matrices of the blocks, each layer and each expert on its own; Adam for
-    embeddings, norms, convolutions and router gates, at `adam_scale` times the learning rate."""
+    embeddings, norms, convolutions, router gates and LoRA's factors, at `adam_scale` times the learning rate."""
 
     def matrices(table):
         is_matrix = re.compile(r"^blocks/.*/(q|k|v|o|gate|up|down)$")
         return {
             p: MuonDimensionNumbers((x.ndim - 2,), (x.ndim - 1,))
-            if is_matrix.search(p) and "router" not in p and getattr(x, "ndim", 0) >= 2  # a frozen leaf has no dims
+            if is_matrix.search(p) and "router" not in p and x.ndim >= 2
             else None
             for p, x in table.items()
         }
 
-    return _with_frozen(
-        optax.chain(
-            optax.clip_by_global_norm(clip),
-            muon(
-                schedule,
-                weight_decay=weight_decay,
-                adam_learning_rate=lambda step: adam_scale * schedule(step),
-                adam_b2=0.95,
-                muon_weight_dimension_numbers=matrices,
-                consistent_rms=0.2,
-            ),
+    return optax.chain(
+        optax.clip_by_global_norm(clip),
+        muon(
+            schedule,
+            weight_decay=weight_decay,
+            adam_learning_rate=lambda step: adam_scale * schedule(step),
+            adam_b2=0.95,
+            muon_weight_dimension_numbers=matrices,
+            consistent_rms=0.2,
         ),
-        frozen,
     )
-
-
-def _with_frozen(transform: optax.GradientTransformation, frozen: Sequence[str]) -> optax.GradientTransformation:
-    def label(table):
-        return {p: "frozen" if any(re.search(f, p) for f in frozen) else "train" for p in table}
-
-    return optax.multi_transform({"train": transform, "frozen": optax.set_to_zero()}, label)

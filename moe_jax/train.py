@@ -13,7 +13,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,9 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental.multihost_utils import process_allgather
 from tqdm import tqdm
 
 from moe_jax import checkpoint, describe, losses, profile, sharding, tree, xla
+from moe_jax.adapters import EVERYTHING, Adapters, differentiated, factor_words, fingerprint, summary, trained
 from moe_jax.data import Prepared
 from moe_jax.layers.param import Rngs
 from moe_jax.logs import Logs
@@ -36,9 +38,12 @@ Table = dict[str, Array]
 
 @dataclasses.dataclass
 class State:
+    """`params` are what moves, `frozen` what stands still (`adapters.Adapters.split`)."""
+
     params: Table
     opt: Any
     step: int
+    frozen: Table = dataclasses.field(default_factory=dict)
 
 
 # --- build ------------------------------------------------------------------------------------------------------------
@@ -49,69 +54,119 @@ def build(model: Callable, *, vocab: int, seed: int) -> Any:
     return model(vocab=vocab, rngs=Rngs(params=jax.random.fold_in(jax.random.key(seed), 1)))
 
 
-def layout(model: Any, optimizer: optax.GradientTransformation, mesh) -> tuple[dict[str, jax.ShapeDtypeStruct], Any]:
-    """Shapes and shardings of parameters and optimiser state; optimiser leaves lie as their parameters do."""
-    params = tree.flatten(model)
-    where = sharding.shardings(tree.axes(model), params, mesh)
+def initial(
+    make: Callable[[], Any], init_from: str | Sequence[str] | None, rules: Sequence[checkpoint.Rule], tokeniser: str
+) -> Any:
+    """`make()`, with arrays taken from `init_from` by `rules`: of itself it then brings those that are fresh alone.
+
+    Raises ValueError (also CheckpointError) for sources that do not fit the model, the tokeniser or each other.
+    """
+    if not init_from:
+        return make()
+    sources = [checkpoint.Source(path) for path in ([init_from] if isinstance(init_from, str) else init_from)]
+    for source in sources:
+        if source.meta.get("tokeniser") != tokeniser:
+            raise ValueError(
+                f"{source.path} was trained with another tokeniser than the data: prepare the data with its own"
+            )
+    model = jax.eval_shape(make)
+    table = checkpoint.transplant(tree.flatten(model), sources, rules)
+    fresh = [path for path, x in table.items() if isinstance(x, jax.ShapeDtypeStruct)]
+    return tree.unflatten(model, table | jax.jit(lambda: {p: tree.flatten(make())[p] for p in fresh})())
+
+
+def _split(model: Any, adapters: Adapters, seed: int) -> tuple[Table, Table]:
+    return adapters.split(tree.flatten(model), tree.axes(model), jax.random.fold_in(jax.random.key(seed), 2))
+
+
+def layout(
+    model: Any, optimizer: optax.GradientTransformation, mesh, adapters: Adapters = EVERYTHING
+) -> tuple[dict[str, jax.ShapeDtypeStruct], Any]:
+    """Shapes and shardings of what moves and of the optimiser state, whose leaves lie as their parameters do."""
+    params, _ = jax.eval_shape(lambda model: _split(model, adapters, 0), model)
+    words = tree.axes(model)
+    where = sharding.shardings(words | factor_words(words), params, mesh)
 
     def beside(path, leaf):  # an optimiser leaf of a parameter's shape, under its path, lies as the parameter does
         own = next((k.key for k in path if getattr(k, "key", None) in where), None)
         lies = where[own] if own and params[own].shape == leaf.shape else sharding.replicated(mesh)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=lies)
 
-    opt = jax.tree_util.tree_map_with_path(beside, jax.eval_shape(optimizer.init, params))
+    opt = jax.tree_util.tree_map_with_path(beside, jax.eval_shape(optimizer.init, trained(params)))
     return {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[p]) for p, x in params.items()}, opt
 
 
-def start(model: Any, optimizer: optax.GradientTransformation, mesh) -> State:
-    """Parameters and optimiser state laid out on the mesh."""
-    like, like_opt = layout(model, optimizer, mesh)
-    params = {path: jax.device_put(x, like[path].sharding) for path, x in tree.flatten(model).items()}
-    opt = jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda s: s.sharding, like_opt))(params)
-    return State(params, opt, 0)
+def start(
+    model: Any, optimizer: optax.GradientTransformation, mesh, adapters: Adapters = EVERYTHING, *, seed: int = 0
+) -> State:
+    """Parameters and optimiser state laid out on the mesh; new factors are a function of `seed`."""
+    like, like_opt = layout(model, optimizer, mesh, adapters)
+    params, frozen = _split(model, adapters, seed)
+    params = {path: jax.device_put(x, like[path].sharding) for path, x in params.items()}
+    where = sharding.shardings(tree.axes(model), frozen, mesh)
+    frozen = {path: jax.device_put(x, where[path]) for path, x in frozen.items()}
+    opt = jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda s: s.sharding, like_opt))(trained(params))
+    return State(params, opt, 0, frozen)
 
 
 # --- step -------------------------------------------------------------------------------------------------------------
 
 
 def make_step(
-    model: Any, optimizer: optax.GradientTransformation, *, seed: int, micro: int, dtype: str, max_targets: int
+    model: Any,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    micro: int,
+    dtype: str,
+    max_targets: int,
+    adapters: Adapters = EVERYTHING,
 ):
-    """(params, opt, step, batch) -> (params, opt, metrics); gradients are summed over `micro` slices of the batch."""
+    """(params, opt, step, batch, frozen) -> (params, opt, metrics); gradients, of what trains alone, are summed over
+    `micro` slices of the batch."""
 
-    def loss_fn(params: Table, batch: Batch, key: Array, normaliser: Array):
-        return compute(model, params, dtype).loss(batch, key, normaliser=normaliser, max_targets=max_targets)
+    def loss_fn(own: Table, rest: Table, batch: Batch, key: Array, normaliser: Array):
+        made = compute(model, adapters.merge(own, rest), dtype)
+        return made.loss(batch, key, normaliser=normaliser, max_targets=max_targets)
 
-    def step_fn(params: Table, opt: Any, step: Array, batch: Batch) -> tuple[Table, Any, Metrics]:
+    def step_fn(
+        params: Table, opt: Any, step: Array, batch: Batch, frozen: Table | None = None
+    ) -> tuple[Table, Any, Metrics]:
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), micro)
         normaliser = jnp.maximum(batch.weights_BxL.sum(), 1) / micro
         slices = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, micro, *x.shape[1:]), 1, 0), batch)
+        own = trained(params)
+        whole = (frozen or {}) | params
+        rest = {path: x for path, x in whole.items() if path not in own}
+
+        def gradients(batch: Batch, key: Array):
+            return jax.value_and_grad(loss_fn, has_aux=True)(own, rest, batch, key, normaliser)
 
         def add(total, piece):
-            (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, *piece, normaliser)
-            return jax.tree.map(jnp.add, total, (loss, metrics, grads)), None
+            (loss, metrics), grads = gradients(*piece)
+            return jax.tree.map(jnp.add, total, ((loss, metrics), grads)), None
 
         first = jax.tree.map(lambda x: x[0], (slices, keys))
         if micro == 1:
-            (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, *first, normaliser)
+            (loss, metrics), grads = gradients(*first)
         else:
-            like = jax.eval_shape(lambda: jax.value_and_grad(loss_fn, has_aux=True)(params, *first, normaliser))
-            zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (like[0][0], like[0][1], like[1]))
-            (loss, metrics, grads), _ = jax.lax.scan(add, zero, (slices, keys))
+            zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradients, *first))
+            ((loss, metrics), grads), _ = jax.lax.scan(add, zero, (slices, keys))
         grads = jax.tree.map(lambda g: g / micro, grads)
-        updates, opt = optimizer.update(grads, opt, params)
-        params = after_step(model, cast(Table, optax.apply_updates(params, updates)), metrics)
+        updates, opt = optimizer.update(grads, opt, own)
+        whole |= cast(Table, optax.apply_updates(own, updates))
+        whole |= after_step(model, {path: whole[path] for path in tree.flatten(model)}, metrics)
         if "stats" in metrics:  # the statistics of slices add up, the losses made of them do not
             metrics |= {name: loss_of(metrics["stats"]) for name, loss_of in losses.AUXILIARY.items()}
-        return params, opt, metrics | {"loss": loss / micro, "grad_norm": optax.tree.norm(grads)}
+        moved = {path: whole[path] for path in params}
+        return moved, opt, metrics | {"loss": loss / micro, "grad_norm": optax.tree.norm(grads)}
 
     return jax.jit(step_fn, donate_argnums=(0, 1), compiler_options=xla.options())
 
 
 def compute(model: Any, params: Table, dtype: str) -> Any:
     """The model in the dtype of computation; routers stay float32, and so does the master copy that is updated."""
-    kept = lambda path: "router" in path.split("/") or dtype == "float32"  # noqa: E731
-    return tree.unflatten(model, {p: x if kept(p) else x.astype(dtype) for p, x in params.items()})
+    return tree.unflatten(model, {p: x if tree.is_router(p) else x.astype(dtype) for p, x in params.items()})
 
 
 def after_step(model: Any, params: Table, metrics: Metrics) -> Table:
@@ -123,11 +178,11 @@ def after_step(model: Any, params: Table, metrics: Metrics) -> Table:
     return tree.flatten(now)
 
 
-def make_evaluation(model: Any, *, dtype: str, max_targets: int):
-    """(params, batch) -> metrics, with free routing and nothing dropped."""
+def make_evaluation(model: Any, *, dtype: str, max_targets: int, adapters: Adapters = EVERYTHING):
+    """(params, frozen, batch) -> metrics, with free routing and nothing dropped."""
 
-    def evaluation(params: Table, batch: Batch) -> Metrics:
-        return compute(model, params, dtype).loss(batch, max_targets=max_targets)[1]
+    def evaluation(params: Table, frozen: Table, batch: Batch) -> Metrics:
+        return compute(model, adapters.merge(params, frozen), dtype).loss(batch, max_targets=max_targets)[1]
 
     return jax.jit(evaluation, compiler_options=xla.options())
 
@@ -157,12 +212,14 @@ def readable(metrics: Metrics, families: Mapping[str, int]) -> dict[str, float]:
     return out
 
 
-def active_params(model: Any) -> int:
-    """Matrix parameters that one token is multiplied with: an expert counts k / E; of a tied embedding, the output
-    product.
+def active_params(model: Any, paths: Collection[str] | None = None) -> int:
+    """Matrix parameters, of all paths or of some, that one token is multiplied with: an expert counts k / E; of a tied
+    embedding, the output product.
     """
     total = 0
     for path, x in tree.flatten(model).items():
+        if paths is not None and path not in paths:
+            continue
         if path == "embedding" and not model.tied:
             continue
         share = model.ffn.router.k / model.ffn.num_experts if "/experts/" in path else 1
@@ -171,16 +228,6 @@ def active_params(model: Any) -> int:
 
 
 # --- loop -------------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Run:
-    """What `train` leaves in memory for whoever goes on from there."""
-
-    folder: Path
-    model: Any
-    params: Table
-    step: int
 
 
 def train(
@@ -200,12 +247,13 @@ def train(
     save_every: int = 200,
     seed: int = 0,
     dtype: str = "float32",
-    init_from: str | None = None,
+    init_from: str | Sequence[str] | None = None,
     init_rules: Sequence[checkpoint.Rule] = (),
+    adapters: Adapters = EVERYTHING,
     config: Mapping[str, Any] | None = None,
     profile_steps: int = 0,
     progress: bool = True,
-) -> Run:
+) -> State:
     """Train to `steps`, going on from the latest checkpoint of `run_dir` if there is one.
 
     Args:
@@ -214,7 +262,10 @@ def train(
       data, valid_data: prepared folders (`moe_jax.data`).
       steps: 0 keeps and exports the initial model: what a run starts from, to be scored like the others.
       micro_batches: gradient accumulation.
-      init_from: a safetensors checkpoint to start from, changed by `init_rules` (`checkpoint.transplant`).
+      init_from: safetensors files or run folders to start from, one or several, changed by `init_rules`
+        (`checkpoint.transplant`).
+      adapters: what of the model trains. Where something is frozen, the checkpoints hold what moves alone (the rest is
+        read from `init_from` again), and the run exports `adapters.safetensors` beside the merged model.
       config: the resolved configuration, kept as JSON beside the checkpoints (never executed).
       profile_steps: so many steps are traced, in `run_dir`/profile (`moe_jax.profile`).
 
@@ -233,14 +284,8 @@ def train(
     max_targets = max(train_set.meta["max_targets"], valid_set.meta["max_targets"])
     families = train_set.meta["families"]
     devices = mesh()
-    network = build(model, vocab=train_set.tokeniser.vocab_size, seed=seed)
-    if init_from:
-        source, about = checkpoint.read_safetensors(init_from)
-        if about.get("tokeniser") != train_set.meta["tokeniser"]:
-            raise ValueError(
-                f"{init_from} was trained with another tokeniser than {data}: prepare the data with its own"
-            )
-        network = tree.unflatten(network, checkpoint.transplant(tree.flatten(network), source, init_rules))
+    make = functools.partial(build, model, vocab=train_set.tokeniser.vocab_size, seed=seed)
+    network = initial(make, init_from, init_rules, train_set.meta["tokeniser"])
     transform = optimizer()
     about = {
         "model": describe.describe(network),
@@ -255,16 +300,30 @@ def train(
         "seed": seed,
     }
     with sharding.use(devices):
-        state = start(network, transform, devices)
+        state = start(network, transform, devices, adapters, seed=seed)
+        if state.frozen:
+            if not init_from:
+                raise ValueError("adapters freeze what nothing has trained: name a base in init_from")
+            base = tree.flatten(network)
+            about["base"] = fingerprint({path: base[path] for path in state.frozen})
+            about["adapters"] = dataclasses.asdict(adapters)
+            del base
+        network = jax.eval_shape(lambda: network)  # the arrays are the state's alone
         store = checkpoint.Run(folder)
         if (latest := store.latest()) is not None:
             state = _resume(store, latest, state, about)
         shown = {k: v for k, v in about.items() if k != "tokeniser_model"}
         (folder / "config.json").write_text(json.dumps({**shown, "config": dict(config or {})}, indent=2) + "\n")
         step_fn = make_step(
-            network, transform, seed=seed, micro=micro_batches, dtype=dtype, max_targets=train_set.meta["max_targets"]
+            network,
+            transform,
+            seed=seed,
+            micro=micro_batches,
+            dtype=dtype,
+            max_targets=train_set.meta["max_targets"],
+            adapters=adapters,
         )
-        evaluate = make_evaluation(network, dtype=dtype, max_targets=max_targets)
+        evaluate = make_evaluation(network, dtype=dtype, max_targets=max_targets, adapters=adapters)
         logs = Logs(folder, state.step, enabled=jax.process_index() == 0)
         if progress and jax.process_index() == 0:
             _announce(folder, network, state, steps, train_set)
@@ -283,25 +342,30 @@ def train(
                 eval_every=eval_every,
                 save_every=save_every,
                 progress=progress,
-                # 6 x active parameters (attention scores are not counted), as a share of the machine's peak: MFU.
-                flops_per_token=6 * active_params(network),
+                # As a share of the machine's peak: MFU (attention scores are not counted).
+                flops_per_token=4 * active_params(network) + 2 * active_params(network, differentiated(state.params)),
                 tracing=profile.Steps(folder / "profile", state.step, profile_steps),
             )
         finally:
             logs.close()
             store.close()
-    _export_best(folder, network)
-    return Run(folder, network, state.params, state.step)
+    _export_best(folder, state, adapters)
+    return state
 
 
-def _export_best(folder: Path, model: Any) -> None:
-    """The best checkpoint as `model.safetensors`, to correct with and to start other runs from."""
+def _export_best(folder: Path, state: State, adapters: Adapters) -> None:
+    """The best checkpoint as `model.safetensors`, to correct with and to start other runs from; what moved of it as
+    `adapters.safetensors`, where something stood still."""
     store = checkpoint.Run(folder)
     step = store.best()
     assert step is not None, "a finished run has a checkpoint"
-    like = {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in tree.flatten(model).items()}
+    like = {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in state.params.items()}
+    frozen = {p: process_allgather(x, tiled=True) for p, x in state.frozen.items()}
     if jax.process_index() == 0:
-        export(folder / "model.safetensors", jax.device_get(store.params(step, like)), store.meta(step))
+        params, meta = jax.device_get(store.params(step, like)), store.meta(step)
+        export(folder / "model.safetensors", adapters.merge(params, frozen), meta)
+        if frozen:
+            export(folder / "adapters.safetensors", params, meta, adapters=meta["adapters"], base=meta["base"])
     store.close()
 
 
@@ -336,7 +400,7 @@ def _loop(
 
     def save() -> None:
         nonlocal valid
-        valid = valid or validate(state.params)
+        valid = valid or validate(state)
         finite("validation loss", valid["valid/loss"])
         store.save(state.step, state.params, state.opt, {**about, "step": state.step}, valid["valid/loss"])
 
@@ -353,7 +417,9 @@ def _loop(
             began = time.monotonic()
             batch = fetch(state.step)
             waited += time.monotonic() - began
-            state.params, state.opt, metrics = step_fn(state.params, state.opt, np.int32(state.step), batch)
+            state.params, state.opt, metrics = step_fn(
+                state.params, state.opt, np.int32(state.step), batch, state.frozen
+            )
             state.step += 1
             valid = {}
             tokens += metrics["tokens"]
@@ -376,7 +442,7 @@ def _loop(
                 clock, tokens, waited = time.monotonic(), 0, 0.0
             if state.step % eval_every == 0 or state.step == steps:
                 began = time.monotonic()
-                valid = validate(state.params)
+                valid = validate(state)
                 logs.metrics(state.step, valid)
                 clock += time.monotonic() - began  # speed is that of training alone
             if stop.caught or state.step % save_every == 0 or state.step == steps:
@@ -398,13 +464,13 @@ def _rows(data: Prepared, step: int, seed: int, batch_size: int) -> Batch:
 
 
 def _validate(
-    evaluate, data: Prepared, batch_size: int, batches: int, families, mesh, params: Table
+    evaluate, data: Prepared, batch_size: int, batches: int, families, mesh, state: State
 ) -> dict[str, float]:
     """Mean nll over the first rows of the validation set: the same rows at every call."""
     batches = max(1, min(batches, data.rows // batch_size))
     total: Metrics = {}
     for i in range(batches):
-        metrics = evaluate(params, sharding.put_batch(_rows(data, i, 0, batch_size), mesh))
+        metrics = evaluate(state.params, state.frozen, sharding.put_batch(_rows(data, i, 0, batch_size), mesh))
         total = metrics if not total else jax.tree.map(jnp.add, total, metrics)
     scalars = readable(total, families)
     kept = {k: v for k, v in scalars.items() if k.startswith(("loss/", "load/")) or k == "router/entropy"}
@@ -412,20 +478,22 @@ def _validate(
 
 
 def _resume(store: checkpoint.Run, step: int, like: State, about: Mapping[str, Any]) -> State:
-    """The state at `step`. Raises CheckpointError where model, data or seed are not those of the run."""
+    """The state at `step`. Raises CheckpointError where model, data, seed, adapters or their base are not the run's."""
     was = store.meta(step)
-    for key in ("model", "data", "tokeniser", "families", "batch_size", "seed"):
-        if json.dumps(was.get(key), sort_keys=True) != json.dumps(about[key], sort_keys=True):
+    for key in ("model", "data", "tokeniser", "families", "batch_size", "seed", "adapters", "base"):
+        if json.dumps(was.get(key), sort_keys=True) != json.dumps(about.get(key), sort_keys=True):
             raise checkpoint.CheckpointError(
                 f"{store.folder}/{step} was made with another {key}: use its configuration, or another run folder"
             )
     abstract = lambda t: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), t)  # noqa: E731
-    return State(store.params(step, abstract(like.params)), store.opt(step, abstract(like.opt)), step)
+    return State(store.params(step, abstract(like.params)), store.opt(step, abstract(like.opt)), step, like.frozen)
 
 
 def _announce(folder: Path, model: Any, state: State, steps: int, data: Prepared) -> None:
-    sizes = tree.count(state.params), active_params(model)
+    sizes = tree.count(tree.flatten(model)), active_params(model)
     print(f"{'resuming' if state.step else 'training'} in {folder}: step {state.step} of {steps}")
     print(f"  {sizes[0] / 1e6:.2f} M parameters, {sizes[1] / 1e6:.2f} M active a token; devices: {jax.device_count()}")
+    if state.frozen:
+        print(f"  {summary(state.params, state.frozen)}")
     terms = ", ".join(f"{n} x {w}" for n, w in model.auxiliary if w) or "none"
     print(f"  auxiliary losses: {terms}; {data.rows} rows of {data.meta['length']} tokens")

@@ -41,5 +41,10 @@ def axes(model: Any) -> dict[str, tuple[str | None, ...]]:
     return {_name(path): getattr(leaf, "axes", ()) for path, leaf in leaves}
 
 
+def is_router(path: str) -> bool:
+    """Routers are computed and kept in float32, whatever the rest is."""
+    return "router" in path.split("/")
+
+
 def count(table: Mapping[str, Array]) -> int:
     return sum(int(leaf.size) for leaf in table.values())

@@ -33,7 +33,7 @@ def configured(router=NOISY, **args):
     return tiny.configured(ffn, **{"auxiliary": {"load_balance": 0.01, "router_z": 0.001}, **args})
 
 
-def run(run_dir, data, **changes) -> train.Run:
+def run(run_dir, data, **changes) -> train.State:
     settings: dict[str, Any] = {
         "model": configured(),
         "optimizer": partial(optim.adamw, optim.warmup_linear(0.01, steps=STEPS, warmup=2)),

@@ -23,7 +23,7 @@ LINES = """
 types text metrics formats partfile report logs xla launch
 sharding losses tree packing correct score tasks
 layers optim checkpoint data
-moe
+moe adapters
 models
 programs sampling quantise
 describe decode profile
@@ -43,6 +43,7 @@ ONLY = {
     "tree": {"types"},
     "checkpoint": set(),
     "optim": set(),
+    "adapters": {"types", "tree", "checkpoint"},
     "models": {"types", "losses", "sharding", "layers", "moe"},
     "moe": {"types", "sharding", "layers"},
     "layers": {"types", "sharding"},

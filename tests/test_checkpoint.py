@@ -13,7 +13,7 @@ import pytest
 import tiny
 from safetensors.numpy import save_file
 
-from moe_jax import checkpoint, optim, sharding, train, tree
+from moe_jax import adapters, checkpoint, optim, sharding, train, tree
 from moe_jax.checkpoint import CheckpointError, Rule, read_safetensors, transplant, write_safetensors
 from moe_jax.moe import routers
 
@@ -46,9 +46,9 @@ def state_on(mesh, model, transform) -> train.State:
 
         @partial(jax.jit, out_shardings=jax.tree.map(lambda x: x.sharding, (state.params, state.opt)))
         def step(params, opt):
-            grads = {path: jnp.sin(7 * x + 1) for path, x in params.items()}
-            updates, opt = transform.update(grads, opt, params)
-            return jax.tree.map(jnp.add, params, updates), opt
+            own = adapters.trained(params)
+            updates, opt = transform.update({path: jnp.sin(7 * x + 1) for path, x in own.items()}, opt, own)
+            return params | jax.tree.map(jnp.add, own, updates), opt
 
         return train.State(*step(state.params, state.opt), 3)
 
@@ -259,7 +259,7 @@ def outputs(model, key=None):
 
 def start_from(source, ffn, rules):
     target = tiny.model(ffn)
-    return tree.unflatten(target, transplant(tree.flatten(target), tree.flatten(source), rules))
+    return tree.unflatten(target, transplant(tree.flatten(target), [tree.flatten(source)], rules))
 
 
 @pytest.mark.parametrize("key", [None, jax.random.key(0)], ids=["evaluation", "training"])
@@ -291,23 +291,27 @@ SOURCE = {"a": jnp.ones((2, 3)), "b": jnp.ones(4)}
         ({"a": (2, 3), "b": (5,)}, (), r"b: the source gives \(4,\), this model needs \(5,\)"),
         ({"a": (2, 3), "b": (4,), "c": (1,)}, (), r"nothing fills \['c'\]: add a rule, or name them in `fresh`"),
         ({"a": (2, 3), "b": (4,)}, (Rule("a", "b"),), r"b: the source gives \(2, 3\), this model needs \(4,\)"),
-        ({"a": (2, 3), "b": (4,)}, (Rule("a", "a", "halve"),), "unknown rule 'halve'; known: copy, upcycle, widen"),
+        (
+            {"a": (2, 3), "b": (4,)},
+            (Rule("a", "a", "halve"),),
+            "unknown rule 'halve'; known: copy, upcycle, widen, mix, average",
+        ),
     ],
 )
 def test_every_array_is_accounted_for(target, rules, message):
     with pytest.raises(CheckpointError, match=message):
-        transplant({p: jnp.zeros(shape) for p, shape in target.items()}, SOURCE, rules)
+        transplant({p: jnp.zeros(shape) for p, shape in target.items()}, [SOURCE], rules)
 
 
 def test_two_arrays_for_one_place_are_refused():
     source = {"a": jnp.zeros(4), "b": jnp.ones(4)}
     with pytest.raises(CheckpointError, match="a and b of the source both become b"):
-        transplant({"b": jnp.zeros(4)}, source, (Rule("a", "b"),))
+        transplant({"b": jnp.zeros(4)}, [source], (Rule("a", "b"),))
 
 
 def test_fresh_arrays_keep_their_own_values_and_the_dtype_is_the_target_s():
     target = {"a": jnp.zeros((2, 3), jnp.bfloat16), "b": jnp.zeros(4), "ffn/router/gate": jnp.full(2, 7.0)}
-    out = transplant(target, SOURCE, ())
+    out = transplant(target, [SOURCE], ())
     assert list(out) == list(target) and out["a"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(out["ffn/router/gate"], [7, 7])
     np.testing.assert_array_equal(out["b"], 1)

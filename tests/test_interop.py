@@ -90,7 +90,7 @@ def test_an_upcycled_model_is_the_dense_one_and_can_go_back(name, kind, tmp_path
         return MoeFfn(d, num_experts=4, router=task_routers.TaskMapped, **units)
 
     model = describe.like(str(tmp_path / "base.safetensors"), vocab=40, ffn=ffn, rngs=Rngs(params=0))
-    filled = checkpoint.transplant(tree.flatten(model), base, checkpoint.upcycle(4))
+    filled = checkpoint.transplant(tree.flatten(model), [base], checkpoint.upcycle(4))
     model = tree.unflatten(model, filled)
     np.testing.assert_allclose(logits(model, hf_models.PROMPT), found["logits"], atol=1e-4)
     about = meta | {"model": json.loads(json.dumps(describe.describe(model)))}
