@@ -233,6 +233,8 @@ class Rule:
     widen    the hidden dim repeated `count` times; with `down` scaled by 1 / count the function stays the same
     mix      one expert of each source, in their order, on a new expert axis (Sukhbaatar et al. 2024)
     average  the mean of all sources
+
+    With `layers`, the rule takes those of a stack of layers alone, and the next rule that matches has the others.
     """
 
     pattern: str
@@ -241,6 +243,7 @@ class Rule:
     count: int = 1
     noise: float = 0.0
     seed: int = 0
+    layers: tuple[int, ...] = ()
 
     def __call__(self, path: str, sources: Sequence[jax.Array]) -> jax.Array:
         if self.op == "mix":
@@ -271,9 +274,11 @@ class Rule:
 FFN, EXPERTS = r"/ffn/(gate|up|down)$", r"/ffn/experts/\1"
 
 
-def upcycle(experts: int, noise: float = 0.0, seed: int = 0) -> tuple[Rule, ...]:
-    """Dense -> MoE: every expert starts as the dense feed-forward layer (and `noise`), the router is fresh."""
-    return (Rule(FFN, EXPERTS, "upcycle", experts, noise, seed), Rule(r"^", "", "copy"))
+def upcycle(experts: int, noise: float = 0.0, seed: int = 0, dense_layers: Sequence[int] = ()) -> tuple[Rule, ...]:
+    """Dense -> MoE: every expert starts as the dense feed-forward layer (and `noise`), the router is fresh. The layers
+    numbered `dense_layers` stay dense (as `Corrector.dense_layers` of the model has it)."""
+    dense = [Rule(r"^blocks/", "dense_blocks/", layers=tuple(dense_layers))] if dense_layers else []
+    return (*dense, Rule(FFN, EXPERTS, "upcycle", experts, noise, seed), Rule(r"^", "", "copy"))
 
 
 def widen(times: int) -> tuple[Rule, ...]:
@@ -311,26 +316,39 @@ def transplant(
     out: Table = {}
     origin: dict[str, str] = {}
     for path in sources[0]:
-        rule = next((r for r in rules if re.search(r.pattern, path)), Rule("^", ""))
-        name = re.sub(rule.pattern, rule.replacement, path, count=1)
-        if (other := origin.setdefault(name, path)) != path:
-            raise CheckpointError(f"{other} and {path} of the source both become {name}; mend the rules")
-        if name not in target:
-            raise CheckpointError(
-                f"{path} of the source becomes {name}, which this model does not have; mend the rules"
-            )
         xs = [s[path] for s in sources]
         if len(shapes := {x.shape: None for x in xs}) > 1:
             raise CheckpointError(
                 f"{path} is {' or '.join(map(str, shapes))} in the sources: they must be of one configuration"
             )
-        y = rule(path, xs)
-        if y.shape != target[name].shape:
-            raise CheckpointError(
-                f"{name}: the source gives {tuple(y.shape)}, this model needs {tuple(target[name].shape)}"
-            )
-        out[name] = y.astype(target[name].dtype)
+        for rule, own in _shares(path, xs, rules):
+            name = re.sub(rule.pattern, rule.replacement, path, count=1)
+            if (other := origin.setdefault(name, path)) != path:
+                raise CheckpointError(f"{other} and {path} of the source both become {name}; mend the rules")
+            if name not in target:
+                raise CheckpointError(
+                    f"{path} of the source becomes {name}, which this model does not have; mend the rules"
+                )
+            y = rule(path, own)
+            if y.shape != target[name].shape:
+                raise CheckpointError(
+                    f"{name}: the source gives {tuple(y.shape)}, this model needs {tuple(target[name].shape)}"
+                )
+            out[name] = y.astype(target[name].dtype)
     unfilled = [p for p in target if p not in out and not any(re.search(f, p) for f in fresh)]
     if unfilled:
         raise CheckpointError(f"nothing fills {unfilled[:5]}: add a rule, or name them in `fresh`")
     return {p: out.get(p, x) for p, x in target.items()}
+
+
+def _shares(path: str, xs: Sequence[jax.Array], rules: Sequence[Rule]) -> Iterator[tuple[Rule, Sequence[jax.Array]]]:
+    """Which rule takes how much of a leaf: the first that matches all of it, unless it is for some layers."""
+    for rule in (*rules, Rule("^", "")):
+        if not re.search(rule.pattern, path):
+            continue
+        if not rule.layers:
+            yield rule, xs
+            return
+        mine = np.isin(np.arange(len(xs[0])), rule.layers)
+        yield rule, [x[mine] for x in xs]
+        xs = [x[~mine] for x in xs]

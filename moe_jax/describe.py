@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from moe_jax.checkpoint import read_safetensors
+from moe_jax.checkpoint import Source
 from moe_jax.layers import attention
 from moe_jax.layers import ffn as ffns
 from moe_jax.layers.param import Module, Rngs
@@ -117,7 +117,7 @@ def like(
 
     Raises ValueError where the tokeniser is another, or there is no dense layer to take the place of.
     """
-    made = configured(read_safetensors(path)[1]["model"])
+    made = configured(Source(path).meta["model"])
     was = made.keywords
     if was["vocab"] != vocab:
         raise ValueError(f"{path} has {was['vocab']} tokens, the data {vocab}: prepare them with its tokeniser")

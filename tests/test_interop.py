@@ -102,6 +102,21 @@ def test_an_upcycled_model_is_the_dense_one_and_can_go_back(name, kind, tmp_path
         np.testing.assert_allclose(hf_models.computed(tmp_path / "moe")[0], found["logits"], atol=1e-4)
 
 
+def test_some_layers_stay_dense(tmp_path):
+    found = hf_models.write(tmp_path / "model", "llama")
+    checkpoint.write_safetensors(tmp_path / "base.safetensors", *bring.bring(tmp_path / "model"))
+    model = describe.like(
+        str(tmp_path / "base.safetensors"),
+        vocab=40,
+        ffn=lambda d, **units: MoeFfn(d, num_experts=4, **units),
+        dense_layers=(0, 2),
+        rngs=Rngs(params=0),
+    )
+    base, _ = checkpoint.read_safetensors(tmp_path / "base.safetensors")
+    filled = checkpoint.transplant(tree.flatten(model), [base], checkpoint.upcycle(4, dense_layers=(0, 2)))
+    np.testing.assert_allclose(logits(tree.unflatten(model, filled), hf_models.PROMPT), found["logits"], atol=1e-4)
+
+
 def test_the_commands(tmp_path, capsys):
     found = hf_models.write(tmp_path / "model", "qwen2")
     base, again = str(tmp_path / "base.safetensors"), str(tmp_path / "again")
