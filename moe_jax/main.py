@@ -151,15 +151,21 @@ def _check_all_used(said: Collection[tuple[str, str]]) -> None:
 
     bound = dict(gin.config._CONFIG)  # (scope, full selector) -> {parameter: value}
     used = {key for key in bound if key[1].endswith("main.run")}
-    todo = list(used)
+    todo = [(key, "") for key in used]
+    seen = set(todo)
     while todo:
-        for scope, short in _references(list(bound[todo.pop()].values())):
+        binding, within = todo.pop()
+        for named, short in _references(list(bound[binding].values())):
+            scope = named or within  # a reference that names no scope stays in the one around it
             for key in bound:
                 own_scope, selector = key
                 same = selector == short or selector.endswith("." + short)
-                if same and own_scope in ("", scope) and key not in used:
+                outer = own_scope in ("", scope) or scope.startswith(f"{own_scope}/")
+                inside = within if selector == "gin.macro" else scope
+                if same and outer and (key, inside) not in seen:
                     used.add(key)
-                    todo.append(key)
+                    seen.add((key, inside))
+                    todo.append((key, inside))
     macros = sorted(scope for scope, selector in used if selector == "gin.macro")
     for scope, selector in bound.keys() - used:
         if not any(scope == s and f".{selector}".endswith(f".{short}") for s, short in said):

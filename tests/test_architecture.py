@@ -30,6 +30,7 @@ describe decode profile
 lanes
 pipeline interop
 train evaluate seqio_data
+branches
 prepare main
 cli
 """

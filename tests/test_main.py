@@ -7,16 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import gin
+import hf_models
 import jax
+import numpy as np
 import pytest
 
-from moe_jax import main, train, tree
+from moe_jax import checkpoint, main, train, tree
+from moe_jax.interop import bring
 from moe_jax.layers.param import Rngs
 from moe_jax.tasks import families
 
 GIN = Path(main.GIN)
 RUNS = sorted(str(p.relative_to(GIN)) for folder in ("runs", "experiments") for p in (GIN / folder).rglob("*.gin"))
-COMPLETE = [r for r in RUNS if r != "runs/finetune.gin"]
+PRETRAINED = [r for r in RUNS if r.startswith("experiments/smollm2/")]
+PARTS = ("runs/finetune.gin", "runs/branches.gin")  # which others include
+COMPLETE = [r for r in RUNS if r not in (*PARTS, *PRETRAINED)]
 GIVEN = {"runs/own.gin": ["FOLDER=/data/mine", "FAMILY=asr"]}
 ROUTERS = sorted(p.stem for p in (GIN / "routers").glob("*.gin") if p.stem != "moe")
 GOLDEN = Path(__file__).parent / "golden"
@@ -46,11 +51,29 @@ def shapes(files: list[str], bindings: Sequence[str] = ()) -> str:
 def test_every_run_parses_and_builds_the_parameters_of_its_golden_file(name):
     golden = GOLDEN / (name.replace("/", "-").removesuffix(".gin") + ".txt")
     table = shapes([name], GIVEN.get(name, ()))
-    if name not in GIVEN:  # which replaces jobs of what it includes
+    if name not in (*GIVEN, "experiments/neko/single.gin"):  # which replace jobs of what they include
         main._check_all_used(gin.config._CONFIG)
     if os.environ.get("UPDATE_GOLDEN"):  # UPDATE_GOLDEN=1 pytest tests/test_main.py, then read the diff
         golden.write_text(table)
     assert table == golden.read_text()
+
+
+@pytest.mark.parametrize("name", PRETRAINED)
+def test_every_run_from_a_pretrained_base_fills_its_model_with_it(name, tmp_path):
+    hf_models.write(tmp_path / "model", "llama")
+    base = str(tmp_path / "base.safetensors")
+    checkpoint.write_safetensors(base, *bring.bring(tmp_path / "model"))
+    main.load([name], [f"BASE={base}"])
+    bound = gin.config._CONFIG[("", "moe_jax.train.train")]
+    rules = copy.deepcopy(bound.get("init_rules", ()))
+    make = functools.partial(train.build, configured_model(), vocab=40, seed=0)
+    model = train.initial(make, base, rules, checkpoint.Source(base).meta["tokeniser"])
+    experts = () if name.endswith("dense.gin") else (4,)
+    table, source = tree.flatten(model), checkpoint.Source(base)
+    gate = table["blocks/ffn/experts/gate" if experts else "blocks/ffn/gate"]
+    assert gate.shape == (3, *experts, 16, 24)
+    np.testing.assert_array_equal(gate[:, 1] if experts else gate, source["blocks/ffn/gate"])
+    np.testing.assert_array_equal(table["embedding"], source["embedding"])
 
 
 @pytest.mark.parametrize("router", ROUTERS)

@@ -1,0 +1,71 @@
+"""One dense model a family, each trained on its family's text alone: by themselves, or to be averaged or mixed.
+
+They lie in folders of the run's, RUN_DIR/asr and so on; Branch-Train-Merge (Li et al. 2022) and Branch-Train-MiX
+(Sukhbaatar et al. 2024) go on from there by `checkpoint.average` and `checkpoint.branch_train_mix`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_jax.metrics import scoring
+from moe_jax.partfile import write_text
+
+FAMILIES = ("asr", "ocr", "mt", "gec")
+
+
+def folders(run_dir: str, families: Sequence[str] = FAMILIES) -> list[str]:
+    """Their run folders, in the order of the families: the experts that a mixture makes of them."""
+    return [str(Path(run_dir) / family) for family in families]
+
+
+def train(
+    run_dir: str,
+    *,
+    families: Sequence[str] = FAMILIES,
+    data: str = "prepared",
+    prepare: Callable[..., Any],
+    examples: int,
+    train: Callable[..., Any],
+) -> None:
+    """Trains each on the seqio task `correct_<family>`.
+
+    Args:
+      data: where its prepared data lie, `correct_<family>` and `correct_<family>.valid`.
+      prepare, train: configured jobs, called with what differs between families.
+      examples: drawn of each family.
+    """
+    for family, folder in zip(families, folders(run_dir, families), strict=True):
+        task = f"correct_{family}"
+        own, held_out = f"{data}/{task}", f"{data}/{task}.valid"
+        prepare(own, mixture=task, examples=examples)
+        prepare(held_out, mixture=task, split="valid", passes=1)
+        train(folder, data=own, valid_data=held_out)
+
+
+def evaluate(
+    run_dir: str,
+    *,
+    families: Sequence[str] = FAMILIES,
+    data: str = "prepared",
+    evaluate: Callable[..., Any],
+    corpus: Callable[..., list[str]],
+) -> None:
+    """Scores each on its own family, and puts the scores and examples together in `run_dir`, as of one system that is
+    told the task."""
+    rows: list[Any] = []
+    meta: dict[str, Any] = {}
+    examples = ""
+    for family, folder in zip(families, folders(run_dir, families), strict=True):
+        valid, test = (corpus(split, [family]) for split in ("valid", "test"))
+        evaluate(folder, valid=valid, test=test, valid_data=f"{data}/correct_{family}.valid")
+        scores = json.loads((Path(folder) / "scores.json").read_text("utf-8"))
+        rows += scores["rows"]
+        meta = {**scores["meta"], "split": ", ".join(filter(None, (meta.get("split"), scores["meta"]["split"])))}
+        examples += (Path(folder) / "examples.jsonl").read_text("utf-8")
+    write_text(Path(run_dir) / "examples.jsonl", examples)
+    write_text(Path(run_dir) / "scores.md", scoring.to_markdown(rows))
+    write_text(Path(run_dir) / "scores.json", json.dumps({"rows": rows, "meta": meta}, indent=1))
