@@ -281,6 +281,69 @@ def test_a_widened_model_begins_as_the_narrow_one(times):
     np.testing.assert_allclose(outputs(wide), outputs(dense), atol=1e-5)
 
 
+def noise(seed, size=0.1):
+    rules = checkpoint.upcycle(3, noise=size, seed=seed)
+    return transplant({"b/ffn/experts/up": jnp.zeros((2, 3, 64, 32))}, [{"b/ffn/up": DENSE}], rules)["b/ffn/experts/up"]
+
+
+DENSE = jax.random.normal(jax.random.key(0), (2, 64, 32)) * jnp.array([1.0, 9.0])[:, None, None]
+
+
+def test_noise_is_of_its_size_in_every_matrix_and_of_its_seed():
+    apart = noise(0) - DENSE[:, None]
+    np.testing.assert_allclose(apart.std((-2, -1)) / DENSE.std((-2, -1))[:, None], 0.1, rtol=0.05)
+    assert all((noise(0)[:, i] != noise(0)[:, j]).mean() > 0.99 for i, j in ((0, 1), (0, 2), (1, 2)))
+    np.testing.assert_array_equal(noise(0), noise(0))
+    assert (noise(0) != noise(1)).mean() > 0.99
+    np.testing.assert_array_equal(noise(0, 0.0), jnp.stack([DENSE] * 3, axis=1))
+
+
+def test_a_little_noise_changes_the_outputs_a_little():
+    dense = tiny.model()
+    ffn, plain = tiny.moe(hidden=24), outputs(dense)
+    apart = [
+        float(jnp.std(outputs(start_from(dense, ffn, checkpoint.upcycle(tiny.E, noise=size))) - plain) / plain.std())
+        for size in (0.001, 0.01, 0.1)
+    ]
+    assert all(0.1 * size < found < 10 * size for size, found in zip((0.001, 0.01, 0.1), apart, strict=True)), apart
+
+
+@pytest.mark.parametrize("num", [2, 3, 5])
+def test_models_that_are_equal_mix_as_one_is_upcycled_and_average_to_themselves(num):
+    source = tree.flatten(tiny.model())
+    target = tree.flatten(tiny.model(partial(tiny.moe(hidden=24), num_experts=num)))
+    mixed = transplant(target, [source] * num, checkpoint.branch_train_mix())
+    jax.tree.map(np.testing.assert_array_equal, mixed, transplant(target, [source], checkpoint.upcycle(num)))
+    jax.tree.map(np.testing.assert_array_equal, transplant(source, [source] * num, checkpoint.average()), source)
+
+
+def test_models_average_leaf_by_leaf():
+    sources = [{"a": jnp.full((2, 3), value)} for value in (1.0, 5.0, 12.0)]
+    np.testing.assert_allclose(transplant(sources[0], sources, checkpoint.average())["a"], 6.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("other", "rules", "message"),
+    [
+        ({"a": (2, 3)}, checkpoint.average(), "source 2 and source 1 do not share b"),
+        ({"a": (2, 4), "b": (4,)}, checkpoint.average(), r"a is \(2, 3\) or \(2, 4\) in the sources"),
+        ({"a": (2, 3), "b": (4,)}, (), "a: the rule 'copy' takes one source, not 2; mix or average"),
+        ({"a": (2, 3), "b": (4,)}, checkpoint.widen(2), "a: the rule 'copy' takes one source, not 2"),
+    ],
+)
+def test_sources_that_differ_are_refused(other, rules, message):
+    with pytest.raises(CheckpointError, match=message) as error:
+        transplant(SOURCE, [SOURCE, {path: jnp.zeros(shape) for path, shape in other.items()}], rules)
+    one_line(error)
+
+
+def test_arrays_of_a_source_are_read_when_they_are_asked_for(tmp_path):
+    write_safetensors(tmp_path / "model.safetensors", TABLE, META)
+    source = checkpoint.Source(tmp_path)  # a run folder stands for its model
+    assert (set(source), len(source), source.meta) == (set(TABLE), 3, META) and "other" not in source
+    jax.tree.map(np.testing.assert_array_equal, dict(source), TABLE)
+
+
 SOURCE = {"a": jnp.ones((2, 3)), "b": jnp.ones(4)}
 
 

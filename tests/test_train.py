@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,8 @@ import numpy as np
 import pytest
 import tiny
 
-from moe_jax import checkpoint, logs, optim, sharding, train, tree
+from moe_jax import checkpoint, cli, logs, optim, sharding, train, tree
+from moe_jax.adapters import EVERYTHING, Adapters
 from moe_jax.checkpoint import CheckpointError
 from moe_jax.data import write_prepared
 from moe_jax.moe.dispatch import gathered
@@ -281,6 +283,90 @@ def test_a_run_starts_from_an_exported_dense_model(data, tmp_path, tokeniser):
     checkpoint.write_safetensors(source, table, meta | {"tokeniser": "another"})
     with pytest.raises(ValueError, match="trained with another tokeniser than"):
         child.run(tmp_path / "other", data, model=moe, init_from=str(source), init_rules=rules)
+
+
+# --- adapters -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dense(data, tmp_path_factory):
+    """Two short runs of a dense model, apart by their seeds."""
+    folders = [tmp_path_factory.mktemp("dense") for _ in range(2)]
+    for seed, folder in enumerate(folders):
+        child.run(folder, data, model=tiny.configured(), steps=1, seed=seed)
+    return folders
+
+
+def adapted(folder, data, base, **changes):
+    settings = {
+        "model": tiny.configured(tiny.moe(child.NOISY, hidden=24)),
+        "init_from": str(base),
+        "init_rules": checkpoint.upcycle(tiny.E, noise=0.1),
+        "adapters": Adapters(targets=("/attention/[qkvo]$", "/experts/"), full=("/router/",), rank=2),
+        "micro_batches": 2,
+    }
+    return child.run(folder, data, **(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def run_of_adapters(data, dense, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    adapted(folder, data, dense[0])
+    return folder
+
+
+def test_a_run_of_adapters_goes_on_to_the_same_bits_from_what_moves_alone(
+    data, dense, tmp_path, run_of_adapters, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "Logs", child.signal_at(5, signal.SIGTERM))
+        with pytest.raises(Stopped, match="stopped at step"):
+            adapted(tmp_path, data, dense[0])
+    for changes, message in (
+        ({"base": dense[1]}, "was made with another base"),
+        ({"adapters": Adapters(rank=3)}, "was made with another adapters"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            adapted(tmp_path, data, **({"base": dense[0]} | changes))
+    adapted(tmp_path, data, dense[0])
+    assert everything(tmp_path) == everything(run_of_adapters)
+    factors = "adapters.safetensors"
+    assert (tmp_path / factors).read_bytes() == (run_of_adapters / factors).read_bytes()
+    saved = everything(tmp_path)[1][0]
+    assert saved and all(re.search("lora_[ab]$|router", path) for path in saved)
+
+
+def test_a_run_of_adapters_exports_what_it_trained(data, dense, tmp_path, run_of_adapters, capsys):
+    adapted(tmp_path / "start", data, dense[0], steps=0, adapters=EVERYTHING)
+    start, _ = checkpoint.read_safetensors(tmp_path / "start")
+    table, meta = checkpoint.read_safetensors(run_of_adapters)
+    for path, x in table.items():
+        still = "router" not in path and not re.search("/attention/|/experts/", path)
+        assert (x == start[path]).all() == still, path
+    assert "adapters" not in meta
+    out = str(tmp_path / "merged.safetensors")
+    export = ["export", "--adapters", str(run_of_adapters / "adapters.safetensors"), "--output", out, "--checkpoint"]
+    assert cli.entry([*export, str(tmp_path / "start")]) == 0
+    assert Path(out).read_bytes() == (run_of_adapters / "model.safetensors").read_bytes()
+    capsys.readouterr()
+    assert cli.entry([*export, str(dense[0])]) == 2
+    error = capsys.readouterr().err
+    assert "is not the base of" in error and error.count("\n") == 1
+
+
+def test_adapters_of_nothing_are_refused(data, tmp_path):
+    with pytest.raises(ValueError, match="name a base in init_from"):
+        child.run(tmp_path, data, adapters=Adapters())
+
+
+def test_a_run_starts_from_several_models(data, dense, tmp_path):
+    mixed = tiny.configured(partial(tiny.moe(hidden=24), num_experts=2))
+    several = {"init_from": [str(folder) for folder in dense], "init_rules": checkpoint.branch_train_mix()}
+    child.run(tmp_path, data, model=mixed, steps=0, **several)
+    tables = [checkpoint.read_safetensors(folder)[0] for folder in (*dense, tmp_path)]
+    up, q = ([table.get(path) for table in tables] for path in ("blocks/ffn/up", "blocks/attention/q"))
+    np.testing.assert_array_equal(tables[2]["blocks/ffn/experts/up"], jnp.stack(up[:2], axis=1))
+    np.testing.assert_allclose(q[2], (q[0] + q[1]) / 2, atol=1e-6)
 
 
 # --- settings that do not fit -------------------------------------------------------------------------------
