@@ -15,6 +15,7 @@ import pytest
 from moe_jax import checkpoint, cli, decode, describe, evaluate, main, tree
 from moe_jax.data import write_prepared
 from moe_jax.formats import Record
+from moe_jax.layers.ffn import DenseFfn
 from moe_jax.layers.param import Rngs
 from moe_jax.models.corrector import Corrector
 from moe_jax.moe import task_routers
@@ -23,6 +24,7 @@ from moe_jax.packing import Packable
 from moe_jax.pipeline import Guard, Pipeline, Proposal, export, local_edits, repeats
 from moe_jax.sampling import Sampling
 from moe_jax.tasks.families import FAMILIES
+from moe_jax.text import templates
 from moe_jax.text.tokeniser import Tokeniser
 
 ROOT = Path(__file__).parents[1]
@@ -330,3 +332,37 @@ def test_the_quickstart_small(name, tmp_path):
     routing = json.loads((run / "routing.json").read_text())
     assert np.array(routing["load"]).shape == (4, 4, 4)
     assert set(routing["agreement"]) <= {"asr", "ocr", "mt", "gec"}
+
+
+@pytest.mark.parametrize("layout", ["chatml+task", "instruct"])
+def test_a_pretrained_tokeniser_goes_all_the_way(tmp_path, layout):
+    pytest.importorskip("tokenizers")
+    import hugging_face
+
+    tokeniser = Tokeniser.load(hugging_face.write(tmp_path / "hf"))
+    model = Corrector(d=16, layers=1, vocab=tokeniser.vocab_size, ffn=partial(DenseFfn, hidden=16), rngs=Rngs(params=0))
+    table = tree.flatten(model)
+    meta = {
+        "model": describe.describe(model),
+        "families": FAMILIES,
+        "layout": layout,
+        "length": 256,
+        "max_sources": 1,
+        "tokeniser": tokeniser.sha256,
+        "tokeniser_model": base64.b64encode(tokeniser.model).decode(),
+    }
+    export(tmp_path / "model.safetensors", table, meta)
+    pipeline = Pipeline.load(tmp_path, batch_size=2)
+    assert pipeline.tokeniser.eos == tokeniser.eos and pipeline.max_sources == 1
+    of_its_own = dataclasses.replace(record("a b", task="mt"), sources=("x",))
+    example = pipeline.encode(of_its_own)
+    assert example is not None
+    prompt = templates.encode(tokeniser, layout, ["a b"], ["x"], "mt")
+    assert example.tokens == prompt
+    (proposal,) = pipeline.propose([of_its_own])
+    assert proposal.first == "a b" and hugging_face.STOP not in proposal.text
+    meta["layout"] = "aligned"
+    export(tmp_path / "model.safetensors", table, meta)
+    with pytest.raises(checkpoint.CheckpointError, match="choose a template") as error:
+        Pipeline.load(tmp_path)
+    assert "\n" not in str(error.value)
