@@ -1,10 +1,11 @@
 """What holding weights in fewer bytes changes: `results/quantised/table.json`, of a model over validation lines.
 
-    python -m benchmarks.quantised                  # the shipped base; about three minutes on two cores
+    python -m benchmarks.quantised runs/quickstart/neko-0/model.safetensors     # about five minutes on two cores
 
-For each arm and family the word error rate of what the model writes (without the guard, which would hide differences),
-against that of float32, and the mean absolute difference of its logits over prompts and references. `meta` has the
-bytes of the weights.
+For each checkpoint (the shipped base comes first; its file holds bfloat16, which as weights is therefore exact), each
+way of holding weights and each family: the word error rate of what the model writes (without the guard, which would
+hide differences), against that of float32, and the mean absolute difference of its logits over prompts and references.
+`meta` has the bytes of the weights.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from moe_jax.text.prompt import encode_example
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "tasks" / "data"
+BASE = DATA / "base.safetensors"
 ARMS = ("float32", "bfloat16", "int8")
 FAMILIES = ("asr", "ocr", "mt", "gec")
 BATCH = 16
@@ -62,7 +64,7 @@ def logit_differences(pipelines: dict[str, Pipeline], rows: Sequence[dict[str, A
     return {arm: float(t / count) for arm, t in total.items()}
 
 
-def table(pipelines: dict[str, Pipeline], lines: int) -> list[dict[str, Any]]:
+def table(name: str, pipelines: dict[str, Pipeline], lines: int) -> list[dict[str, Any]]:
     """Rows as those of `benchmarks.arms`; changes, intervals and p-values are against float32."""
     none = {"relative_change": None, "ci95": None, "p_value": None, "fixed": None, "broken": None}
     out = []
@@ -83,29 +85,31 @@ def table(pipelines: dict[str, Pipeline], lines: int) -> list[dict[str, Any]]:
                 c = significance.compare(np.stack([exact, words], 1), np.stack([found, words], 1))
                 compared = {"relative_change": c.relative_change, "ci95": c.ci95, "p_value": c.p_value}
                 compared |= {"fixed": int((found < exact).sum()), "broken": int((found > exact).sum())}
-            out.append({"arm": arm, **about, **wer, **compared})
+            out.append({"arm": f"{name} {arm}", **about, **wer, **compared})
         for arm, off in logit_differences(pipelines, rows).items():
             more = {"metric": "mean absolute logit difference", "value": off, **none, "lines": len(rows)}
-            out.append({"arm": arm, **about, **more})
+            out.append({"arm": f"{name} {arm}", **about, **more})
     return out
 
 
 def main() -> None:
     launch.command()
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
-    parser.add_argument("--checkpoint", default=str(DATA / "base.safetensors"), help="a safetensors file")
-    parser.add_argument("--lines", type=int, default=200, help="of each family at most (default: 200)")
+    parser.add_argument("checkpoints", nargs="*", type=Path, help="safetensors files beside the shipped base")
+    parser.add_argument("--lines", type=int, default=60, help="of each family at most (default: 60)")
     args = parser.parse_args()
-    meta: dict[str, Any] = {
-        "command": "python -m benchmarks.quantised",
-        "date": f"{datetime.date.today()}",
-        "machine": machine(),
-    }
+    given = " ".join(map(str, args.checkpoints))
+    meta: dict[str, Any] = {"command": f"python -m benchmarks.quantised {given} --lines {args.lines}"}
+    meta |= {"date": f"{datetime.date.today()}", "machine": machine(), "bytes of weights": {}}
     meta["split"] = ", ".join(f"{family}.valid.jsonl.gz" for family in FAMILIES)
-    pipelines = {arm: Pipeline.load(args.checkpoint, weights=arm) for arm in ARMS}
-    meta["bytes of weights"] = {arm: quantise.size(p.model) for arm, p in pipelines.items()}
-    meta["step"] = str(checkpoint.read_safetensors(args.checkpoint)[1].get("step"))
-    rows = table(pipelines, args.lines)
+    rows, steps = [], []
+    for path in (BASE, *args.checkpoints):
+        name = path.parent.name if path.stem == "model" else path.stem
+        pipelines = {arm: Pipeline.load(path, weights=arm) for arm in ARMS}
+        meta["bytes of weights"][name] = {arm: quantise.size(p.model) for arm, p in pipelines.items()}
+        steps.append(str(checkpoint.read_safetensors(path)[1].get("step")))
+        rows += table(name, pipelines, args.lines)
+    meta["step"] = ", ".join(steps)
     path = ROOT / "results" / "quantised" / "table.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"experiment": "quantised", "meta": meta, "rows": rows, "comparisons": []}, indent=1)

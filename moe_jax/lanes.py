@@ -90,7 +90,8 @@ def run(
       batches: whose caches all have equally many slots.
       room: no text is longer.
     """
-    model = _apart()(Structure(model), tree.flatten(model))
+    if jax.default_backend() == "cpu":  # once for all blocks; elsewhere it would be a copy for nothing
+        model = _apart()(Structure(model), tree.flatten(model))
     structure, params = Structure(model), tree.flatten(model)
     queue, begun, now = iter(batches), deque[Waiting](), None
     holder: list[tuple[Waiting, int] | None] = [None] * lanes
