@@ -46,17 +46,21 @@ class Settings:
     def loaded(self) -> Tokeniser:
         return self.tokeniser if isinstance(self.tokeniser, Tokeniser) else Tokeniser.load(self.tokeniser)
 
-    def encoder(self, family: str) -> preprocessors.Encode:
-        """Encodes rows of a family. Raises ValueError for a layout that the tokeniser cannot write."""
+    def encoder(self, family: str, right_first: bool = False) -> preprocessors.Encode:
+        """Encodes rows of a family; with `right_first` as if the first pass had been right.
+
+        Raises ValueError for a layout that the tokeniser cannot write.
+        """
         check_layout(self.loaded, self.layout)
         by_set = any(name.startswith(f"{family}/") for name in self.ids)
 
         def encode(record: Record, max_length: int) -> tuple[Example | None, int]:
+            reference = record.reference
             example = encode_example(
                 self.loaded,
-                record.hypotheses,
+                (reference, *record.hypotheses) if right_first and reference else record.hypotheses,
                 record.sources,
-                record.reference,
+                reference,
                 max_length=max_length,
                 layout=self.layout,
                 max_hypotheses=self.max_hypotheses,
@@ -221,10 +225,10 @@ def metrics(targets: Sequence[Record], predictions: Sequence[str], *, family: st
 
 
 def register(
-    name: str, family: str, folder: Callable[[], Path], stem: str, splits: Sequence[str] = SPLITS
+    name: str, family: str, folder: Callable[[], Path], stem: str, splits: Sequence[str] = SPLITS, **how: Any
 ) -> seqio.Task:
-    """Registers a task over `JsonLines`. Raises ValueError as `add`."""
-    return add(name, family, JsonLines(family, folder, stem, splits))
+    """Registers a task over `JsonLines`. Raises ValueError as `add`, which `how` is for."""
+    return add(name, family, JsonLines(family, folder, stem, splits), **how)
 
 
 def add(
@@ -233,8 +237,12 @@ def add(
     source: seqio.DataSource,
     to_rows: Sequence[Callable[[tf.data.Dataset], tf.data.Dataset]] = (),
     shuffle_buffer_size: int | None = None,
+    right_first: bool = False,
 ) -> seqio.Task:
     """Registers a seqio task over a source of the rows of `JsonLines`, or of what `to_rows` makes them of.
+
+    With `right_first` the reference stands before the hypotheses: what a recogniser that is right would have given.
+    Who learns from errors alone mends what is right.
 
     Raises ValueError for a taken or malformed name, or an unknown family.
     """
@@ -245,7 +253,9 @@ def add(
     def correction_metrics(targets, predictions):
         return metrics(targets, predictions, family=family)
 
-    encode_rows = functools.partial(preprocessors.encode_rows, get_encode=lambda: settings().encoder(family))
+    encode_rows = functools.partial(
+        preprocessors.encode_rows, get_encode=lambda: settings().encoder(family, right_first)
+    )
     return seqio.TaskRegistry.add(
         name,
         source=source,

@@ -213,6 +213,16 @@ def test_noisy_speech_has_the_best_hypothesis_first_on_average():
     assert first < 0.9 * last
 
 
+@pytest.mark.parametrize("task", ["asr", "ocr", "gec"])
+def test_a_stronger_recogniser_errs_less_and_first_in_its_first_reading(task):
+    references = [row["reference"] for row in english(task)[:400]]
+    lists = {s: [model(task).nbest(r, np.random.default_rng(7), strength=s) for r in references] for s in (0, 0.5, 1)}
+    first = [denoise.rates(references, noisy)["WER"] for noisy in lists.values()]
+    assert first[0] > 1.5 * first[1] > 0 and first[2] == 0
+    assert all(lines[0] == model(task).style(r) for r, lines in zip(references, lists[1], strict=True))
+    assert (task == "gec") == all(len(lines) == 1 for lines in lists[1])  # the other readings still err
+
+
 def test_noise_reads_seen_words_as_the_recogniser_did():
     lists = [{"task": "ocr", "hypotheses": ["thc cat"], "reference": "the cat"}] * 30
     noisy = {NoiseModel.fit(lists).nbest("the cat", np.random.default_rng(i))[0] for i in range(30)}

@@ -82,9 +82,15 @@ class NoiseModel:
         """The reference of a noised sentence: what a recogniser of this family would have got right."""
         return speech(sentence) if self.family == "asr" else " ".join(sentence.split())
 
-    def nbest(self, sentence: str, rng: np.random.Generator, *, count: int | None = None) -> list[str]:
+    def nbest(
+        self, sentence: str, rng: np.random.Generator, *, count: int | None = None, strength: float = 0.0
+    ) -> list[str]:
         """Distinct readings of `sentence`, on average the best first: as many as a real list has, or `count`
-        if that is fewer. Never an empty list; where all words would be dropped, they stay."""
+        if that is fewer. Never an empty list; where all words would be dropped, they stay.
+
+        `strength` makes it that of a better recogniser: so many of the sites where the real one erred are right in
+        the first reading, half of these in all.
+        """
         words = self.style(sentence).split()
         templates = self._templates_for(len(words))
         template = templates[int(rng.random() * len(templates))]
@@ -92,9 +98,11 @@ class NoiseModel:
         at = 0
         for start, end, slot in self._place(template, words, rng):
             readings = self._readings(" ".join(words[start:end]), slot, rng)
-            for line, reading in zip(lines, slot.readings, strict=True):
+            luck = rng.random() if strength else 1.0
+            right = len(lines) if luck < strength / 2 else 1 if luck < strength else 0
+            for i, (line, reading) in enumerate(zip(lines, slot.readings, strict=True)):
                 line += words[at:start]
-                line += readings[reading].split()
+                line += readings[0 if i < right else reading].split()
             at = end
         return list(dict.fromkeys(" ".join(line + words[at:] or words) for line in lines))[:count]
 
