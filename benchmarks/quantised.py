@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measure import machine
 from moe_jax import checkpoint, decode, launch, partfile, quantise
 from moe_jax.evaluate import line_errors, propose, read_rows
 from moe_jax.metrics import errors, significance
@@ -100,7 +99,7 @@ def main() -> None:
     args = parser.parse_args()
     given = " ".join(map(str, args.checkpoints))
     meta: dict[str, Any] = {"command": f"python -m benchmarks.quantised {given} --lines {args.lines}"}
-    meta |= {"date": f"{datetime.date.today()}", "machine": machine(), "bytes of weights": {}}
+    meta |= {"date": f"{datetime.date.today()}", "bytes of weights": {}}
     meta["split"] = ", ".join(f"{family}.valid.jsonl.gz" for family in FAMILIES)
     rows, steps = [], []
     for path in (BASE, *args.checkpoints):
