@@ -20,6 +20,7 @@ from moe_jax.score import to_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 HIGHER = ("bleu", "chrf", "f0.5")
+PLAIN = ("mean absolute logit difference",)  # no percentage
 HEAD = """# Results
 
 Made by `python -m benchmarks.results` from the files in `results/`; CI checks that it agrees. Values are percentages.
@@ -55,7 +56,7 @@ def table(data: dict[str, Any]) -> str:
 
 
 def line(task: str, metric: str, arm: str, rows: list[dict[str, Any]]) -> str:
-    values = np.array([r["value"] for r in rows], float) * 100
+    values = np.array([r["value"] for r in rows], float) * (1 if metric in PLAIN else 100)
     spread = f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else ""
     first = rows[0]
     changes = [r["relative_change"] for r in rows if r["relative_change"] is not None]
@@ -69,7 +70,17 @@ def line(task: str, metric: str, arm: str, rows: list[dict[str, Any]]) -> str:
     counts = "" if first["fixed"] is None else f"{first['fixed']} / {first['broken']}"
     arrow = "↑" if metric in HIGHER else "↓"
     seeds = "" if first["seed"] is None else str(len(rows))
-    cells = (task, f"{metric} {arrow}", arm, f"{values.mean():.2f}{spread}", seeds, change, interval, p, counts)
+    cells = (
+        task,
+        f"{metric} {arrow}",
+        arm,
+        f"{values.mean():.{3 if metric in PLAIN else 2}f}{spread}",
+        seeds,
+        change,
+        interval,
+        p,
+        counts,
+    )
     return f"| {' | '.join(cells)} |"
 
 
