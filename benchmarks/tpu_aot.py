@@ -58,7 +58,11 @@ from moe_jax.types import Batch, TokenInfo
 CHIP = {"v5p": "v5:2x2x1", "v5e": "v5e:2x2", "v6e": "v6e:2x2"}  # the smallest topologies; one chip of them is used
 POD = {"v5p": "v5:4x4x4", "v5e": "v5e:8x8", "v6e": "v6e:8x8"}
 TARGET = 1.25
-PRODUCTS: dict[str, grouped.Product] = {"megablox": grouped.megablox, "ragged_dot": grouped.ragged_dot}
+PRODUCTS: dict[str, grouped.Product] = {
+    "megablox": grouped.megablox,
+    "mixed": grouped.mixed,
+    "ragged_dot": grouped.ragged_dot,
+}
 # Dispatches that lay tokens out over the mesh by experts, for the whole step.
 DISPATCHES: dict[str, dispatch.Dispatcher] = {"slots": dispatch.slots}
 

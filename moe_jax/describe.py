@@ -48,6 +48,7 @@ KNOWN: dict[str, Callable] = {
         grouped.ragged_dot,
         grouped.tokamax,
         grouped.megablox,
+        grouped.mixed,
     )
 }
 

@@ -2,6 +2,7 @@
 
 import inspect
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -143,6 +144,10 @@ def test_each_backend_has_its_way(monkeypatch):
     for backend, way in (("tpu", grouped.megablox), ("gpu", grouped.tokamax)):
         monkeypatch.setattr(grouped.jax, "default_backend", lambda backend=backend: backend)
         assert grouped.best() is way
+    monkeypatch.setattr(grouped.jax, "devices", lambda: [SimpleNamespace(device_kind="TPU v6 lite")])
+    monkeypatch.setattr(grouped.jax, "default_backend", lambda: "tpu")
+    assert grouped.best() is grouped.mixed
+    monkeypatch.setattr(grouped.jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(grouped.importlib.util, "find_spec", lambda name: None)
     with pytest.warns(RuntimeWarning, match=r"pip install 'moe_jax\[gpu\]'"):
         assert grouped.best() is grouped.ragged_dot
@@ -151,7 +156,8 @@ def test_each_backend_has_its_way(monkeypatch):
 @pytest.mark.parametrize("sizes", [(100, 28, 0, 200), (0, 129, 127, 1), (384, 0, 0, 0)])
 def test_tpu_kernels_over_more_than_one_tile_of_rows(sizes):
     x, dy = operands(384)
-    close(run(x, dy, jnp.array(sizes), grouped.megablox), expected(x, dy, jnp.array(sizes)), 1e-4)
+    for way in (grouped.megablox, grouped.mixed):
+        close(run(x, dy, jnp.array(sizes), way), expected(x, dy, jnp.array(sizes)), 1e-4)
 
 
 @pytest.mark.parametrize("weights", [False, True])

@@ -22,7 +22,7 @@ RUNS = sorted(str(p.relative_to(GIN)) for folder in ("runs", "experiments") for 
 PRETRAINED = [r for r in RUNS if r.startswith("experiments/smollm2/")]
 PARTS = ("runs/finetune.gin", "runs/branches.gin")  # which others include
 COMPLETE = [r for r in RUNS if r not in (*PARTS, *PRETRAINED)]
-GIVEN = {"runs/own.gin": ["FOLDER=/data/mine", "FAMILY=asr"]}
+GIVEN = {"runs/own.gin": ["FOLDER=/data/mine", "FAMILY=asr"], "runs/base_again.gin": ["BASE=runs/base"]}
 ROUTERS = sorted(p.stem for p in (GIN / "routers").glob("*.gin") if p.stem != "moe")
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -2,10 +2,10 @@
 
 A way is a function (size_E, rows) -> `Grouped`; `best()` names the backend's. `jax.lax.ragged_dot` is meant to be this,
 but XLA computes every expert for every row on CPU, for a gradient on TPU, and on GPU (jaxlib 0.10: 64 experts on an
-H100 take 64 times the work and gigabytes of copies of the rows). So on GPU it is `tokamax`, on TPU `megablox`, and on
-CPU `walk` goes over blocks of rows: each touches one expert and writes in place, and the garbage that its tail leaves
-is overwritten by the next expert's first block. Work is (rows + half a small block an expert) instead of rows x
-experts.
+H100 take 64 times the work and gigabytes of copies of the rows). So on GPU it is `tokamax`, on TPU `megablox` or
+`mixed`, and on CPU `walk` goes over blocks of rows: each touches one expert and writes in place, and the garbage that
+its tail leaves is overwritten by the next expert's first block. Work is (rows + half a small block an expert) instead
+of rows x experts.
 """
 
 from __future__ import annotations
@@ -97,17 +97,28 @@ def walk(size_E: Array, rows: int) -> Grouped:
 
 def megablox(size_E: Array, rows: int) -> Grouped:
     """Kernels for TPU; elsewhere they are interpreted, slowly."""
+    return _tiled(kernels.matmul, size_E, rows)
+
+
+def mixed(size_E: Array, rows: int) -> Grouped:
+    """XLA's own for rows, and for their gradient; a kernel of `megablox` for that of the matrices."""
+    return _tiled(kernels.mixed, size_E, rows)
+
+
+def _tiled(product: Callable[[Array, Array, Array], Array], size_E: Array, rows: int) -> Grouped:
     tile = kernels.ROWS[-1]
-    matmul = lambda x, w: kernels.matmul(x, w, size_E.astype(jnp.int32))  # noqa: E731
+    matmul = lambda x, w: product(x, w, size_E.astype(jnp.int32))  # noqa: E731
     return Grouped(-rows % tile if rows else tile, lambda experts, x: apply(experts, x, matmul))
 
 
-BEST: dict[str, Product] = {"cpu": walk, "gpu": tokamax, "tpu": megablox}
+BEST: dict[str, Product] = {"cpu": walk, "gpu": tokamax, "tpu": megablox, "tpu lite": mixed}
 
 
 def best() -> Product:
     """The default backend's way: the fastest that was measured on CPU, on others by what their compilers say."""
-    way = BEST.get(jax.default_backend(), ragged_dot)
+    backend = jax.default_backend()
+    lite = backend == "tpu" and "lite" in jax.devices()[0].device_kind  # v5e and v6e call themselves so
+    way = BEST.get(f"{backend} lite" if lite else backend, ragged_dot)
     if way is tokamax and not importlib.util.find_spec("tokamax"):
         text = "without tokamax every expert computes every row: pip install 'moe_jax[gpu]'"
         warnings.warn(text, RuntimeWarning, stacklevel=2)

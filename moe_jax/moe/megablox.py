@@ -1,8 +1,10 @@
 """The grouped product on TPU: JAX's Pallas kernels (megablox, after MegaBlocks, arXiv 2211.15841) and how they tile.
 
 XLA:TPU has a kernel of its own for `jax.lax.ragged_dot`, but not for its gradient with respect to the matrices, which
-it computes for every expert over all rows: E times the work (benchmarks/tpu_aot.py). These compute little more than
-the rows, and transpose no copy of the matrices for the rows' gradient. Off TPU they are interpreted, for their values.
+it computes for every expert over all rows: E times the work (benchmarks/tpu_aot.py). `matmul` has these kernels for
+all three products: they compute little more than the rows, and transpose no copy of the matrices for the rows'
+gradient. `mixed` leaves the two products of rows to XLA's, which is estimated to be faster on v5e and v6e. Off TPU the
+kernels are interpreted, for their values.
 """
 
 from __future__ import annotations
@@ -27,12 +29,6 @@ INTENSITY = 400
 FILL, ADD = 32, 144
 
 
-@jax.custom_vjp
-def matmul(x_RxI: Array, w_ExIxO: Array, size_E: Array) -> Array:
-    """y[r] = x[r] @ w[its expert], of int32 sizes; rows beyond their sum may hold anything, and give anything."""
-    return _rows(x_RxI, w_ExIxO, size_E, transpose=False)
-
-
 def _rows(x_RxI: Array, w_ExIxO: Array, size_E: Array, *, transpose: bool) -> Array:
     (R, I), O = x_RxI.shape, w_ExIxO.shape[1 if transpose else 2]
     tiles = tiling(R, I, O, len(size_E), x_RxI.dtype.itemsize)
@@ -40,15 +36,27 @@ def _rows(x_RxI: Array, w_ExIxO: Array, size_E: Array, *, transpose: bool) -> Ar
     return _kernel(gmm, x_RxI, w_ExIxO, size_E, **options)
 
 
-def _matmul_bwd(saved: tuple[Array, Array, Array], dy_RxO: Array) -> tuple[Array, Array, None]:
-    x_RxI, w_ExIxO, size_E = saved
-    E, I, O = w_ExIxO.shape
-    tiles = tiling(len(x_RxI), I, O, E, x_RxI.dtype.itemsize, weights=True)
-    dw = _kernel(tgmm, x_RxI.T, dy_RxO, size_E, preferred_element_type=w_ExIxO.dtype, tiling=tiles)
-    return _rows(dy_RxO, w_ExIxO, size_E, transpose=True), dw, None
+def _xla_rows(x_RxI: Array, w_ExIxO: Array, size_E: Array, *, transpose: bool) -> Array:
+    return jax.lax.ragged_dot(x_RxI, w_ExIxO.swapaxes(1, 2) if transpose else w_ExIxO, size_E)
 
 
-matmul.defvjp(lambda x, w, size: (matmul(x, w, size), (x, w, size)), _matmul_bwd)
+def _product(rows: Callable[..., Array]) -> Callable[[Array, Array, Array], Array]:
+    def back(saved: tuple[Array, Array, Array], dy_RxO: Array) -> tuple[Array, Array, None]:
+        x_RxI, w_ExIxO, size_E = saved
+        E, I, O = w_ExIxO.shape
+        tiles = tiling(len(x_RxI), I, O, E, x_RxI.dtype.itemsize, weights=True)
+        dw = _kernel(tgmm, x_RxI.T, dy_RxO, size_E, preferred_element_type=w_ExIxO.dtype, tiling=tiles)
+        return rows(dy_RxO, w_ExIxO, size_E, transpose=True), dw, None
+
+    forth = partial(rows, transpose=False)
+    product = jax.custom_vjp(lambda x, w, size: forth(x, w, size))
+    product.defvjp(lambda x, w, size: (forth(x, w, size), (x, w, size)), back)
+    return product
+
+
+# y[r] = x[r] @ w[its expert], (x_RxI, w_ExIxO, size_E) -> y_RxO, of int32 sizes; rows beyond their sum may hold
+# anything, and give anything.
+matmul, mixed = _product(_rows), _product(_xla_rows)
 
 
 def _kernel(kernel: Callable, *args: Array, **options) -> Array:
