@@ -1,6 +1,6 @@
 """Run every arm of an experiment for several seeds, one after another, and leave `results/<experiment>/table.json`.
 
-    python -m benchmarks.arms quickstart --seeds 0 1 2
+    python -m benchmarks.arms neko --seeds 0 1 2
 
 An arm is a gin file of gin/experiments/<experiment>/. What is finished is not run again, what was interrupted goes
 on: stop it when you like. The table has a row for each arm, seed, task, set and metric: the corrected value, the 95 %

@@ -123,7 +123,7 @@ def reading(batch_size: int) -> Iterator[dict[str, Any]]:
 
 
 def quickstart(vocab: int) -> Corrector:
-    """The model of gin/experiments/quickstart/neko.gin."""
+    """The model of gin/experiments/neko/neko.gin."""
     ffn = partial(MoeFfn, num_experts=4, hidden=512, router=partial(TaskMapped, k=2))
     return Corrector(
         d=192,

@@ -1,6 +1,6 @@
 """What holding weights in fewer bytes changes: `results/quantised/table.json`, of a model over validation lines.
 
-    python -m benchmarks.quantised runs/quickstart/neko-0/model.safetensors     # about five minutes on two cores
+    python -m benchmarks.quantised runs/neko/neko-0/model.safetensors     # about five minutes on two cores
 
 For each checkpoint (the shipped base comes first; its file holds bfloat16, which as weights is therefore exact), each
 way of holding weights and each family: the word error rate of what the model writes (without the guard, which would

@@ -159,8 +159,8 @@ def results() -> str:
 
 
 def front_table() -> str:
-    """The README's table: every arm of the quickstart, the main error of each family."""
-    data = json.loads((ROOT / "results" / "quickstart" / "table.json").read_text("utf-8"))
+    """The README's table: every arm of the experiment that the quickstart is one of, the main error of each family."""
+    data = json.loads((ROOT / "results" / "neko" / "table.json").read_text("utf-8"))
     rows = [r for r in data["rows"] if r["set"] == "all" and r["metric"] == "wer"]
     tasks, arms = unique(r["task"] for r in rows), unique(r["arm"] for r in rows)
     out = ["| word error rate, % | " + " | ".join(tasks) + " |", "|---|" + "--:|" * len(tasks)]

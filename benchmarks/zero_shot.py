@@ -1,6 +1,6 @@
 """Test sets that nothing was trained or tuned on, corrected by checkpoints, into `results/zero_shot/table.json`.
 
-    python -m benchmarks.zero_shot --data FOLDER --checkpoints runs/quickstart/neko-0 runs/quickstart/dense-0
+    python -m benchmarks.zero_shot --data FOLDER --checkpoints runs/neko/neko-0 runs/neko/dense-0
 
 FOLDER holds the sets, such as HyPoradise's test files (`test_cv.json`, ...; `.gz` and `.xz` too). A run folder is named
 `<arm>-<seed>` (`benchmarks.arms`); of another folder or file the name is the arm. `--predictions` adds what other
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def system(checkpoint: Path) -> score.System:
-    """("neko", 0) of `runs/quickstart/neko-0`."""
+    """("neko", 0) of `runs/neko/neko-0`."""
     name = checkpoint.resolve().name
     found = re.fullmatch(r"(.+)-(\d+)", name)
     return (found[1], int(found[2])) if found else (name, None)

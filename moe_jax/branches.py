@@ -64,7 +64,9 @@ def evaluate(
         evaluate(folder, valid=valid, test=test, valid_data=f"{data}/correct_{family}.valid")
         scores = json.loads((Path(folder) / "scores.json").read_text("utf-8"))
         rows += scores["rows"]
-        meta = {**scores["meta"], "split": ", ".join(filter(None, (meta.get("split"), scores["meta"]["split"])))}
+        for name in ("split", "guard"):  # which differ
+            scores["meta"][name] = ", ".join(filter(None, (meta.get(name), f"{family}: {scores['meta'][name]}")))
+        meta = scores["meta"]
         examples += (Path(folder) / "examples.jsonl").read_text("utf-8")
     write_text(Path(run_dir) / "examples.jsonl", examples)
     write_text(Path(run_dir) / "scores.md", scoring.to_markdown(rows))

@@ -171,10 +171,14 @@ def write_safetensors(path: Path | str, params: Table, meta: Mapping[str, Any], 
     """One file: arrays by path and JSON metadata; written aside, then renamed."""
     path = Path(path)
     arrays = {p: np.asarray(x if dtype is None else jnp.asarray(x, dtype), order="C") for p, x in params.items()}
-    aside = path.with_name(path.name + ".part")
-    # Not save_file: its files can be read by their owner alone.
-    aside.write_bytes(save(arrays, metadata={"moe_jax": json.dumps(dict(meta))}))
-    os.replace(aside, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        # Not save_file: its files can be read by their owner alone.
+        aside.write_bytes(save(arrays, metadata={"moe_jax": json.dumps(dict(meta))}))
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 class Source(Mapping[str, jax.Array]):
@@ -329,6 +333,8 @@ def transplant(
                 raise CheckpointError(
                     f"{path} of the source becomes {name}, which this model does not have; mend the rules"
                 )
+            if name in out:
+                raise CheckpointError(f"two rules make {name} of {path}; mend the rules")
             y = rule(path, own)
             if y.shape != target[name].shape:
                 raise CheckpointError(

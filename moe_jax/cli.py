@@ -6,6 +6,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from moe_jax import __version__, correct, launch, main, score
 from moe_jax.formats import Record
@@ -48,6 +49,9 @@ def entry(argv: Sequence[str] | None = None) -> int:
         if args.command == "score":
             return score.main(args, scored)
         return {"export": _export, "import": _import}[args.command](args)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
     except Exception as error:
         return main.report(error)
 
@@ -107,6 +111,8 @@ def _import(args: argparse.Namespace) -> int:
     from moe_jax import checkpoint
     from moe_jax.interop import bring
 
+    if Path(args.output).exists():
+        raise ValueError(f"{args.output}: is there already; remove it, or give another --output")
     table, meta = bring.bring(args.model, length=args.length, layout=args.layout)
     checkpoint.write_safetensors(args.output, table, meta, dtype=args.dtype)
     print(f"{args.output}: {sum(x.size for x in table.values()) / 1e6:.2f} M parameters, every tensor accounted for")

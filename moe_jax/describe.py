@@ -118,7 +118,9 @@ def like(
 
     Raises ValueError where the tokeniser is another, or there is no dense layer to take the place of.
     """
-    made = configured(Source(path).meta["model"])
+    made = configured(Source(path).meta.get("model"))
+    if getattr(made, "func", None) is not corrector.Corrector:
+        raise ValueError(f"{path} does not describe a corrector; make it with moe-jax import or export")
     was = made.keywords
     if was["vocab"] != vocab:
         raise ValueError(f"{path} has {was['vocab']} tokens, the data {vocab}: prepare them with its tokeniser")

@@ -241,7 +241,8 @@ def report(error: Exception) -> int:
         where = f"{error.filename}: " if error.filename else ""
         print(f"{where}{error.strerror or error}", file=sys.stderr)
         return 2
-    if isinstance(error, (ValueError, FloatingPointError)):
+    an_extra = isinstance(error, ModuleNotFoundError) and "pip install" in str(error)
+    if an_extra or isinstance(error, (ValueError, FloatingPointError)):
         said = str(error).split("In call to configurable")[0]  # gin adds where it was configured
         print(f"error: {' '.join(said.split())}", file=sys.stderr)
         if os.environ.get("MOE_JAX_TRACEBACK"):

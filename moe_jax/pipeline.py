@@ -143,7 +143,9 @@ class Pipeline:
             guard = Guard.of(meta.get("guard", 0.0))
             counts: dict[str, Any] = {k: int(meta[k]) for k in ("max_hypotheses", "max_sources") if k in meta}
             check_layout(tokeniser, layout)
-        except (KeyError, TypeError, ValueError) as error:
+            if meta["model"]["class"] != "Corrector":
+                raise ValueError(f"it is a {meta['model']['class']}")
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
             raise checkpoint.CheckpointError(
                 f"{path}: its description is incomplete or wrong ({error}); export it again"
             ) from error
@@ -274,7 +276,9 @@ class Pipeline:
         given = record.hypotheses[: self.max_hypotheses] if self.rescore else record.hypotheses[:1]
         usable = text is not None and text.strip() and not repeats(text, record.hypotheses)
         own = [text] if usable else []
-        return list(dict.fromkeys([*own, *(h for h in given if h.strip())]))
+        longest = min(self.max_length, decode.ROOMS[-1]) - 1
+        fitting = [h for h in given if h.strip() and len(self.tokeniser.encode(h)) <= longest]
+        return list(dict.fromkeys([*own, *fitting]))
 
     def _scores(
         self, read: decode.Prefill, candidates: Sequence[Sequence[str]], found: Sequence[decode.Decoded]

@@ -161,6 +161,9 @@ def change(path: Path, **values) -> None:
         ("llama", {"intermediate_size": 20}, r"down_proj.weight is \(16, 24\), its configuration asks for \(16, 20\)"),
         ("llama", {"num_attention_heads": 3}, "heads"),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'"),
+        ("llama", {"rope_parameters": {"rope_type": "linear"}}, "linear rope's factor is None"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 0}, "rope_parameters": "gone"}, "factor is 0"),
+        ("llama", {"rms_norm_eps": float("inf")}, "rms_norm_eps is inf"),
         ("llama", {"quantization_config": {"bits": 4}}, "take the folder of the unquantised model"),
         ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9, but there are 4 experts"),
         ("qwen2_moe", {"mlp_only_layers": [7]}, "mlp_only_layers is .7., it must be numbers of layers"),
@@ -222,6 +225,37 @@ def test_a_configuration_that_is_no_json_object(text, tmp_path):
     (tmp_path / "model" / "config.json").write_text(text)
     refused(tmp_path / "model", "config.json: not (a )?JSON")
     refused(tmp_path / "nothing", "nothing: cannot read")
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"length": 0}, "length=0 must be between 1 and 1024"),
+        ({"length": 4096}, "length=4096 must be"),
+        ({"layout": "aligned"}, "aligned"),
+        ({"layout": "chatml"}, "im_start"),
+    ],
+)
+def test_what_would_not_load_is_not_imported(how, message, tmp_path):
+    hf_models.write(tmp_path / "model", "llama")
+    with pytest.raises(ValueError, match=message):
+        bring.bring(tmp_path / "model", **how)
+
+
+def test_a_model_is_not_longer_than_it_was_made_for(tmp_path):
+    hf_models.write(tmp_path / "model", "llama")
+    assert bring.bring(tmp_path / "model", length=1024)[1]["length"] == 64
+    hf_models.write(tmp_path / "windowed", "mistral")
+    assert bring.bring(tmp_path / "windowed", length=1024)[1]["length"] == 32
+
+
+def test_half_a_model_is_not_exported(tmp_path):
+    hf_models.write(tmp_path / "model", "qwen2_moe")
+    table, meta = bring.bring(tmp_path / "model")
+    del table["blocks/attention/q"]
+    with pytest.raises(ValueError, match="blocks/attention/q is not what the model's description asks for"):
+        bring.give(table, meta, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_has_no_counterpart_is_not_exported(tmp_path):
@@ -294,7 +328,7 @@ def test_gguf_files_that_lie(tmp_path):
     write_gguf(path, table, meta, architecture="mamba")
     refused(path, "architecture 'mamba' is not known; known: llama")
     write_gguf(path, table, meta, tokeniser="llama")
-    refused(path, "its tokeniser is a 'llama'; give a folder")
+    refused(path, "its tokeniser is a 'llama'; import the model's")
     refused(tmp_path / "none.gguf", "none.gguf: cannot read")
 
 

@@ -170,6 +170,12 @@ def test_blank_and_too_long_records_keep_their_first_pass_and_say_so(pipeline):
     assert all(r.kept for r in results[:3])
 
 
+def test_a_later_hypothesis_that_is_too_long_does_not_compete(pipeline):
+    (loud,) = pipeline([record("a fine day", "ha " * 2000)])
+    (alone,) = pipeline([record("a fine day")])
+    assert loud.text == alone.text
+
+
 def test_edits_that_lose_or_add_much_are_undone_and_those_beside_them_stay():
     first = "Mattathias and his sens tore theiz cletkes, pet on sackeloth, and mourned"
     text = "Mattathias and his sons tore their cletkes, and mourned"

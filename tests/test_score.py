@@ -249,7 +249,7 @@ def test_a_checkpoint_is_guarded_as_it_says_itself(one, shipped, monkeypatch):  
 
 
 def test_zero_shot_corrects_a_set_once(one, two, tmp_path):
-    assert zero_shot.system(Path("runs/quickstart/neko-0")) == ("neko", 0)
+    assert zero_shot.system(Path("runs/neko/neko-0")) == ("neko", 0)
     assert zero_shot.system(Path("x/base.safetensors")) == ("base.safetensors", None)
     sets = score.read_sets([one, two], "asr")
     (tmp_path / "m.safetensors").write_bytes(b"weights")

@@ -15,12 +15,14 @@ import jax
 import numpy as np
 from safetensors.numpy import save
 
-from moe_jax import describe, tree
+from moe_jax import decode, describe, tree
 from moe_jax.interop import gguf, huggingface, tensors
 from moe_jax.interop.tensors import InteropError
 from moe_jax.layers.param import Rngs
+from moe_jax.text.prompt import check_layout
 from moe_jax.text.tokeniser import Tokeniser
 
+LONGEST = decode.BUCKETS[-1]
 SHARD = 5 << 30  # bytes of a safetensors file, as Hugging Face cuts them
 
 
@@ -39,28 +41,31 @@ def bring(source: Path | str, *, length: int = 1024, layout: str = "instruct") -
     source = Path(source)
     if source.is_dir():
         values, where = huggingface.read_json(source / "config.json"), f"{source}/config.json"
-        description = huggingface.describe(values, where)
+        description, bound = huggingface.describe(values, where), huggingface.bound(values, where)
         tokeniser: Tokeniser = pretrained.from_folder(source)
         given: tensors.Source = huggingface.Folder(source)
         naming = huggingface.NAMINGS[values["model_type"]]
     else:
         file = given = gguf.File(source)
-        description = huggingface.describe(file.config(), str(source))
+        values = file.config()
+        description, bound = huggingface.describe(values, str(source)), huggingface.bound(values, str(source))
         eos, bos = file.ends()
         about = {"tokenizer": file.tokeniser(), "eos": eos, "bos": bos, "vocab_size": description["args"]["vocab"]}
         tokeniser = pretrained.Pretrained(json.dumps(about, ensure_ascii=False).encode(), str(source))
         naming = gguf.NAMINGS[str(file.architecture)]
+    check_layout(tokeniser, layout)
+    if not 1 <= length <= LONGEST:
+        raise InteropError(f"length={length} must be between 1 and {LONGEST} tokens")
     model = abstract(description)
     if tokeniser.vocab_size != model.vocab:
         raise InteropError(f"{source}: vocab_size is {tokeniser.vocab_size}, the embedding has {model.vocab} rows")
     shapes = {path: tuple(x.shape) for path, x in tree.flatten(model).items()}
     table = tensors.read(model, shapes, naming, given, str(source))
-    window = model.attention.window
     meta = {
         "model": describe.describe(model),
         "families": {},
         "layout": layout,
-        "length": min(length, window) if window else length,
+        "length": min(filter(None, (length, bound, model.attention.window))),
         "tokeniser": tokeniser.sha256,
         "tokeniser_model": base64.b64encode(tokeniser.model).decode(),
     }
@@ -81,6 +86,8 @@ def give(table: Mapping[str, Any], meta: Mapping[str, Any], output: Path | str) 
     output = Path(output)
     if output.exists():
         raise InteropError(f"{output}: exists already; choose another folder, or remove this one")
+    if "model" not in meta or "tokeniser_model" not in meta:
+        raise InteropError("the checkpoint does not describe its model; export it from its run")
     model = abstract(meta["model"])
     tokeniser = Tokeniser.load(base64.b64decode(meta["tokeniser_model"]))
     config = huggingface.config(model)
@@ -90,10 +97,13 @@ def give(table: Mapping[str, Any], meta: Mapping[str, Any], output: Path | str) 
         shared = {"class": "DenseFfn", "args": {"hidden": huggingface.IDLE}}
         described["args"]["ffn"]["args"] |= {"shared": shared, "gated_shared": True}
         model = abstract(described)
-        table = {
-            path: np.zeros(x.shape, x.dtype) for path, x in tree.flatten(model).items() if path not in table
-        } | dict(table)
+        dtype = next(iter(table.values())).dtype
+        idle = {p: np.zeros(x.shape, dtype) for p, x in tree.flatten(model).items() if "/ffn/shared" in p}
+        table = {**table, **idle}
     shapes = {path: tuple(x.shape) for path, x in tree.flatten(model).items()}
+    for path, shape in shapes.items():
+        if path not in table or tuple(table[path].shape) != shape:
+            raise InteropError(f"{path} is not what the model's description asks for, {shape}: is this a whole model?")
     places = list(tensors.places(model, shapes, huggingface.NAMINGS[config["model_type"]]))
     dtypes = {str(np.dtype(x.dtype)) for x in table.values()}
     config["dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"

@@ -37,6 +37,7 @@ KEYS = {
     "rope_theta": "rope.freq_base",
     "num_local_experts": "expert_count",
     "num_experts_per_tok": "expert_used_count",
+    "max_position_embeddings": "context_length",
 }
 CONTROL, USER_DEFINED = 3, 4  # types of tokens
 DAMAGED = (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, struct.error)
@@ -97,17 +98,18 @@ class File:
         """Its byte-pair encoding as a `tokenizer.json`. Raises InteropError for another kind of tokeniser."""
         kind, cut = (self.values.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
         if kind != "gpt2":
-            raise InteropError(f"{self.path}: its tokeniser is a {kind!r}; give a folder with its tokenizer.json")
+            raise InteropError(f"{self.path}: its tokeniser is a {kind!r}; import the model's Hugging Face folder")
         lists = [self.values.get(f"tokenizer.ggml.{name}") for name in ("tokens", "merges", "token_type")]
         tokens, merges, types = (x if isinstance(x, list) else [] for x in lists)
-        if not tokens or len(tokens) != len(types) or len(set(tokens)) != len(tokens):
+        words = all(isinstance(text, str) for text in (*tokens, *merges))
+        if not (tokens and words and len(tokens) == len(types) and len(set(tokens)) == len(tokens)):
             raise InteropError(f"{self.path}: its tokens, their types and merges do not fit together; fetch it again")
         return byte_pairs(tokens, merges, types, cut, str(self.path))
 
     def ends(self) -> tuple[list[int], int | None]:
         """Ids that end a text, and the one that every text begins with, if any."""
         eos = [self.values.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
-        begins = self.values.get("tokenizer.ggml.add_bos_token")
+        begins = self.values.get("tokenizer.ggml.add_bos_token", self.values.get("tokenizer.ggml.pre") == "llama-bpe")
         return [e for e in dict.fromkeys(eos) if e is not None], (
             self.values.get("tokenizer.ggml.bos_token_id") if begins else None
         )
@@ -120,13 +122,13 @@ def byte_pairs(tokens: list[str], merges: list[str], types: list[int], cut: Any,
     if cut == "smollm":
         digits = {"type": "Digits", "individual_digits": True}
         pre = [digits, {**byte_level, "use_regex": True}]
-    elif cut in ("gpt-2", "default", None):
+    elif cut == "gpt-2":
         pre = [{**byte_level, "use_regex": True}]
     elif cut in WORDS:
         pre = [{**words, "pattern": {"Regex": WORDS[cut]}}, {**byte_level, "use_regex": False}]
     else:
         known = ", ".join(("smollm", "gpt-2", *WORDS))
-        raise InteropError(f"{where}: texts are cut as {cut!r}; known: {known}; give a folder with its tokenizer.json")
+        raise InteropError(f"{where}: texts are cut as {cut!r}; known: {known}; import the Hugging Face folder instead")
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     added = [
         {"id": i, "content": token, **flags, "special": kind == CONTROL}

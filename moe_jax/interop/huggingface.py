@@ -1,9 +1,10 @@
 """Hugging Face folders: config.json, safetensors and tokenizer.json. Nothing of a folder is run, nothing is unpickled,
-and no file outside of it is read."""
+and no file is read that an index names outside of it."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,11 @@ NAMINGS: dict[str, Naming] = {
     "qwen2_moe": tensors.QWEN2_MOE,
 }
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+SCALING = {  # what each type of scaled rotary frequencies is given by
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 IDLE = 1  # units of the shared expert that their qwen2_moe must have, where ours has none: its weights are zero
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -55,7 +61,10 @@ class Config:
     def number(self, name: str, default: float | None = None) -> float:
         value = self.values.get(name)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        return self.positive(name, value)
+
+    def positive(self, name: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise self.error(f"{name} is {value!r}, it must be a number above 0")
         return value
 
@@ -120,6 +129,11 @@ def describe(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"class": "Corrector", "args": args}
 
 
+def bound(values: Mapping[str, Any], where: str) -> int:
+    """Positions that the model was made for."""
+    return Config(values, where).size("max_position_embeddings", 1 << 20)
+
+
 def _window(c: Config, kind: str) -> int | None:
     uses = c.values.get("use_sliding_window", kind in ("mistral", "mixtral"))
     return c.size("sliding_window") if uses and c.values.get("sliding_window") else None
@@ -136,11 +150,13 @@ def _rotary(c: Config) -> dict[str, Any]:
     base = rope.pop("rope_theta", None) or c.values.get("rope_theta", 10_000.0)
     if rope.pop("partial_rotary_factor", 1.0) != 1.0:
         raise c.error("partial_rotary_factor: moe_jax turns whole heads")
-    if kind not in ("default", "linear", "llama3"):
-        raise c.error(f"rope_type is {kind!r}; known: default, linear, llama3")
-    if isinstance(base, bool) or not isinstance(base, (int, float)) or not base > 0:
-        raise c.error(f"rope_theta is {base!r}, it must be a number above 0")
-    return {"rope_base": float(base), "rope_scaling": [] if kind == "default" else sorted(map(list, rope.items()))}
+    if kind not in SCALING:
+        raise c.error(f"rope_type is {kind!r}; known: {', '.join(SCALING)}")
+    scaling = {name: float(c.positive(f"{kind} rope's {name}", rope.get(name))) for name in SCALING[kind]}
+    if kind == "llama3" and not scaling["high_freq_factor"] > scaling["low_freq_factor"]:
+        raise c.error("llama3 rope's high_freq_factor must be above its low_freq_factor")
+    described = [["rope_type", kind], *map(list, scaling.items())] if scaling else []
+    return {"rope_base": float(c.positive("rope_theta", base)), "rope_scaling": sorted(described)}
 
 
 def _moe(c: Config, experts: int, hidden: int, more: Mapping[str, Any], **args: Any) -> dict[str, Any]:

@@ -135,7 +135,9 @@ def _tokenizer(value: Any, name: str) -> tokenizers.Tokenizer:
     try:
         added = [{**token, "special": True} for token in value.get("added_tokens") or []]
         built = tokenizers.Tokenizer.from_str(json.dumps({**value, "added_tokens": added}))
-    except Exception as error:  # `tokenizers` raises no other kind
+    except BaseException as error:  # `tokenizers` raises plain exceptions, and panics
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
         reason = " ".join(str(error).split())
         raise ValueError(f"{name}: not a tokeniser that the package tokenizers reads ({reason})") from None
     built.encode_special_tokens = True

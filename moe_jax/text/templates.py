@@ -112,7 +112,7 @@ def encode(
     if not hypotheses:
         raise ValueError("no hypotheses: a prompt needs at least one")
     name, *switches = layout.split("+")
-    instruction = INSTRUCTIONS.get(family or "", NEUTRAL) if "task" in switches else NEUTRAL
+    instruction = INSTRUCTIONS.get((family or "").split("/")[0], NEUTRAL) if "task" in switches else NEUTRAL
     parts = TEMPLATES[name](instruction, [one_line(text) for text in hypotheses], [one_line(text) for text in sources])
     ids = [] if tokeniser.bos is None else [tokeniser.bos]
     for part in parts:
