@@ -32,6 +32,13 @@ def _no_configuration():
         gin.clear_config()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_programs():
+    """A process that kept those of all tests would hold gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def ranks_must_match():
     """(B, L) with (L,) is an error, so that a sum over the wrong dim cannot hide in a broadcast.
