@@ -163,7 +163,8 @@ class Pipeline:
         model = quantise.hold(tree.unflatten(empty, params), weights)
         made = cls(model, tokeniser, families, layout, guard, fingerprint, max_length=length, **counts)
         if (task := options.get("task")) and task not in families:
-            raise ValueError(f"unknown task {task!r}; {path} knows: {', '.join(families)}")
+            known = ", ".join(families) or "none: it has not been trained on any here"
+            raise ValueError(f"unknown task {task!r}; {path} knows {known}")
         options = {k: Guard.of(v) if k == "guard" else v for k, v in options.items() if v is not None}
         return dataclasses.replace(made, **options)
 
