@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import checkpoint, decode, launch, partfile, quantise
+from moe_jax.branches import FAMILIES
 from moe_jax.evaluate import line_errors, propose, read_rows
 from moe_jax.metrics import errors, significance
 from moe_jax.metrics.normalisers import family_normaliser
@@ -32,7 +33,6 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "tasks" / "data"
 BASE = DATA / "base.safetensors"
 ARMS = ("float32", "bfloat16", "int8")
-FAMILIES = ("asr", "ocr", "mt", "gec")
 BATCH = 16
 
 
@@ -106,7 +106,7 @@ def main() -> None:
         name = path.parent.name if path.stem == "model" else path.stem
         pipelines = {arm: Pipeline.load(path, weights=arm) for arm in ARMS}
         meta["bytes of weights"][name] = {arm: quantise.size(p.model) for arm, p in pipelines.items()}
-        steps.append(str(checkpoint.read_safetensors(path)[1].get("step")))
+        steps.append(str(checkpoint.Source(path).meta.get("step")))
         rows += table(name, pipelines, args.lines)
     meta["step"] = ", ".join(steps)
     path = ROOT / "results" / "quantised" / "table.json"

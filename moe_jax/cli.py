@@ -90,7 +90,7 @@ def scored(checkpoint: str) -> score.Correct:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from moe_jax import adapters, checkpoint
+    from moe_jax import adapters, checkpoint, tree
 
     if args.adapters:
         table, meta = adapters.merged(args.adapters, args.checkpoint)
@@ -100,22 +100,22 @@ def _export(args: argparse.Namespace) -> int:
         from moe_jax.interop import bring
 
         kind = bring.give({name: x.astype(args.dtype) for name, x in table.items()}, meta, args.output)
-        print(f"{args.output}: a {kind} model of {sum(x.size for x in table.values()) / 1e6:.2f} M parameters")
+        print(f"{args.output}: a {kind} model of {tree.count(table) / 1e6:.2f} M parameters")
         return 0
     checkpoint.write_safetensors(args.output, table, meta, dtype=args.dtype)
-    print(f"{args.output}: {sum(x.size for x in table.values()) / 1e6:.2f} M parameters as {args.dtype}")
+    print(f"{args.output}: {tree.count(table) / 1e6:.2f} M parameters as {args.dtype}")
     return 0
 
 
 def _import(args: argparse.Namespace) -> int:
-    from moe_jax import checkpoint
+    from moe_jax import checkpoint, tree
     from moe_jax.interop import bring
 
     if Path(args.output).exists():
         raise ValueError(f"{args.output}: is there already; remove it, or give another --output")
     table, meta = bring.bring(args.model, length=args.length, layout=args.layout)
     checkpoint.write_safetensors(args.output, table, meta, dtype=args.dtype)
-    print(f"{args.output}: {sum(x.size for x in table.values()) / 1e6:.2f} M parameters, every tensor accounted for")
+    print(f"{args.output}: {tree.count(table) / 1e6:.2f} M parameters, every tensor accounted for")
     return 0
 
 

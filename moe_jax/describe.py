@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import jax
+
 from moe_jax.checkpoint import Source
 from moe_jax.layers import attention
 from moe_jax.layers import ffn as ffns
@@ -95,6 +97,12 @@ def configured(data: Any) -> Any:
     if isinstance(data, list):
         return tuple(configured(v) for v in data)
     return data
+
+
+def abstract(data: Any) -> Any:
+    """The model described, of shapes alone. Raises ValueError for what cannot be built."""
+    make = configured(data)
+    return jax.eval_shape(lambda: make(rngs=Rngs(params=0)))
 
 
 def like(

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import hashlib
 import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 from rapidfuzz.distance import Levenshtein
 
 from moe_jax import checkpoint, decode, describe, lanes, quantise, tree
 from moe_jax.correct import Correction
 from moe_jax.formats import Record
-from moe_jax.layers.param import Rngs
 from moe_jax.sampling import Sampling
 from moe_jax.text.prompt import Example, check_layout, encode_example, room_to_write
 from moe_jax.text.tokeniser import Tokeniser
@@ -136,9 +132,8 @@ class Pipeline:
             path = path / "model.safetensors"
         params, meta = checkpoint.read_safetensors(path)
         try:
-            tokeniser = Tokeniser.load(base64.b64decode(meta["tokeniser_model"]))
-            make = describe.configured(meta["model"])
-            empty = jax.eval_shape(lambda: make(rngs=Rngs(params=0)))
+            tokeniser = Tokeniser.of_meta(meta)
+            empty = describe.abstract(meta["model"])
             families, layout, length = dict(meta["families"]), meta["layout"], int(meta["length"])
             guard = Guard.of(meta.get("guard", 0.0))
             counts: dict[str, Any] = {k: int(meta[k]) for k in ("max_hypotheses", "max_sources") if k in meta}
@@ -245,21 +240,22 @@ class Pipeline:
                 found = decode.search(self.model, read, beams=self.beams, max_new=room, alpha=self.alpha, eos=eos)
             else:
                 lines = [*(r.line for r in records), *[0] * pad]
-                draw = partial(decode.sample, self.model, read, self.sampling, samples=self.beams, seed=self.seed)
-                drawn = draw(record=lines, max_new=room, eos=eos)
+                how: dict[str, Any] = dict(samples=self.beams, seed=self.seed, record=lines, max_new=room, eos=eos)
+                drawn = decode.sample(self.model, read, self.sampling, **how)
                 found = [max(texts, key=lambda d: self._penalised(d)[1]) for texts in drawn]
             yield read, found[: len(records)]
 
     def _in_lanes(self, batches: Sequence[Batch], prefix: decode.Prefix | None) -> Iterator[Read]:
         """Lanes of one program take the prompts whose caches are of one size."""
-        room = decode.bucket(max((n for records, _ in batches for n in self._limits(records)), default=1), decode.ROOMS)
+        limits = [self._limits(records) for records, _ in batches]
+        how: dict[str, Any] = dict(lanes=self.batch_size, seed=self.seed, eos=self.tokeniser.eos)
+        how |= dict(room=decode.bucket(max(itertools.chain(*limits), default=1), decode.ROOMS))
         waiting = (
-            lanes.Waiting(self._read(prompts, prefix), self._limits(records), [r.line for r in records])
-            for records, prompts in batches
+            lanes.Waiting(self._read(prompts, prefix), limit, [r.line for r in records])
+            for (records, prompts), limit in zip(batches, limits, strict=True)
         )
-        run = partial(lanes.run, self.model, lanes=self.batch_size, room=room, seed=self.seed, eos=self.tokeniser.eos)
         for _, group in itertools.groupby(waiting, lambda batch: batch.read.slots):
-            for batch, texts in run(group, sampling=self.sampling or lanes.GREEDY):
+            for batch, texts in lanes.run(self.model, group, sampling=self.sampling or lanes.GREEDY, **how):
                 yield batch.read, texts
 
     def _proposals(
@@ -273,22 +269,23 @@ class Pipeline:
         several = [len(set(r.hypotheses)) > 1 for r in records]
         return [self._best(*given) for given in zip(firsts, texts, scores, several, strict=True)]
 
-    def _candidates(self, record: Record, text: str | None) -> list[str]:
+    def _candidates(self, record: Record, text: str | None) -> dict[str, list[int]]:
+        """The texts that compete, with their tokens; of the given ones those that are not too long."""
         given = record.hypotheses[: self.max_hypotheses] if self.rescore else record.hypotheses[:1]
         usable = text is not None and text.strip() and not repeats(text, record.hypotheses)
         own = [text] if usable else []
-        longest = min(self.max_length, decode.ROOMS[-1]) - 1
-        fitting = [h for h in given if h.strip() and len(self.tokeniser.encode(h)) <= longest]
-        return list(dict.fromkeys([*own, *fitting]))
+        texts = dict.fromkeys([*own, *(h for h in given if h.strip())])
+        tokens = {t: [*self.tokeniser.encode(t), self.tokeniser.eos[0]] for t in texts}
+        longest = min(self.max_length, decode.ROOMS[-1])
+        return {t: ids for t, ids in tokens.items() if t in own or len(ids) <= longest}
 
     def _scores(
-        self, read: decode.Prefill, candidates: Sequence[Sequence[str]], found: Sequence[decode.Decoded]
+        self, read: decode.Prefill, candidates: Sequence[Mapping[str, list[int]]], found: Sequence[decode.Decoded]
     ) -> list[dict[str, tuple[float, float]]]:
         """For each record: candidate -> (log p, log p under the length penalty). What was `found` has its score."""
         out: list[dict[str, tuple[float, float]]] = [{} for _ in candidates]
         jobs = []
-        for i, text in ((i, c) for i, cs in enumerate(candidates) for c in cs):
-            ids = [*self.tokeniser.encode(text), self.tokeniser.eos[0]]
+        for i, (text, ids) in ((i, c) for i, cs in enumerate(candidates) for c in cs.items()):
             if ids == found[i].tokens:
                 out[i][text] = self._penalised(found[i])
             else:

@@ -23,7 +23,7 @@ from moe_jax.formats import Bad, FormatError, Record, objects
 from moe_jax.metrics import errors, oracles
 from moe_jax.metrics.errors import ErrorCounts
 from moe_jax.metrics.normalisers import FAMILY_NORMALISER, HYPO2TRANS, NORMALISERS, Normaliser, family_normaliser
-from moe_jax.metrics.scoring import ALL, finite, percent
+from moe_jax.metrics.scoring import ALL, finite, markdown, percent
 from moe_jax.metrics.significance import Score, compare, error_rate
 
 Row = dict[str, Any]
@@ -231,14 +231,14 @@ def to_markdown(rows: Sequence[Row]) -> str:
         lines = f"{cells[name, FIRST][0]['lines']:,}"
         out.append((name, lines, *(_value(cells[name, arm]) for arm in arms)))
     text = f"{what}, %, under `{rows[0]['normaliser']}`; in brackets the change against the first pass, * p < 0.05.\n\n"
-    text += _table(out)
+    text += markdown(out)
     systems = [arm for arm in arms if arm not in (FIRST, *ORACLES)]
     if systems:
         head = ("set", "system", what, "95 % interval", "change", "95 % interval", "p", "fixed / broken")
         details = [
             _detail(cells[name, arm]) for name in sets if not name.startswith(DISTINCT) for arm in (FIRST, *systems)
         ]
-        text += "\n" + _table([head, ("---", "---", *["--:"] * 6), *details])
+        text += "\n" + markdown([head, ("---", "---", *["--:"] * 6), *details])
     return text
 
 
@@ -277,11 +277,6 @@ def _change(rows: Sequence[Row]) -> str:
 
 def _interval(ends: Sequence[float | None], sign: str = "", digits: int = 2) -> str:
     return " to ".join(percent(end, sign=sign, digits=digits) for end in ends)
-
-
-def _table(rows: Iterable[Sequence[str]]) -> str:
-    escaped = ([cell.replace("|", r"\|").replace("\n", " ") for cell in row] for row in rows)
-    return "".join(f"| {' | '.join(row)} |\n" for row in escaped)
 
 
 # --- command line -----------------------------------------------------------------------------------------------------

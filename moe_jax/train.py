@@ -7,7 +7,6 @@ same bits.
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import functools
 import json
@@ -290,8 +289,7 @@ def train(
     about = {
         "model": describe.describe(network),
         "data": {"sha256": train_set.meta["sha256"]},
-        "tokeniser": train_set.meta["tokeniser"],
-        "tokeniser_model": base64.b64encode(train_set.tokeniser.model).decode(),
+        **train_set.tokeniser.meta(),
         "families": families,
         "layout": train_set.meta.get("layout", "aligned"),
         **{k: train_set.meta[k] for k in ("max_hypotheses", "max_sources") if k in train_set.meta},

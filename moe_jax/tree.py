@@ -46,5 +46,5 @@ def is_router(path: str) -> bool:
     return "router" in path.split("/")
 
 
-def count(table: Mapping[str, Array]) -> int:
+def count(table: Mapping[str, Any]) -> int:
     return sum(int(leaf.size) for leaf in table.values())

@@ -293,7 +293,7 @@ def write_gguf(path: Path, table: dict[str, np.ndarray], meta: dict, **values) -
     w.add_token_types([3, 3] + [1] * 38)
     w.add_token_merges(["t h"])
     w.add_eos_token_id(1)
-    model = bring.abstract(meta["model"])
+    model = describe.abstract(meta["model"])
     shapes = {path: x.shape for path, x in tree.flatten(model).items()}
     from moe_jax.interop import tensors
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import os
@@ -11,14 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from safetensors.numpy import save
 
 from moe_jax import decode, describe, tree
 from moe_jax.interop import gguf, huggingface, tensors
 from moe_jax.interop.tensors import InteropError
-from moe_jax.layers.param import Rngs
 from moe_jax.text.prompt import check_layout
 from moe_jax.text.tokeniser import Tokeniser
 
@@ -39,24 +36,24 @@ def bring(source: Path | str, *, length: int = 1024, layout: str = "instruct") -
     from moe_jax.text import pretrained  # its package is an extra
 
     source = Path(source)
-    if source.is_dir():
-        values, where = huggingface.read_json(source / "config.json"), f"{source}/config.json"
-        description, bound = huggingface.describe(values, where), huggingface.bound(values, where)
-        tokeniser: Tokeniser = pretrained.from_folder(source)
-        given: tensors.Source = huggingface.Folder(source)
-        naming = huggingface.NAMINGS[values["model_type"]]
-    else:
-        file = given = gguf.File(source)
-        values = file.config()
-        description, bound = huggingface.describe(values, str(source)), huggingface.bound(values, str(source))
+    file = None if source.is_dir() else gguf.File(source)
+    where = str(source if file else source / "config.json")
+    values = file.config() if file else huggingface.read_json(source / "config.json")
+    description, bound = huggingface.describe(values, where), huggingface.bound(values, where)
+    tokeniser: Tokeniser
+    given: tensors.Source
+    if file:
         eos, bos = file.ends()
         about = {"tokenizer": file.tokeniser(), "eos": eos, "bos": bos, "vocab_size": description["args"]["vocab"]}
-        tokeniser = pretrained.Pretrained(json.dumps(about, ensure_ascii=False).encode(), str(source))
-        naming = gguf.NAMINGS[str(file.architecture)]
+        tokeniser = pretrained.Pretrained(json.dumps(about, ensure_ascii=False).encode(), where)
+        given, naming = file, gguf.NAMINGS[str(file.architecture)]
+    else:
+        tokeniser = pretrained.from_folder(source)
+        given, naming = huggingface.Folder(source), huggingface.NAMINGS[values["model_type"]]
     check_layout(tokeniser, layout)
     if not 1 <= length <= LONGEST:
         raise InteropError(f"length={length} must be between 1 and {LONGEST} tokens")
-    model = abstract(description)
+    model = describe.abstract(description)
     if tokeniser.vocab_size != model.vocab:
         raise InteropError(f"{source}: vocab_size is {tokeniser.vocab_size}, the embedding has {model.vocab} rows")
     shapes = {path: tuple(x.shape) for path, x in tree.flatten(model).items()}
@@ -66,16 +63,9 @@ def bring(source: Path | str, *, length: int = 1024, layout: str = "instruct") -
         "families": {},
         "layout": layout,
         "length": min(filter(None, (length, bound, model.attention.window))),
-        "tokeniser": tokeniser.sha256,
-        "tokeniser_model": base64.b64encode(tokeniser.model).decode(),
+        **tokeniser.meta(),
     }
     return table, meta
-
-
-def abstract(description: Mapping[str, Any]) -> Any:
-    """The model described, of shapes alone. Raises ValueError where its sizes do not fit together."""
-    make = describe.configured(description)
-    return jax.eval_shape(lambda: make(rngs=Rngs(params=0)))
 
 
 def give(table: Mapping[str, Any], meta: Mapping[str, Any], output: Path | str) -> str:
@@ -88,15 +78,15 @@ def give(table: Mapping[str, Any], meta: Mapping[str, Any], output: Path | str) 
         raise InteropError(f"{output}: exists already; choose another folder, or remove this one")
     if "model" not in meta or "tokeniser_model" not in meta:
         raise InteropError("the checkpoint does not describe its model; export it from its run")
-    model = abstract(meta["model"])
-    tokeniser = Tokeniser.load(base64.b64decode(meta["tokeniser_model"]))
+    model = describe.abstract(meta["model"])
+    tokeniser = Tokeniser.of_meta(meta)
     config = huggingface.config(model)
     config |= {"eos_token_id": list(tokeniser.eos), "bos_token_id": tokeniser.bos}
     if config.get("shared_expert_intermediate_size") and model.ffn.shared is None:
         described = json.loads(json.dumps(meta["model"]))
         shared = {"class": "DenseFfn", "args": {"hidden": huggingface.IDLE}}
         described["args"]["ffn"]["args"] |= {"shared": shared, "gated_shared": True}
-        model = abstract(described)
+        model = describe.abstract(described)
         dtype = next(iter(table.values())).dtype
         idle = {p: np.zeros(x.shape, dtype) for p, x in tree.flatten(model).items() if "/ffn/shared" in p}
         table = {**table, **idle}

@@ -7,7 +7,7 @@ print(to_markdown(rows))
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -153,14 +153,20 @@ def to_markdown(rows: Sequence[Row]) -> str:
     """A table of the families' own rows (set "all"); scores in percent. Ends with a newline."""
     table: list[tuple[str, ...]] = [_HEADER, ("---", "---", *["---:"] * 8, "---")]
     table += [_cells(row) for row in rows if row["set"] == ALL]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in table)
+    return markdown(table)
+
+
+def markdown(table: Iterable[Sequence[str]]) -> str:
+    """A table of cells, its first two rows the titles and their rule; no cell breaks out of it."""
+    escaped = ([cell.replace("|", r"\|").replace("\n", " ") for cell in row] for row in table)
+    return "".join(f"| {' | '.join(row)} |\n" for row in escaped)
 
 
 def _cells(row: Row) -> tuple[str, ...]:
     low, high = (percent(end, sign="+", digits=1) for end in row["ci95"])
     change = percent(row["relative_change"], sign="+", digits=1)
     arrow = " ↑" if row["metric"] in ("bleu", "chrf", "f0.5") else " ↓"
-    cells = (
+    return (
         row["task"],
         row["metric"] + arrow,
         f"{row['lines']:,}",
@@ -170,7 +176,6 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row['fixed']} / {row['broken']} / {row['untouched']}",
         row["normaliser"] or row["signature"],
     )
-    return tuple(cell.replace("|", r"\|").replace("\n", " ") for cell in cells)
 
 
 def percent(value: float | None, *, sign: str = "", digits: int = 2) -> str:

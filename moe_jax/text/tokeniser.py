@@ -73,6 +73,15 @@ class Tokeniser(abc.ABC):
             return pretrained.Pretrained(model, name)
         return Unigram(model, name)
 
+    @staticmethod
+    def of_meta(meta: Mapping[str, str]) -> Tokeniser:
+        """The inverse of `meta`. Raises KeyError, TypeError or ValueError."""
+        return Tokeniser.load(_model(meta))
+
+    def meta(self) -> dict[str, str]:
+        """How it travels in the metadata of a checkpoint."""
+        return {"tokeniser": self.sha256, "tokeniser_model": base64.b64encode(self.model).decode()}
+
     def save(self, path: str | os.PathLike) -> None:
         """Writes the model aside, then renames it, so that a torn file never carries the name."""
         aside = Path(f"{path}.{os.getpid()}.tmp")
@@ -103,13 +112,17 @@ class Tokeniser(abc.ABC):
         return ids
 
 
+def _model(meta: Mapping[str, str]) -> bytes:
+    return base64.b64decode(meta["tokeniser_model"])
+
+
 def _of_checkpoint(path: Path) -> bytes | None:
     """The tokeniser in the metadata of a safetensors file of ours; None where `path` is no such file."""
     if path.suffix != ".safetensors":
         return None
     try:
         with safe_open(path, framework="np") as file:
-            return base64.b64decode(json.loads((file.metadata() or {})["moe_jax"])["tokeniser_model"])
+            return _model(json.loads((file.metadata() or {})["moe_jax"]))
     except (SafetensorError, KeyError, TypeError, ValueError):
         raise ValueError(f"{path}: holds no tokeniser; name a checkpoint of moe_jax, or a tokeniser") from None
 
