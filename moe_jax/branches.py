@@ -30,6 +30,7 @@ def train(
     prepare: Callable[..., Any],
     examples: int,
     train: Callable[..., Any],
+    in_turn: bool = False,
 ) -> None:
     """Trains each on the seqio task `correct_<family>`.
 
@@ -37,13 +38,17 @@ def train(
       data: where its prepared data lie, `correct_<family>` and `correct_<family>.valid`.
       prepare, train: configured jobs, called with what differs between families.
       examples: drawn of each family.
+      in_turn: each goes on from the one before (sequential training), not from the same base.
     """
+    before: dict[str, Any] = {}
     for family, folder in zip(families, folders(run_dir, families), strict=True):
         task = f"correct_{family}"
         own, held_out = f"{data}/{task}", f"{data}/{task}.valid"
         prepare(own, mixture=task, examples=examples)
         prepare(held_out, mixture=task, split="valid", passes=1)
-        train(folder, data=own, valid_data=held_out)
+        train(folder, data=own, valid_data=held_out, **before)
+        if in_turn:
+            before = {"init_from": folder, "init_rules": ()}
 
 
 def evaluate(

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import json
 import logging
+import math
 import os
 import re
+import shutil
 import zlib
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +205,18 @@ class Source(Mapping[str, jax.Array]):
             raise CheckpointError(f"{self.path}: has no moe_jax metadata; export it with `moe-jax export`")
         self._names = dict.fromkeys(self._file.keys())
 
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(self._file.get_slice(name).get_shape()) for name in self._names}
+
+    @functools.cached_property
+    def dtypes(self) -> dict[str, np.dtype]:
+        return dtypes(self._file)
+
+    def slice(self, name: str, index: tuple[int, ...]) -> np.ndarray:
+        """Part `index` (of the leading dims) of an array, in its own dtype; nothing else of it is read."""
+        return slice_of(self._file, name, index)
+
     def __getitem__(self, name: str) -> jax.Array:
         if name not in self._names:
             raise KeyError(name)
@@ -216,6 +232,63 @@ class Source(Mapping[str, jax.Array]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64", "I32": "int32", "I64": "int64"}
+
+
+def dtypes(file: Any) -> dict[str, np.dtype]:
+    """name -> dtype of an opened safetensors file. Raises CheckpointError for one that no array here has."""
+    found = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    for name, dtype in found.items():
+        if dtype not in DTYPES:
+            raise CheckpointError(f"{name} has the dtype {dtype}; known: {', '.join(DTYPES)}")
+    return {name: jnp.dtype(DTYPES[dtype]) for name, dtype in found.items()}
+
+
+def slice_of(file: Any, name: str, index: tuple[int, ...]) -> np.ndarray:
+    """Part `index` (of the leading dims) of an array of an opened safetensors file."""
+    return np.asarray(file.get_slice(name)[index] if index else file.get_tensor(name))
+
+
+def stream_safetensors(
+    path: Path | str,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, np.dtype],
+    parts: Iterable[np.ndarray],
+    metadata: Mapping[str, str],
+) -> None:
+    """A safetensors file of arrays that are never all in memory: `parts` brings them in the order of `shapes`, each in
+    as many pieces as it likes. Written aside, then renamed.
+
+    Raises CheckpointError where the disk has no room, or `parts` brings less or more than `shapes` says.
+    """
+    path, names = Path(path), {np.dtype(jnp.dtype(ours)): theirs for theirs, ours in DTYPES.items()}
+    sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
+    ends = dict(zip(sizes, itertools.accumulate(sizes.values()), strict=True))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    for name, shape in shapes.items():
+        offsets = [ends[name] - sizes[name], ends[name]]
+        header[name] = {"dtype": names[dtypes[name]], "shape": list(shape), "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that arrays of 8 bytes are aligned
+    path.parent.mkdir(parents=True, exist_ok=True)
+    total, free = 8 + len(text) + sum(sizes.values()), shutil.disk_usage(path.parent).free
+    if total > free:
+        raise CheckpointError(f"{path}: needs {total / 1e9:.2f} GB, the disk has {free / 1e9:.2f}; make room")
+    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with open(aside, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for part in parts:
+                file.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+            if file.tell() != total:
+                raise CheckpointError(f"{path}: {file.tell()} bytes were written where {total} belong")
+        os.replace(aside, path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}; nothing was written") from None
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def read_safetensors(path: Path | str) -> tuple[Table, dict[str, Any]]:

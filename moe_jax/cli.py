@@ -1,4 +1,4 @@
-"""`moe-jax`: correct a file, score test sets, run an experiment, import and export models."""
+"""`moe-jax`: correct a file, score test sets, run an experiment, merge, import and export models."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from moe_jax import __version__, correct, launch, main, score
 from moe_jax.formats import Record
+from moe_jax.merging import command
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -40,6 +41,13 @@ def entry(argv: Sequence[str] | None = None) -> int:
     bring.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they are)")
     bring.add_argument("--layout", default="instruct", help="how prompts are written (default: instruct)")
     bring.add_argument("--length", type=int, default=1024, help="tokens of prompt and correction (default: 1024)")
+    command.add_arguments(commands.add_parser("merge", help="merge models tuned from one base"))
+    statistics = commands.add_parser("statistics", help="what merging by fisher or regmean needs to know of a model")
+    statistics.add_argument("--checkpoint", required=True, help="a run folder, or a safetensors file")
+    statistics.add_argument("--data", required=True, help="a folder of prepared data: the model's own training data")
+    statistics.add_argument("--kind", required=True, choices=("fisher", "gram"), help="gram: for regmean")
+    statistics.add_argument("--rows", type=int, default=64, help="how many rows of it (default: 64)")
+    statistics.add_argument("--output", required=True, help="the safetensors file to write")
     args = parser.parse_args(main.rewritten(sys.argv[1:] if argv is None else argv))
     if args.command == "run":
         return main.start(args)
@@ -48,7 +56,9 @@ def entry(argv: Sequence[str] | None = None) -> int:
             return correct.main(args, _load)
         if args.command == "score":
             return score.main(args, scored)
-        return {"export": _export, "import": _import}[args.command](args)
+        if args.command == "merge":
+            return command.main(args)
+        return {"export": _export, "import": _import, "statistics": _statistics}[args.command](args)
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
@@ -116,6 +126,14 @@ def _import(args: argparse.Namespace) -> int:
     table, meta = bring.bring(args.model, length=args.length, layout=args.layout)
     checkpoint.write_safetensors(args.output, table, meta, dtype=args.dtype)
     print(f"{args.output}: {tree.count(table) / 1e6:.2f} M parameters, every tensor accounted for")
+    return 0
+
+
+def _statistics(args: argparse.Namespace) -> int:
+    from moe_jax.merging import statistics
+
+    table = statistics.gather(args.checkpoint, args.data, args.kind, args.output, rows=args.rows)
+    print(f"{args.output}: {args.kind} statistics of {len(table)} arrays")
     return 0
 
 

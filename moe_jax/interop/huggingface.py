@@ -3,6 +3,7 @@ and no file is read that an index names outside of it."""
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from moe_jax.checkpoint import dtypes, slice_of
 from moe_jax.interop import tensors
 from moe_jax.interop.tensors import InteropError, Naming
 
@@ -269,6 +271,10 @@ class Folder:
                 self._where[tensor] = name
         self.shapes = {t: tuple(self._files[n].get_slice(t).get_shape()) for t, n in self._where.items()}
 
+    @functools.cached_property
+    def dtypes(self) -> dict[str, np.dtype]:
+        return {t: d for file in self._files.values() for t, d in dtypes(file).items()}
+
     def _names(self) -> list[str]:
         if (self.folder / WEIGHTS).is_file():
             return [WEIGHTS]
@@ -291,6 +297,13 @@ class Folder:
             raise InteropError(f"{path}: cannot read ({error.strerror or error}); fetch it again") from None
         except SafetensorError as error:
             raise InteropError(f"{path}: not whole safetensors ({error}); fetch it again") from None
+
+    def files(self) -> list[Path]:
+        return [self.folder / name for name in self._files]
+
+    def slice(self, name: str, index: tuple[int, ...]) -> np.ndarray:
+        """Part `index` (of the leading dims) of a tensor."""
+        return slice_of(self._files[self._where[name]], name, index)
 
     def read(self, name: str) -> np.ndarray:
         return np.asarray(self._files[self._where[name]].get_tensor(name))

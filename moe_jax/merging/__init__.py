@@ -1,0 +1,1 @@
+"""Models tuned apart from one base, merged into one: methods on deltas, recipes, cards."""

@@ -1,0 +1,103 @@
+"""`moe-jax merge`: merge models tuned from one base, by flags or by a recipe; with --search, choose options on
+validation data first."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from moe_jax.merging import recipe as recipes
+from moe_jax.merging.models import MergeError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", metavar="YAML", help="base, models and how; the flags below go before it")
+    parser.add_argument("--base", help="the checkpoint from which the models were tuned")
+    parser.add_argument("--models", nargs="+", metavar="PATH", help="what is merged")
+    parser.add_argument("--method", help="see --list (default: lors)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="OPTION=VALUE", help="of the method, such as rank=16")
+    parser.add_argument("--seed", type=int, help="of methods that drop at random (default: 0)")
+    parser.add_argument("--align", action="store_true", help="put experts in the order of the base's first")
+    parser.add_argument("--output", help="a safetensors file (of Hugging Face folders a folder); a card goes beside it")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT")
+    parser.add_argument("--list", action="store_true", help="print the methods with their options, and stop")
+    search = parser.add_argument_group("search", "choose options by the loss on prepared validation data")
+    search.add_argument("--search", nargs="+", metavar="OPTION=V1,V2,...", help="values to try, or OPTION=LOW..HIGH")
+    search.add_argument("--valid", metavar="FOLDER", help="prepared validation data (never test data)")
+    search.add_argument("--trials", type=int, help="of a search over ranges (default: 20); of values the whole grid")
+
+
+def main(args: argparse.Namespace) -> int:
+    from moe_jax.merging import search
+    from moe_jax.merging.merge import card_path, merge
+
+    if args.list:
+        print(listed())
+        return 0
+    given = recipes.read(args.recipe) if args.recipe else {}
+    named = {"base": args.base, "models": args.models, "method": args.method, "seed": args.seed}
+    given |= {name: value for name, value in named.items() if value is not None}
+    if args.method:  # another one's options are not its own
+        given.pop("options", None)
+    options = dict(given.get("options") or {}) | dict(map(_option, args.set))
+    given |= {"options": options} if options else {}
+    given |= {"align": True} if args.align else {}
+    recipes.parse(given, args.recipe or "merge")
+    if not args.output:
+        raise MergeError("give --output, the file to write")
+    if args.search:
+        if not args.valid:
+            raise MergeError("--search needs --valid, a folder of prepared validation data")
+        space = dict(map(_values, args.search))
+        found = search.search(f"{args.output}.search", recipe=given, space=space, valid=args.valid, trials=args.trials)
+        print(f"best of {len(found.rows)} trials: {_said(found.options)}, loss {found.loss:.4f}")
+        given["options"] = options | found.options
+    card = merge(args.output, **given, overwrite=args.overwrite)
+    stage = card["stages"][0]
+    how = f"{len(stage['models'])} models merged by {', '.join(stage['methods'])}"
+    print(f"{args.output}: {how}; {card_path(args.output)}")
+    return 0
+
+
+def listed() -> str:
+    """The table of methods."""
+    from moe_jax.merging.methods import METHODS
+
+    rows = ["| method | options | paper |", "| --- | --- | --- |"]
+    for name, method in METHODS.items():
+        options = {k: "1 / models" if v is None else v for k, v in method.options().items()}
+        rows.append(f"| {name} | {_said(options)} | {method.paper} |")
+    return "\n".join(rows)
+
+
+def _said(options: dict[str, Any]) -> str:
+    return ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in options.items())
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, sep, value = text.partition("=")
+    if not sep or not name:
+        raise MergeError(f"--set {text}: is written OPTION=VALUE, such as rank=16")
+    return name, _number(value)
+
+
+def _number(text: str) -> Any:
+    """A number where it is one, else the text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _values(text: str) -> tuple[str, Any]:
+    name, sep, values = text.partition("=")
+    low, dots, high = values.partition("..")
+    try:
+        if not sep or not name:
+            raise ValueError
+        if dots:
+            return name, (json.loads(low), json.loads(high))
+        return name, [json.loads(value) for value in values.split(",")]
+    except ValueError:
+        raise MergeError(f"--search {text}: is written OPTION=V1,V2,... or OPTION=LOW..HIGH") from None

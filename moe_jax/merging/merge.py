@@ -1,0 +1,297 @@
+"""Checkpoints -> one checkpoint, array by array: what is in memory is the models' parts of one matrix (with several
+devices, of one a device), never a model.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import re
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from moe_jax import __version__, checkpoint, sharding
+from moe_jax.merging import recipe as recipes
+from moe_jax.merging.align import orders
+from moe_jax.merging.methods import Method
+from moe_jax.merging.models import MergeError, Model, Site, check_alike, open_model
+from moe_jax.merging.recipe import Recipe, Stage
+from moe_jax.partfile import write_text
+from moe_jax.types import Array
+
+UNRELATED = 0.5  # a cosine to the base below which a model was hardly tuned from it
+Card = dict[str, Any]
+
+
+def merge(
+    output: str,
+    *,
+    base: str,
+    models: Sequence[Any],
+    method: str = "lors",
+    options: Mapping[str, Any] | None = None,
+    rules: Sequence[Mapping[str, Any]] = (),
+    seed: int = 0,
+    align: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Card:
+    """Merges, and writes `output` (a safetensors file; of Hugging Face folders a folder) and the card beside it.
+
+    Args:
+      base ... align: see `recipe`. With `align`, experts of the models are put in the order of the base's first.
+
+    Raises MergeError (also CheckpointError and InteropError), in one line, before anything is in `output`'s place.
+    """
+    given = {"base": base, "models": models, "method": method, "options": options, "rules": rules}
+    parsed = recipes.parse({**given, "seed": seed, "align": align})
+    if Path(output).exists() and not overwrite:
+        raise MergeError(f"{output}: is there already; remove it, or give another output")
+    run = Merge(parsed)
+    if Path(output).is_dir():
+        raise MergeError(f"{output}: is a folder, which is not overwritten; remove it")
+    card = run.card(given | {"seed": seed, "align": align})
+    run.base.write(
+        Path(output), run.dtypes, run.parts(progress), {"method": method, "seed": seed, "models": card["models"]}
+    )
+    card["output"] = open_model(output).digest()
+    write_text(card_path(output), json.dumps(card, indent=1) + "\n")
+    return card
+
+
+def card_path(output: str) -> Path:
+    return Path(f"{output.rstrip('/')}.card.json")
+
+
+class Merge:
+    """A recipe with its models opened and checked against each other.
+
+    Raises MergeError for models that do not fit, and for patterns that match no path.
+    """
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.base = open_model(recipe.base)
+        self.models: dict[str, Model] = {}
+        for path in recipe.stage.paths():
+            if path not in self.models:
+                self.models[path] = open_model(path)
+                check_alike(self.base, self.models[path])
+        # Rounded no further than what is merged.
+        opened = (self.base, *self.models.values())
+        self.dtypes = {n: functools.reduce(jnp.promote_types, (m.dtypes[n] for m in opened)) for n in self.base.shapes}
+        self.statistics = {
+            part.statistics: _statistics(part.statistics, self.base)
+            for stage in recipe.stage.stages()
+            for part in stage.models
+            if part.statistics
+        }
+        for stage in recipe.stage.stages():
+            self._check(stage)
+        self._digests = {path: model.digest() for path, model in self.models.items()}
+        if recipe.align:
+            for model in self.models.values():
+                model.order = orders(self.base, model)
+        self._products: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3))  # for `_check_related`
+
+    def _check(self, stage: Stage) -> None:
+        patterns = [rule.match for rule in stage.rules] + [p for part in stage.models for p in part.weight.patterns()]
+        for pattern in patterns:
+            if not any(re.search(pattern, name) for name in self.base.shapes):
+                raise MergeError(
+                    f"the pattern {pattern!r} matches no path of {self.base.path}, such as {_some(self.base)}"
+                )
+        for name, chosen in [(stage.name, stage.method), *((rule.name, rule.method) for rule in stage.rules)]:
+            if chosen is None or not chosen.statistics:
+                continue
+            for part in stage.models:
+                if part.statistics is None:
+                    said = part.source if isinstance(part.source, str) else "a stage"
+                    raise MergeError(
+                        f"{name} weighs by statistics, and {said} has none: make them with moe-jax statistics"
+                    )
+                kind = self.statistics[part.statistics].meta.get("statistics")
+                if kind != chosen.statistics:
+                    raise MergeError(f"{part.statistics}: holds {kind} statistics, {name} needs {chosen.statistics}")
+
+    def parts(self, progress: bool = True) -> Iterator[np.ndarray]:
+        """The merged arrays in the order of the base's, a matrix after another, in its dtypes."""
+        devices = jax.device_count()
+        with tqdm(total=len(self.base.shapes), desc="merging", unit="array", disable=None if progress else True) as bar:
+            for name in self.base.shapes:
+                dtype = self.dtypes[name]
+                if not jnp.issubdtype(dtype, jnp.floating):
+                    yield from (self.base.slice(name, site.index) for site in self.base.sites(name))
+                else:
+                    sites = list(self.base.sites(name))
+                    for first in range(0, len(sites), devices):
+                        yield self._merged(sites[first : first + devices]).astype(dtype)
+                bar.update()
+        self._check_related()
+
+    def _merged(self, sites: Sequence[Site]) -> np.ndarray:
+        """The arrays at sites of one leaf, side by side on the devices."""
+        base_Sx = np.stack([self.base.read(site) for site in sites])
+        out = base_Sx + np.asarray(self._delta(self.recipe.stage, sites, base_Sx, ()))
+        if not np.isfinite(out).all():
+            raise MergeError(f"{sites[0].name}: merging made numbers that are not finite; lower the scale")
+        return out
+
+    def _delta(
+        self, stage: Stage, sites: Sequence[Site], base_Sx: np.ndarray, at: tuple[int, ...]
+    ) -> Array | np.ndarray:
+        _, chosen = stage.rule(sites[0])
+        if chosen is None:
+            return np.zeros_like(base_Sx)
+        fits = bool(re.search(chosen.matrices, sites[0].name)) and (sites[0].matrix or not chosen.matrices)
+        deltas: list[np.ndarray] = []
+        statistics: list[np.ndarray] = []
+        for i, part in enumerate(stage.models):
+            if isinstance(part.source, Stage):
+                deltas.append(np.asarray(self._delta(part.source, sites, base_Sx, (*at, i))))
+            else:
+                deltas.append(self._read(part.source, sites, base_Sx))
+            if fits and chosen.statistics and (about := self._statistic(part.statistics, sites)) is not None:
+                statistics.append(about)
+        weight_SxM = np.array([[part.weight.at(site) for part in stage.models] for site in sites], np.float32)
+        keys = jnp.stack([jnp.stack([self._key(p.source, site, at) for p in stage.models]) for site in sites])
+        known = statistics if len(statistics) == len(deltas) else None
+        return _apply(chosen if fits else chosen.plain(), deltas, weight_SxM, keys, base_Sx, known)
+
+    def _read(self, path: str, sites: Sequence[Site], base_Sx: np.ndarray) -> np.ndarray:
+        x_Sx = np.stack([self.models[path].read(site) for site in sites])
+        if sites[0].matrix:
+            pairs = ((x_Sx, base_Sx), (x_Sx, x_Sx), (base_Sx, base_Sx))
+            self._products[path] += [float(np.vdot(a, b)) for a, b in pairs]
+        return np.subtract(x_Sx, base_Sx, out=x_Sx)
+
+    def _check_related(self) -> None:
+        for path, (both, own, bases) in self._products.items():
+            cosine = both / max(np.sqrt(own * bases), 1e-30)
+            if own and cosine < UNRELATED:
+                raise MergeError(
+                    f"{path}: its matrices have a cosine of {cosine:.2f} to those of {self.base.path}: "
+                    "it was not tuned from that base; name the base that it was tuned from"
+                )
+
+    def _statistic(self, path: str | None, sites: Sequence[Site]) -> np.ndarray | None:
+        if path is None or sites[0].name not in self.statistics[path].shapes:
+            return None
+        source = self.statistics[path]
+        return np.stack([np.asarray(source.slice(sites[0].name, site.index), np.float32) for site in sites])
+
+    def _key(self, source: str | Stage, site: Site, at: tuple[int, ...]) -> Array:
+        """Of the model itself, not of its place in the list: in another order it merges to the same."""
+        who = self._digests[source] if isinstance(source, str) else "+".join(self._digests[p] for p in source.paths())
+        text = f"{who} {site.name} {site.index} {len(at)}"
+        return jax.random.fold_in(jax.random.key(self.recipe.seed), zlib.crc32(text.encode()))
+
+    def card(self, given: Mapping[str, Any]) -> Card:
+        """What is merged how, resolved: for each group of paths that is merged alike, its method and weights."""
+
+        def resolved(stage: Stage) -> list[dict[str, Any]]:
+            groups: dict[str, dict[str, Any]] = {}
+            for name in self.base.shapes:
+                sites = list(self.base.sites(name))
+                label, chosen = stage.rule(sites[0])
+                fits = chosen and re.search(chosen.matrices, name) and (sites[0].matrix or not chosen.matrices)
+                weights = [[round(p.weight.at(site), 6) for p in stage.models] for site in sites]
+                weights = weights[:1] if all(w == weights[0] for w in weights) else weights
+                how = label if fits or chosen is None else f"{label}: {chosen.rest} of whole deltas"
+                group = groups.setdefault(json.dumps([how, weights]), {"method": how, "weights": weights, "paths": []})
+                group["paths"].append(name)
+            return list(groups.values())
+
+        def method_of(chosen: Method, models: int) -> dict[str, Any]:
+            return {"paper": chosen.paper, "options": chosen.options() | {"scale": chosen.factor(models)}}
+
+        stages = self.recipe.stage.stages()
+        return {
+            "recipe": json.loads(json.dumps(given, default=_plain)),
+            "base": {"path": self.base.path, "sha256": self.base.digest()},
+            "models": [{"path": path, "sha256": self._digests[path]} for path in self.models],
+            "stages": [
+                {
+                    "models": [p.source if isinstance(p.source, str) else "a stage" for p in stage.models],
+                    "methods": {
+                        name: method_of(chosen, len(stage.models))
+                        for name, chosen in [(stage.name, stage.method), *((r.name, r.method) for r in stage.rules)]
+                        if chosen
+                    },
+                    "arrays": resolved(stage),
+                }
+                for stage in stages
+            ],
+            "moe_jax": __version__,
+            "date": datetime.date.today().isoformat(),
+        }
+
+
+def _plain(x: Any) -> Any:
+    return dict(x) if isinstance(x, Mapping) else list(x)
+
+
+def _some(model: Model) -> str:
+    return ", ".join(sorted(model.shapes)[:3])
+
+
+def _statistics(path: str, base: Model) -> checkpoint.Source:
+    source = checkpoint.Source(path)
+    if "statistics" not in source.meta:
+        raise MergeError(f"{path}: holds no statistics; make them with moe-jax statistics")
+    if odd := sorted(set(source) - set(base.shapes)):
+        raise MergeError(f"{path}: is about {odd[0]}, which {base.path} does not have")
+    return source
+
+
+def _apply(
+    method: Method,
+    deltas: Sequence[np.ndarray],
+    weight_SxM: np.ndarray,
+    keys_SxM: Array,
+    base_Sx: np.ndarray,
+    statistics: Sequence[np.ndarray] | None,
+) -> np.ndarray:
+    """The method at each of S sites: one after another on one device, side by side on several."""
+    sites = len(base_Sx)
+    if jax.device_count() == 1:
+        known = [statistics and [s[i] for s in statistics] for i in range(sites)]
+        return np.stack(
+            [
+                np.asarray(
+                    _compiled(method)([d[i] for d in deltas], weight_SxM[i], list(keys_SxM[i]), base_Sx[i], known[i])
+                )
+                for i in range(sites)
+            ]
+        )
+    mesh = sharding.make_mesh()
+    missing = -sites % jax.device_count()
+
+    def spread(x: Any) -> Array:  # the last site again where devices are left over
+        x = jnp.concatenate([x, jnp.repeat(x[-1:], missing, axis=0)]) if missing else jnp.asarray(x)
+        return jax.device_put(x, sharding.batch_sharding(mesh))
+
+    arguments = jax.tree.map(spread, (list(deltas), weight_SxM, keys_SxM, base_Sx, statistics and list(statistics)))
+    return np.asarray(_compiled(method, True)(*arguments))[:sites]
+
+
+_programs: dict[tuple[Method, bool], Any] = {}
+
+
+def _compiled(method: Method, many: bool = False) -> Any:
+    if (method, many) not in _programs:
+
+        def one(deltas, weight_M, keys_M, base, statistics):
+            return method(deltas, weight_M, [keys_M[i] for i in range(len(deltas))], base, statistics)
+
+        _programs[method, many] = jax.jit(jax.vmap(one) if many else one)
+    return _programs[method, many]

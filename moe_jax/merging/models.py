@@ -1,0 +1,235 @@
+"""What can be merged: a checkpoint of ours (a safetensors file or a run folder) or a Hugging Face folder. Arrays are
+read a matrix at a time; of stacked layers and experts each has its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_jax import checkpoint, describe, tree
+from moe_jax.interop import huggingface
+
+Dtypes = Mapping[str, np.dtype]
+
+
+class MergeError(ValueError):
+    """One line: what, where, how to mend it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One array that a method sees: leaf `name` at `index` of its stacked dims (layers, experts).
+
+    Attributes:
+      depth: 0 for the first layer to 1 for the last; None outside of layers.
+      matrix: whether it has two dims that are inputs and outputs.
+    """
+
+    name: str
+    index: tuple[int, ...]
+    depth: float | None
+    matrix: bool
+
+
+class Model:
+    """One opened model.
+
+    Attributes:
+      shapes: name -> shape.  dtypes: name -> dtype.
+      about: what models that are merged must have in common, by what it is called.
+      order: name -> for each index of the first stacked dim, in which order to read the experts (`align`).
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, np.dtype]
+    about: dict[str, Any]
+
+    def __init__(self, path: str):
+        self.path = path
+        self.order: dict[str, np.ndarray] = {}
+
+    def files(self) -> list[Path]:
+        """The files of its arrays."""
+        raise NotImplementedError
+
+    def slice(self, name: str, index: tuple[int, ...]) -> np.ndarray:
+        raise NotImplementedError
+
+    def stacked(self, name: str) -> int:
+        """How many of the leading dims are stacks."""
+        raise NotImplementedError
+
+    def depth(self, name: str, index: tuple[int, ...]) -> float | None:
+        raise NotImplementedError
+
+    def write(self, output: Path, dtypes: Dtypes, arrays: Iterator[np.ndarray], note: Mapping[str, Any]) -> None:
+        """A model like this one of other `arrays`, in the order of `shapes`; `note` goes into its metadata."""
+        raise NotImplementedError
+
+    def read(self, site: Site) -> np.ndarray:
+        """float32. Raises MergeError for what is not finite."""
+        index = site.index
+        if (order := self.order.get(site.name)) is not None and len(index) > 1:
+            index = (index[0], int(order[index[0]][index[1]]), *index[2:])
+        x = np.asarray(self.slice(site.name, index), np.float32)
+        if order is not None and len(site.index) == 1:  # a router's column for each expert
+            x = x[..., order[site.index[0]]]
+        if not np.isfinite(x).all():
+            raise MergeError(f"{self.path}: {site.name} holds a number that is not finite; that model cannot be merged")
+        return x
+
+    def sites(self, name: str) -> Iterator[Site]:
+        stacked = self.stacked(name)
+        matrix = len(self.shapes[name]) - stacked == 2
+        for index in np.ndindex(self.shapes[name][:stacked]):
+            yield Site(name, index, self.depth(name, index), matrix)
+
+    def digest(self) -> str:
+        """SHA-256 of its arrays' files."""
+        found = hashlib.sha256()
+        for path in self.files():
+            with open(path, "rb") as file:
+                while block := file.read(1 << 20):
+                    found.update(block)
+        return found.hexdigest()
+
+
+class Ours(Model):
+    def __init__(self, path: str):
+        super().__init__(path)
+        self._source = checkpoint.Source(path)
+        self.meta = self._source.meta
+        try:
+            model = describe.abstract(self.meta["model"])
+            words = tree.axes(model)
+            about = {"tokenisers": self.meta["tokeniser"], "models": self.meta["model"]}
+            about |= {"prompt layouts": self.meta["layout"]}
+            self.families: dict[str, int] = dict(self.meta["families"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise MergeError(f"{path}: its description is incomplete or wrong ({error}); export it again") from None
+        self.about = about
+        self.shapes, self.dtypes = self._source.shapes, self._source.dtypes
+        self.words = {n: tuple(w for w in words.get(n, ()) if w != "expert") for n in self.shapes}
+        self.moe = {n for n, w in words.items() if "expert" in w}
+        self.routed = {
+            n for n, x in tree.flatten(model).items() if tree.is_router(n) and x.shape[-1] == _experts(model)
+        }
+
+    def files(self) -> list[Path]:
+        return [self._source.path]
+
+    def slice(self, name: str, index: tuple[int, ...]) -> np.ndarray:
+        return self._source.slice(name, index)
+
+    def stacked(self, name: str) -> int:
+        return len(self.shapes[name]) - len(self.words[name])
+
+    def depth(self, name: str, index: tuple[int, ...]) -> float | None:
+        if not index or not re.match(r"(\w+_)?blocks/", name):
+            return None
+        return index[0] / max(self.shapes[name][0] - 1, 1)
+
+    def write(self, output: Path, dtypes: Dtypes, arrays: Iterator[np.ndarray], note: Mapping[str, Any]) -> None:
+        meta = {k: v for k, v in self.meta.items() if k not in ("guard", "step")}
+        meta |= {"families": self.families, "merged": dict(note)}
+        checkpoint.stream_safetensors(output, self.shapes, dtypes, arrays, {"moe_jax": json.dumps(meta)})
+
+
+def _experts(model: Any) -> int:
+    return getattr(getattr(getattr(model, "ffn", None), "router", None), "num_experts", 0)
+
+
+class HuggingFace(Model):
+    """Its tensors keep their names; the files beside them come from the base."""
+
+    KEPT = (".json", ".txt", ".model", ".jinja")
+
+    def __init__(self, path: str):
+        super().__init__(path)
+        self._folder = huggingface.Folder(Path(path))
+        config = huggingface.read_json(Path(path) / "config.json")
+        for name in ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"):
+            config.pop(name, None)
+        self.about = {"configurations (config.json)": config}
+        for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"):
+            if (Path(path) / name).is_file():
+                self.about[f"tokenisers ({name})"] = hashlib.sha256((Path(path) / name).read_bytes()).hexdigest()
+        self.shapes, self.dtypes = self._folder.shapes, self._folder.dtypes
+        numbers = [int(found[1]) for name in self.shapes if (found := self._LAYER.search(name))]
+        self._layers = max(numbers, default=0) + 1
+
+    _LAYER = re.compile(r"\b(?:layers|h|block|blocks|layer)\.(\d+)\.")
+
+    def files(self) -> list[Path]:
+        return self._folder.files()
+
+    def slice(self, name: str, index: tuple[int, ...]) -> np.ndarray:
+        return self._folder.slice(name, index)
+
+    def stacked(self, name: str) -> int:
+        return 1 if len(self.shapes[name]) == 3 and "expert" in name else 0  # fused experts
+
+    def depth(self, name: str, index: tuple[int, ...]) -> float | None:
+        found = self._LAYER.search(name)
+        return int(found[1]) / max(self._layers - 1, 1) if found else None
+
+    def write(self, output: Path, dtypes: Dtypes, arrays: Iterator[np.ndarray], note: Mapping[str, Any]) -> None:
+        aside = output.with_name(f"{output.name}.{os.getpid()}.part")
+        aside.mkdir(parents=True)
+        try:
+            meta = {"format": "pt", "merged": json.dumps(note)}
+            checkpoint.stream_safetensors(aside / huggingface.WEIGHTS, self.shapes, dtypes, arrays, meta)
+            for path in sorted(Path(self.path).iterdir()):
+                if path.is_file() and path.name.endswith(self.KEPT) and path.name != huggingface.INDEX:
+                    shutil.copyfile(path, aside / path.name)
+            aside.rename(output)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def open_model(path: str) -> Model:
+    """Raises MergeError, CheckpointError or InteropError, in one line, for what is no model."""
+    if not Path(path).exists():
+        raise MergeError(
+            f"{path}: there is no such checkpoint; give a safetensors file, a run folder or a model folder"
+        )
+    return HuggingFace(path) if (Path(path) / "config.json").is_file() and _is_theirs(path) else Ours(path)
+
+
+def _is_theirs(path: str) -> bool:
+    return "model_type" in huggingface.read_json(Path(path) / "config.json")
+
+
+def check_alike(first: Model, other: Model) -> None:
+    """Raises MergeError where the two are not of one architecture, vocabulary and tokeniser."""
+    for what in sorted(first.about.keys() | other.about.keys()):
+        if first.about.get(what) != other.about.get(what):
+            raise MergeError(f"{first.path} and {other.path} have different {what}: merge models tuned from one base")
+    if isinstance(first, Ours) and isinstance(other, Ours):
+        _unite(first, other)
+    if odd := sorted(first.shapes.keys() ^ other.shapes.keys()):
+        lacks = other if odd[0] in first.shapes else first
+        raise MergeError(f"{lacks.path} lacks {odd[0]}: merge models tuned from one base")
+    for name, shape in first.shapes.items():
+        if other.shapes[name] != shape:
+            raise MergeError(f"{other.path}: {name} is {other.shapes[name]}, in {first.path} {shape}: not of one base")
+
+
+def _unite(first: Ours, other: Ours) -> None:
+    """Adds the families that `other` knows to those of `first`: a model tuned on one family may know no other."""
+    numbers = {number: name for name, number in first.families.items()}
+    for name, number in other.families.items():
+        if numbers.get(number, name) != name or first.families.get(name, number) != number:
+            raise MergeError(
+                f"{first.path} and {other.path} number families differently: {name} is {number} in one only"
+            )
+    first.families = first.families | other.families

@@ -1,0 +1,163 @@
+"""Which options of a method merge best, by the loss on validation data: a grid, or a search by Optuna (Akiba et al.
+2019). Every trial is one line of a file, so that a search goes on where it was stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from moe_jax import checkpoint, describe, tree, xla
+from moe_jax.data import Prepared
+from moe_jax.merging import merge as merging
+from moe_jax.merging.models import MergeError
+from moe_jax.moe.routers import MAX_TASKS
+from moe_jax.partfile import write_text
+
+Space = Mapping[str, Sequence[Any] | tuple[float, float]]  # option -> values to try, or a range to search in
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """`rows`: options and loss of each trial. `options`, `loss`: the best."""
+
+    options: dict[str, Any]
+    loss: float
+    rows: list[dict[str, Any]]
+
+
+def search(
+    folder: str,
+    *,
+    recipe: Mapping[str, Any],
+    space: Space,
+    valid: str,
+    trials: int | None = None,
+    rows: int = 256,
+    seed: int = 0,
+    loss: Callable[[str], float] | None = None,
+    progress: bool = True,
+) -> Found:
+    """Merges by `recipe` with the options of each trial, and keeps the trials in `folder`/trials.jsonl.
+
+    Args:
+      space: lists of values, of which every combination is tried; or pairs (low, high), searched by Optuna's TPE.
+      valid: prepared rows, of which `rows` are read.  loss: of a checkpoint, instead of `validation_loss` of these.
+      trials: of a search over ranges (default: 20).
+
+    Raises MergeError for a space of both kinds, or for a folder of another search.
+    """
+    if not space or not all(space.values()):
+        raise MergeError("a search needs an option with values to try, or a range")
+    ranges = [isinstance(values, tuple) for values in space.values()]
+    if any(ranges) and not all(ranges):
+        raise MergeError("a search has lists of values, or ranges, not both")
+    where = Path(folder)
+    where.mkdir(parents=True, exist_ok=True)
+    asked = {"recipe": recipe, "space": space, "valid": valid, "rows": rows, "seed": seed}
+    about = json.loads(json.dumps(asked, default=dict))
+    _same_search(where / "search.json", about)
+    done = [json.loads(line) for line in _lines(where / "trials.jsonl")]
+    loss = loss or Loss(valid, rows)
+    if all(ranges):
+        proposals = _searched(space, done, trials or 20, seed)
+        size = trials or 20
+    else:
+        grid = [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
+        tried = [row["options"] for row in done]
+        proposals, size = iter([options for options in grid if options not in tried]), len(grid)
+    made = where / "trial"
+    with tqdm(total=size, initial=len(done), desc="trials", disable=None if progress else True) as bar:
+        for options in proposals:
+            _remove(made)
+            given: dict[str, Any] = dict(recipe) | {"options": dict(recipe.get("options") or {}) | options}
+            merging.merge(str(made), **given, progress=False)
+            done.append({"options": options, "loss": loss(str(made))})
+            write_text(where / "trials.jsonl", "".join(json.dumps(row) + "\n" for row in done))
+            bar.set_postfix(best=f"{min(row['loss'] for row in done):.4f}")
+            bar.update()
+    _remove(made)
+    best = min(done, key=lambda row: row["loss"])
+    return Found(best["options"], best["loss"], done)
+
+
+class Loss:
+    """Mean over families of the nll a token, of a checkpoint on prepared rows: families count alike. Compiled once."""
+
+    def __init__(self, data: str, rows: int = 256, batch_size: int = 16):
+        self.prepared, self.batch_size = Prepared.open(data), min(batch_size, rows)
+        self.batches = max(1, min(rows, self.prepared.rows) // self.batch_size)
+        self._programs: dict[str, Any] = {}
+
+    def __call__(self, path: str) -> float:
+        return float(np.mean(list(self.by_family(path).values())))
+
+    def by_family(self, path: str) -> dict[str, float]:
+        """family -> nll a token. Raises MergeError for a checkpoint with another tokeniser than the data."""
+        params, meta = checkpoint.read_safetensors(path)
+        if meta.get("tokeniser") != self.prepared.meta["tokeniser"]:
+            raise MergeError(f"{self.prepared.folder}: was prepared with another tokeniser than {path} has")
+        empty = describe.abstract(meta["model"])
+        most = self.prepared.meta["max_targets"]
+        key = json.dumps(meta["model"], sort_keys=True)
+        if key not in self._programs:
+            step = lambda params, batch: tree.unflatten(empty, params).loss(batch, max_targets=most)[1]  # noqa: E731
+            self._programs[key] = jax.jit(step, compiler_options=xla.options())
+        nll, weight = np.zeros(MAX_TASKS), np.zeros(MAX_TASKS)
+        for i in range(self.batches):
+            found = self._programs[key](params, self.prepared.batch(i, seed=0, batch_size=self.batch_size))
+            nll, weight = (
+                nll + np.asarray(found["nll_T"], np.float64),
+                weight + np.asarray(found["weight_T"], np.float64),
+            )
+        names = {number: name for name, number in self.prepared.meta["families"].items()}
+        return {names[i]: float(nll[i] / weight[i]) for i in np.flatnonzero(weight)}
+
+
+def _searched(space: Space, done: Sequence[Mapping[str, Any]], trials: int, seed: int):
+    """Options of further trials, each a function of the trials before it and the seed: a search that was stopped goes
+    on as if it had not been. Raises ModuleNotFoundError, with what to install, without Optuna."""
+    try:
+        import optuna
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("a search over ranges needs Optuna: pip install 'moe_jax[search]'") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    kinds: dict[bool, Any] = {True: optuna.distributions.IntDistribution, False: optuna.distributions.FloatDistribution}
+    axes = {
+        name: kinds[all(isinstance(bound, int) for bound in ends)](low=min(ends), high=max(ends))
+        for name, ends in space.items()
+    }
+    while len(done) < trials:
+        sampler = optuna.samplers.TPESampler(seed=seed + len(done))
+        study = optuna.create_study(sampler=sampler)
+        for row in done:
+            study.add_trial(
+                optuna.trial.create_trial(params=dict(row["options"]), distributions=axes, value=row["loss"])
+            )
+        yield study.ask(axes).params
+
+
+def _same_search(path: Path, about: Mapping[str, Any]) -> None:
+    if path.exists():
+        if json.loads(path.read_text("utf-8")) != about:
+            raise MergeError(f"{path.parent}: holds another search; remove it, or give another output")
+    else:
+        write_text(path, json.dumps(about, indent=1))
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text("utf-8").splitlines() if path.exists() else []
+
+
+def _remove(made: Path) -> None:
+    """A trial's checkpoint and card."""
+    for path in (made, Path(merging.card_path(str(made)))):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -1,0 +1,625 @@
+"""Merging: what each method promises, the authors' algorithm written again, recipes, cards, and what is refused."""
+
+import base64
+import hashlib
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import hf_models
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from safetensors.numpy import load_file, save_file
+
+from moe_jax import checkpoint, cli, describe, main, tree
+from moe_jax.data import Prepared, write_prepared
+from moe_jax.layers.param import Rngs
+from moe_jax.merging import experts, merge, methods, recipe, search, statistics
+from moe_jax.merging.methods import METHODS, method
+from moe_jax.merging.models import MergeError
+from moe_jax.packing import Packable
+from moe_jax.pipeline import Pipeline
+from moe_jax.text.tokeniser import Tokeniser
+
+TWO = {"slerp"}  # methods for two models
+SAME = {"isotropic", "tsv", "dare", "dare_ties", "della", "stitch", "ties", "breadcrumbs"}  # not the identity on equals
+ROWS, COLUMNS = 12, 20
+
+
+def keys(number: int, seed: int = 0):
+    return list(jax.random.split(jax.random.key(seed), number))
+
+
+def deltas(number: int = 3, seed: int = 0) -> list:
+    return [jax.random.normal(key, (ROWS, COLUMNS)) for key in keys(number, seed)]
+
+
+def merged(name: str, given, weights=None, seeds=None, **options):
+    weight_M = jnp.ones(len(given)) if weights is None else jnp.asarray(weights)
+    base = jax.random.normal(jax.random.key(9), given[0].shape)
+    return method(name, options)(given, weight_M, seeds or keys(len(given)), base)
+
+
+def taken(name: str) -> list:
+    return deltas(2 if name in TWO else 3)
+
+
+# --- methods ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_scale_zero_is_the_base(name):
+    np.testing.assert_array_equal(merged(name, taken(name), scale=0.0), 0)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_order_of_models_does_not_matter(name):
+    given = taken(name)
+    seeds = keys(len(given))
+    turned = merged(name, given[::-1], seeds=seeds[::-1])
+    np.testing.assert_allclose(turned, merged(name, given, seeds=seeds), atol=2e-5)
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - SAME - {"magnitude", "singular_values", "lors"}))
+def test_equal_models_merge_to_themselves(name):
+    one = deltas(1)[0]
+    given = [one] * len(taken(name))
+    np.testing.assert_allclose(
+        merged(name, given, **({} if METHODS[name].scale else {"scale": 1 / len(given)})), one, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "whole"),
+    [
+        ("magnitude", {"density": 1.0}),
+        ("singular_values", {"rank": ROWS}),
+        ("lors", {"rank": ROWS, "density": 0.0}),
+        ("lors", {"rank": 1, "density": 1.0}),
+        ("dare", {"density": 1.0}),
+        ("breadcrumbs", {"density": 1.0, "outliers": 0.0}),
+        ("consensus", {"agree": 0}),
+    ],
+)
+def test_with_all_of_it_a_method_is_task_arithmetic(name, whole):
+    given = deltas()
+    found = merged(name, given, scale=0.3, **whole)
+    np.testing.assert_allclose(found, 0.3 * sum(given), atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_lors_is_the_authors_algorithm(seed):
+    """Written from their description in NumPy: SVD, the first seven triplets, the largest fifth of what is left."""
+    given = [np.random.default_rng((seed, i)).normal(size=(48, 64), scale=0.05) for i in range(5)]  # as of weights
+    total = np.zeros((48, 64))
+    for tau in given:
+        u, s, vt = np.linalg.svd(tau, full_matrices=False)
+        low = u[:, :7] @ np.diag(s[:7]) @ vt[:7]
+        rest = (tau - low).ravel()
+        rest[np.argsort(-np.abs(rest))[int(rest.size * 0.2) :]] = 0
+        total += low + rest.reshape(tau.shape)
+    found = merged("lors", [jnp.asarray(x, jnp.float32) for x in given])
+    np.testing.assert_allclose(found, 0.2 * total, atol=1e-6)
+
+
+def test_ranks_and_densities_are_as_asked():
+    (delta,) = deltas(1)
+    low = methods.low_rank(delta, keys(1)[0], rank=3)
+    assert np.linalg.matrix_rank(low, tol=1e-4) == 3
+    both = methods.low_rank_plus_sparse(delta, keys(1)[0], rank=3, density=0.2)
+    assert np.count_nonzero(np.abs(both - low) > 1e-6) == int(ROWS * COLUMNS * 0.2)
+    assert np.count_nonzero(methods.magnitude(delta, keys(1)[0], density=0.37)) == int(ROWS * COLUMNS * 0.37)
+    crumbs = np.asarray(methods.breadcrumbs(delta, keys(1)[0], density=0.5, outliers=0.1))
+    assert np.count_nonzero(crumbs) == 120
+    assert np.abs(crumbs).max() <= np.sort(np.abs(delta).ravel())[-25]
+
+
+@pytest.mark.parametrize("keep", [0, 1, 5, 99, 100])
+@pytest.mark.parametrize("kind", ["distinct", "ties", "zeros"])
+def test_largest_keeps_exactly_so_many(keep, kind):
+    x = np.abs(np.random.default_rng(0).normal(size=100)).astype(np.float32)
+    x = {"distinct": x, "ties": np.round(x), "zeros": np.zeros(100, np.float32)}[kind]
+    kept = np.asarray(methods.largest(jnp.asarray(x.reshape(10, 10)), keep)).ravel()
+    assert kept.sum() == keep
+    if 0 < keep < 100:
+        assert x[kept].min() >= x[~kept].max()
+
+
+def test_dropping_at_random_keeps_the_expectation():
+    delta = jnp.ones((200, 500))
+    for name, options in (("dare", {"density": 0.1}), ("della", {"density": 0.3, "spread": 0.2})):
+        kept = METHODS[name].having(**options).sparsify(delta, keys(1)[0])
+        assert abs(float(kept.mean()) - 1) < 0.03, name
+    big = jnp.where(jnp.arange(500) < 250, 3.0, 1.0) * jnp.ones((200, 1))
+    kept = np.asarray(methods.della(big, keys(1)[0], density=0.3, spread=0.2)) != 0
+    assert kept[:, :250].mean() > kept[:, 250:].mean() + 0.05
+
+
+def test_the_randomised_svd_is_within_its_bound():
+    """Of spectra that fall fast and slowly, against the least possible error times Halko et al.'s factor."""
+    rng = np.random.default_rng(0)
+    for decay in (0.5, 0.1, 0.01):
+        u, v = (np.linalg.qr(rng.normal(size=(80, 60)))[0] for _ in range(2))
+        s = np.exp(-decay * np.arange(60))
+        x = (u * s) @ v.T
+        u7, s7, vt7 = methods.svd(jnp.asarray(x, jnp.float32), 7, keys(1)[0], "randomised")
+        error = np.linalg.norm(x - (np.asarray(u7) * np.asarray(s7)) @ np.asarray(vt7))
+        assert error <= np.sqrt(1 + 7 / 9) * np.linalg.norm(s[7:]) + 1e-5
+        assert error <= 1.02 * np.linalg.norm(s[7:]) + 1e-5  # and with its two turns far nearer
+
+
+def test_ties_by_hand():
+    given = [jnp.array([[4.0, -3.0, 0.1]]), jnp.array([[2.0, 5.0, -0.2]]), jnp.array([[-1.0, 1.0, 3.0]])]
+    found = merged("ties", given, density=0.67)  # two of three entries each
+    np.testing.assert_allclose(found, [[3.0, 5.0, 3.0]])  # -1 and -3 lose the vote, +1 is trimmed
+
+
+def test_consensus_drops_what_matters_to_one():
+    given = [jnp.array([[1.0, 1.0]]), jnp.array([[1.0, 0.0]]), jnp.array([[1.0, 0.0]])]
+    np.testing.assert_allclose(merged("consensus", given, scale=1.0), [[3.0, 0.0]])
+
+
+def test_slerp_keeps_the_length():
+    base = jnp.zeros((1, 2))
+    found = methods.slerp(jnp.array([[[1.0, 0.0]], [[0.0, 1.0]]]), jnp.array([1.0, 1.0]), base)
+    np.testing.assert_allclose(found, [[2**-0.5, 2**-0.5]], atol=1e-6)
+    with pytest.raises(ValueError, match="slerp goes from one model to one other"):
+        merged("slerp", deltas(3))
+
+
+def test_orthogonal_and_isotropic_singular_values():
+    one = deltas(1)[0]
+    np.testing.assert_allclose(methods.orthogonalised(one[None], jnp.ones(1), one), one, atol=1e-5)
+    even = np.linalg.svd(np.asarray(methods.isotropic(jnp.stack(deltas()), jnp.ones(3), one)))[1]
+    np.testing.assert_allclose(even, even.mean(), rtol=1e-5)
+
+
+def test_fisher_and_regmean_follow_their_statistics():
+    given = jnp.stack(deltas(2))
+    certain = [jnp.ones((ROWS, COLUMNS)), jnp.zeros((ROWS, COLUMNS))]
+    np.testing.assert_allclose(methods.fisher(given, jnp.ones(2), given[0], certain), given[0])
+    inputs = [np.random.default_rng(i).normal(size=(50, ROWS)) * (np.arange(ROWS) % 2 == i) for i in range(2)]
+    grams = [jnp.asarray(x.T @ x, jnp.float32) for x in inputs]
+    found = methods.regmean(given, jnp.ones(2), given[0], grams, off_diagonal=1.0)
+    for x, delta in zip(inputs, given, strict=True):  # what each model reads it answers as that model
+        np.testing.assert_allclose(x @ np.asarray(found), x @ np.asarray(delta), atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("nonsense", {}, "unknown merging method"),
+        ("lors", {"depth": 1}, "no option 'depth'; it has scale, rank, density, svd_kind"),
+        ("lors", {"density": 1.5}, "between 0 and 1"),
+        ("lors", {"rank": 2.5}, "whole number"),
+        ("lors", {"scale": float("nan")}, "must be a number"),
+        ("lors", {"svd_kind": "fast"}, "known: exact, randomised"),
+    ],
+)
+def test_wrong_options_are_refused(name, options, said):
+    with pytest.raises(ValueError, match=said):
+        method(name, options)
+
+
+LIVE = importlib.util.find_spec("torch") and importlib.util.find_spec("peft")
+
+
+@pytest.mark.skipif(not LIVE, reason="needs torch and PEFT: pip install torch peft")
+@pytest.mark.parametrize("name", ["task_arithmetic", "ties", "magnitude"])
+def test_it_is_what_peft_computes(name):
+    import torch
+    from peft.utils import merge_utils
+
+    given = deltas(3)
+    theirs, weights = [torch.tensor(np.asarray(x)) for x in given], torch.tensor([1.0, 1.0, 1.0])
+    if name == "ties":
+        said = merge_utils.ties(theirs, weights, density=0.2, majority_sign_method="total")
+        ours = merged(name, given, density=0.2)
+    elif name == "magnitude":
+        said, ours = merge_utils.magnitude_prune(theirs, weights, density=0.2), merged(name, given, scale=1.0)
+    else:
+        said, ours = merge_utils.task_arithmetic(theirs, weights), merged(name, given, scale=1.0)
+    np.testing.assert_allclose(ours, said.numpy(), atol=1e-6)
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+FAMILIES = {"asr": 1, "ocr": 2, "mt": 3, "gec": 4}
+
+
+@pytest.fixture(scope="module")
+def tokeniser() -> Tokeniser:
+    return Tokeniser.load(main.shipped("tokeniser.model"))
+
+
+def written(path, tokeniser, *, shift: int = 0, ffn=tiny.dense, families=FAMILIES, change=None, dtype=None) -> str:
+    """A tiny corrector, `shift` telling tuned ones from their base (0)."""
+    model = tiny.configured(ffn)(vocab=tokeniser.vocab_size, rngs=Rngs(params=0))
+    table = dict(tree.flatten(model))
+    if shift:
+        table = {
+            n: x + 0.1 * jnp.std(x) * jax.random.normal(jax.random.fold_in(jax.random.key(shift), i), x.shape)
+            for i, (n, x) in enumerate(table.items())
+        }
+    meta = {
+        "model": describe.describe(model),
+        "families": families,
+        "layout": "aligned",
+        "length": 64,
+        "tokeniser": tokeniser.sha256,
+        "tokeniser_model": base64.b64encode(tokeniser.model).decode(),
+    }
+    table, meta = change(table, meta) if change else (table, meta)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_safetensors(path, table, json.loads(json.dumps(meta)), dtype=dtype)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory, tokeniser) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        name: written(folder / f"{name}.safetensors", tokeniser, shift=i) for i, name in enumerate(["base", *"abc"])
+    }
+
+
+def merging(tuned, output, names="abc", **how) -> dict:
+    table, _ = checkpoint.read_safetensors(tuned["base"])
+    merge.merge(str(output), base=tuned["base"], models=[tuned[n] for n in names], progress=False, **how)
+    made, _ = checkpoint.read_safetensors(output)
+    assert made.keys() == table.keys()
+    return made
+
+
+def tables(tuned, names="abc") -> list[dict]:
+    return [checkpoint.read_safetensors(tuned[name])[0] for name in names]
+
+
+def test_a_checkpoint_is_merged_matrix_by_matrix(tuned, tmp_path):
+    made = merging(tuned, tmp_path / "m.safetensors", method="lors", options={"rank": 2})
+    base, *parts = tables(tuned, ("base", *"abc"))
+    for name in base:
+        given = [p[name] - base[name] for p in parts]
+        if name.startswith("blocks/attention/") or name.startswith("blocks/ffn/"):
+            expected = [merged("lors", [g[i] for g in given], rank=2) for i in range(2)]
+        else:  # embedding, norms and biases: the whole delta
+            expected = 0.2 * sum(given)
+        np.testing.assert_allclose(
+            made[name] - base[name],
+            jnp.stack(expected) if isinstance(expected, list) else expected,
+            atol=2e-6,
+            err_msg=name,
+        )
+    pipeline = Pipeline.load(tmp_path / "m.safetensors", batch_size=4)
+    assert pipeline.families == FAMILIES
+
+
+def test_one_device_and_eight_merge_alike(tuned, tmp_path, monkeypatch):
+    many = merging(tuned, tmp_path / "eight.safetensors", method="dare_ties")
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    one = merging(tuned, tmp_path / "one.safetensors", method="dare_ties")
+    for name in one:
+        np.testing.assert_allclose(one[name], many[name], atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["dare", "della"])
+def test_random_methods_follow_the_seed_alone(tuned, tmp_path, name):
+    first, again, other = (
+        merging(tuned, tmp_path / f"{i}.safetensors", names, method=name, seed=seed)
+        for i, (names, seed) in enumerate([("abc", 1), ("cab", 1), ("abc", 2)])
+    )
+    path = "blocks/ffn/gate"
+    np.testing.assert_allclose(first[path], again[path], atol=1e-6)
+    assert np.abs(first[path] - other[path]).max() > 1e-3
+
+
+def test_stages_rules_and_weights(tuned, tmp_path):
+    base, a, b, c = tables(tuned, ("base", *"abc"))
+    models = [
+        {"path": tuned["a"], "weight": [1.0, 0.0]},
+        {
+            "merge": {"method": "task_arithmetic", "options": {"scale": 0.5}, "models": [tuned["b"], tuned["c"]]},
+            "weight": [{"match": "attention", "weight": 2.0}, {"match": "ffn", "weight": 1.0}],
+        },
+    ]
+    rules = [{"match": "^embedding$", "method": "base"}, {"match": "norm", "method": "average"}]
+    how = {"method": "task_arithmetic", "options": {"scale": 1.0}, "models": models, "rules": rules}
+    card = merge.merge(str(tmp_path / "m.safetensors"), base=tuned["base"], progress=False, **how)
+    made, _ = checkpoint.read_safetensors(tmp_path / "m.safetensors")
+    stage = lambda name: 0.5 * (b[name] - base[name] + c[name] - base[name])  # noqa: E731
+    depth = jnp.array([1.0, 0.0])[:, None, None]
+    for name, factor in (("blocks/attention/q", 2.0), ("blocks/ffn/up", 1.0)):
+        expected = base[name] + depth * (a[name] - base[name]) + factor * stage(name)
+        np.testing.assert_allclose(made[name], expected, atol=1e-6)
+    np.testing.assert_array_equal(made["embedding"], base["embedding"])
+    assert [len(s["models"]) for s in card["stages"]] == [2, 2]
+    by_method = {tuple(g["paths"]): g for g in card["stages"][0]["arrays"]}
+    assert any(g["method"] == "base" and "embedding" in paths for paths, g in by_method.items())
+    assert any(g["weights"] == [[1.0, 2.0], [0.0, 2.0]] for g in by_method.values())
+
+
+def test_the_card_says_what_was_done(tuned, tmp_path):
+    merging(tuned, tmp_path / "m.safetensors", "ab", options={"rank": 3})
+    card = json.loads((tmp_path / "m.safetensors.card.json").read_text())
+    assert card["recipe"]["options"] == {"rank": 3}
+    assert card["stages"][0]["methods"]["lors"]["options"] == {
+        "scale": 0.2,
+        "rank": 3,
+        "svd_kind": "exact",
+        "density": 0.2,
+    }
+    assert "2502.17380" in card["stages"][0]["methods"]["lors"]["paper"]
+    hashes = [hashlib.sha256(Path(tuned[n]).read_bytes()).hexdigest() for n in "ab"]
+    assert [m["sha256"] for m in card["models"]] == hashes
+    assert card["output"] == hashlib.sha256((tmp_path / "m.safetensors").read_bytes()).hexdigest()
+    found = [p for group in card["stages"][0]["arrays"] for p in group["paths"]]
+    assert sorted(found) == sorted(tables(tuned, ["base"])[0])
+
+
+def test_families_of_models_tuned_apart_are_united(tmp_path, tokeniser):
+    paths = {"base": written(tmp_path / "base.safetensors", tokeniser, families={})}
+    for i, name in enumerate(("asr", "ocr"), 1):
+        paths[name] = written(tmp_path / f"{name}.safetensors", tokeniser, shift=i, families={name: FAMILIES[name]})
+    merging(paths, tmp_path / "m.safetensors", ("asr", "ocr"))
+    assert checkpoint.Source(tmp_path / "m.safetensors").meta["families"] == {"asr": 1, "ocr": 2}
+
+
+def test_nothing_is_rounded_further_than_the_models(tmp_path, tokeniser):
+    paths = {n: written(tmp_path / n, tokeniser, shift=i, dtype="bfloat16") for i, n in enumerate(["base", "a"])}
+    merge.merge(str(tmp_path / "m"), base=paths["base"], models=[paths["a"]], method="average", progress=False)
+    assert {str(d) for d in checkpoint.Source(tmp_path / "m").dtypes.values()} == {"bfloat16"}
+    tuned = written(tmp_path / "b", tokeniser, shift=2)
+    merge.merge(str(tmp_path / "n"), base=paths["base"], models=[tuned], method="average", progress=False)
+    assert {str(d) for d in checkpoint.Source(tmp_path / "n").dtypes.values()} == {"float32"}
+    made, a = (checkpoint.read_safetensors(p)[0] for p in (tmp_path / "m", paths["a"]))
+    for name in a:
+        np.testing.assert_allclose(made[name], a[name], atol=1e-6)
+
+
+def test_hugging_face_folders_merge_to_one(tmp_path):
+    hf_models.write(tmp_path / "base", "mixtral")
+    for i, name in enumerate("ab"):
+        shutil.copytree(tmp_path / "base", tmp_path / name)
+        table = load_file(tmp_path / name / "model.safetensors")
+        noise = np.random.default_rng(i)
+        save_file(
+            {k: x + 0.01 * noise.normal(size=x.shape).astype(x.dtype) for k, x in table.items()},
+            tmp_path / name / "model.safetensors",
+        )
+    output = tmp_path / "out"
+    merge.merge(
+        str(output),
+        base=str(tmp_path / "base"),
+        models=[str(tmp_path / n) for n in "ab"],
+        method="average",
+        progress=False,
+    )
+    made, a, b = (load_file(f / "model.safetensors") for f in (output, tmp_path / "a", tmp_path / "b"))
+    for name in a:
+        np.testing.assert_allclose(made[name], (a[name] + b[name]) / 2, atol=1e-6)
+    assert (output / "config.json").exists() and (output / "tokenizer.json").exists()
+    assert (tmp_path / "out.card.json").exists()
+    cli.entry(["import", "--model", str(output), "--output", str(tmp_path / "ours.safetensors")])
+
+
+def test_experts_are_put_in_order_first(tmp_path, tokeniser):
+    """A model whose experts were permuted is the same model: its mean with the other must be that model."""
+    ffn = tiny.moe()
+    base = written(tmp_path / "base", tokeniser, ffn=ffn)
+    turn = jnp.array([2, 0, 3, 1])
+
+    def permuted(table, meta):
+        turned = {
+            n: x[:, turn] if "/experts/" in n else x[..., turn] if "/router/" in n else x for n, x in table.items()
+        }
+        return turned, meta
+
+    paths = {"base": base, "a": base, "b": written(tmp_path / "b", tokeniser, ffn=ffn, change=permuted)}
+    aligned = merging(paths, tmp_path / "aligned", "ab", method="average", align=True)
+    blind = merging(paths, tmp_path / "blind", "ab", method="average")
+    table, _ = checkpoint.read_safetensors(base)
+    for name in table:
+        np.testing.assert_allclose(aligned[name], table[name], atol=1e-6, err_msg=name)
+    assert np.abs(blind["blocks/ffn/experts/up"] - table["blocks/ffn/experts/up"]).max() > 0.1
+
+
+def test_dense_models_become_experts(tuned, tmp_path):
+    models = {"asr": tuned["a"], "ocr": tuned["b"]}
+    meta = experts.to_experts(str(tmp_path / "moe.safetensors"), models=models)
+    made, _ = checkpoint.read_safetensors(tmp_path / "moe.safetensors")
+    for i, path in enumerate(models.values()):
+        own, _ = checkpoint.read_safetensors(path)
+        np.testing.assert_array_equal(made["blocks/ffn/experts/up"][:, i], own["blocks/ffn/up"])
+    model = describe.abstract(meta["model"])
+    assert model.ffn.router.experts[:4] == ((), (0,), (1,), (0,))
+    Pipeline.load(tmp_path / "moe.safetensors", task="ocr")
+
+
+# --- statistics and search --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, tokeniser) -> str:
+    folder = tmp_path_factory.mktemp("data") / "valid"
+    rng = np.random.default_rng(0)
+    examples = [Packable(rng.integers(9, 300, 12).tolist(), [1] * 6 + [2] * 6, 1 + i % 2) for i in range(40)]
+    write_prepared(folder, examples, length=32, tokeniser=tokeniser, families=FAMILIES)
+    return str(folder)
+
+
+def test_grams_are_of_the_inputs(tuned, prepared, tmp_path):
+    table = statistics.gather(tuned["a"], prepared, "gram", str(tmp_path / "g"), rows=4, batch_size=2, progress=False)
+    params, _ = checkpoint.read_safetensors(tuned["a"])
+    matrices = {f"blocks/attention/{n}" for n in "qkvo"} | {f"blocks/ffn/{n}" for n in ("gate", "up", "down")}
+    assert table.keys() == matrices
+    for name, gram in table.items():
+        inputs = params[name].shape[-2]
+        assert gram.shape == (2, inputs, inputs)
+        assert np.linalg.eigvalsh(gram).min() > -1e-5
+    np.testing.assert_allclose(table["blocks/ffn/gate"], table["blocks/ffn/up"])  # they read the same
+    assert np.abs(table["blocks/attention/q"] - table["blocks/ffn/gate"]).max() > 1e-3
+
+
+def test_fisher_is_the_mean_squared_gradient(tuned, prepared, tmp_path):
+    table = statistics.gather(tuned["a"], prepared, "fisher", str(tmp_path / "f"), rows=3, progress=False)
+    params, meta = checkpoint.read_safetensors(tuned["a"])
+    data, empty = Prepared.open(prepared), describe.abstract(meta["model"])
+    batches = [data.batch(i, seed=0, batch_size=1) for i in range(3)]
+    grads = [jax.grad(lambda p, b=b: tree.unflatten(empty, p).loss(b)[0])(params) for b in batches]
+    for name in table:
+        np.testing.assert_allclose(table[name], sum(g[name] ** 2 for g in grads) / 3, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("fisher", "fisher"), ("regmean", "gram")])
+def test_merging_by_statistics(tuned, prepared, tmp_path, name, kind):
+    models = []
+    for model in "ab":
+        statistics.gather(tuned[model], prepared, kind, str(tmp_path / model), rows=4, progress=False)
+        models.append({"path": tuned[model], "statistics": str(tmp_path / model)})
+    base, a, b = tables(tuned, ("base", *"ab"))
+    merge.merge(str(tmp_path / "m"), base=tuned["base"], models=models, method=name, progress=False)
+    made, _ = checkpoint.read_safetensors(tmp_path / "m")
+    path = "blocks/ffn/up"
+    assert np.abs(made[path] - (a[path] + b[path]) / 2).max() > 1e-4
+    assert np.abs(made[path] - base[path]).max() < 1
+    with pytest.raises(MergeError, match="make them with moe-jax statistics"):
+        merging(tuned, tmp_path / "n", method=name)
+
+
+def test_a_search_goes_on_where_it_was_stopped(tuned, prepared, tmp_path):
+    how = {"base": tuned["base"], "models": [tuned["a"], tuned["b"]], "method": "task_arithmetic"}
+    asked = []
+
+    def loss(path):
+        asked.append(path)
+        made, _ = checkpoint.read_safetensors(path)
+        scale = json.loads(merge.card_path(path).read_text())["recipe"]["options"]["scale"]
+        assert made and scale in (0.1, 0.3, 0.5)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return (scale - 0.3) ** 2
+
+    given = dict(recipe=how, space={"scale": [0.1, 0.3, 0.5]}, valid=prepared, loss=loss, progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        search.search(str(tmp_path / "s"), **given)
+    found = search.search(str(tmp_path / "s"), **given)
+    assert (found.options, len(found.rows), len(asked)) == ({"scale": 0.3}, 3, 4)
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["search.json", "trials.jsonl"]
+    with pytest.raises(MergeError, match="holds another search"):
+        search.search(str(tmp_path / "s"), **given | {"space": {"scale": [0.2]}})
+
+
+def test_a_search_over_ranges_is_the_same_when_it_was_stopped(tuned, prepared, tmp_path):
+    pytest.importorskip("optuna")
+    how = {"base": tuned["base"], "models": [tuned["a"]], "method": "singular_values"}
+
+    def loss(path):
+        options = json.loads(merge.card_path(path).read_text())["recipe"]["options"]
+        return (options["scale"] - 0.7) ** 2 + (options["rank"] - 3) ** 2
+
+    given = dict(recipe=how, space={"scale": (0.0, 1.0), "rank": (1, 6)}, valid=prepared, loss=loss, progress=False)
+    whole = search.search(str(tmp_path / "whole"), trials=6, **given)
+    search.search(str(tmp_path / "parts"), trials=3, **given)
+    assert search.search(str(tmp_path / "parts"), trials=6, **given).rows == whole.rows
+    assert all(isinstance(row["options"]["rank"], int) for row in whole.rows)
+
+
+def test_the_loss_of_a_search_counts_families_alike(tuned, prepared):
+    loss = search.Loss(prepared, rows=8, batch_size=4)
+    families = loss.by_family(tuned["a"])
+    assert families.keys() == {"asr", "ocr"}
+    assert loss(tuned["a"]) == pytest.approx(sum(families.values()) / 2)
+
+
+# --- the command, and what is refused ---------------------------------------------------------------------------------
+
+
+def test_the_command_merges_by_a_recipe(tuned, prepared, tmp_path, capsys):
+    text = f"base: {tuned['base']}\nmethod: ties\nmodels:\n  - {tuned['a']}\n  - path: {tuned['b']}\n    weight: 0.5\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    output = str(tmp_path / "m.safetensors")
+    assert (
+        cli.entry(["merge", "--recipe", str(tmp_path / "recipe.yaml"), "--set", "density=0.5", "--output", output]) == 0
+    )
+    assert "2 models merged by ties" in capsys.readouterr().out
+    card = json.loads(merge.card_path(output).read_text())
+    assert card["recipe"]["options"] == {"density": 0.5}
+    assert cli.entry(["merge", "--recipe", str(tmp_path / "recipe.yaml"), "--output", output]) == 2
+    assert "is there already" in capsys.readouterr().err
+    searching = ["--search", "scale=0,0.2", "--valid", prepared, "--output", str(tmp_path / "s.safetensors")]
+    assert cli.entry(["merge", "--base", tuned["base"], "--models", tuned["a"], tuned["b"], *searching]) == 0
+    assert "best of 2 trials: scale=0" in capsys.readouterr().out
+    assert cli.entry(["merge", "--list"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"| {name} |" in said for name in METHODS)
+
+
+def nan(table, meta):
+    return table | {"norm/scale": table["norm/scale"].at[0].set(jnp.nan)}, meta
+
+
+def unrelated(table, meta):
+    return {n: jax.random.normal(jax.random.key(5), x.shape) * jnp.std(x) for n, x in table.items()}, meta
+
+
+REFUSED = {
+    "another architecture": ({"ffn": tiny.moe()}, "different models: merge models tuned from one base"),
+    "another tokeniser": ({"change": lambda t, m: (t, m | {"tokeniser": "0"})}, "different tokenisers"),
+    "not finite": ({"change": nan}, "norm/scale holds a number that is not finite"),
+    "not of this base": ({"change": unrelated}, "it was not tuned from that base"),
+    "another number of a family": ({"families": {"asr": 2}}, "number families differently"),
+    "fewer arrays": ({"change": lambda t, m: ({n: x for n, x in t.items() if n != "embedding"}, m)}, "lacks embedding"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_that_do_not_fit_are_refused(name, tuned, tokeniser, tmp_path, capsys):
+    how, said = REFUSED[name]
+    bad = written(tmp_path / "bad.safetensors", tokeniser, shift=7, **how)
+    output = tmp_path / "m.safetensors"
+    command = ["merge", "--base", tuned["base"], "--models", tuned["a"], bad, "--output", str(output)]
+    assert cli.entry(command) == 2
+    error = capsys.readouterr().err.strip()
+    assert said in error.splitlines()[-1]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"base": None}, "base is missing"),
+        ({"models": []}, "models is missing"),
+        ({"models": ["nowhere.safetensors"]}, "nowhere.safetensors: there is no such checkpoint"),
+        ({"models": [{"path": "x", "weigth": 1}]}, "unknown entry 'weigth'"),
+        ({"models": [{"weight": 1}]}, "have one of path and merge"),
+        ({"method": "tise"}, "unknown merging method 'tise'"),
+        ({"rules": [{"match": "(", "method": "average"}]}, "no regular expression"),
+        ({"rules": [{"match": "decoder", "method": "average"}]}, "'decoder' matches no path"),
+        ({"seed": "a"}, "seed is a whole number"),
+        ({"align": True}, "align is for mixtures of experts"),
+        ({"method": "slerp"}, "slerp goes from one model to one other"),
+    ],
+)
+def test_recipes_that_ask_for_what_is_not_there_are_refused(tuned, tmp_path, change, said):
+    given = {"base": tuned["base"], "models": [tuned["a"], tuned["b"], tuned["c"]]} | change
+    with pytest.raises(ValueError, match=said.replace("(", r"\(")):
+        merge.merge(str(tmp_path / "m"), progress=False, **given)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["- a\n", "base: [", "!!python/object/apply:os.system [ls]", "\x00"])
+def test_a_file_that_is_no_recipe_is_refused(text, tmp_path):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(MergeError, match=r"r\.yaml"):
+        recipe.read(str(tmp_path / "r.yaml"))
+
+
+def test_a_full_disk_leaves_nothing(tuned, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(checkpoint.CheckpointError, match="make room"):
+        merging(tuned, tmp_path / "m")
+    assert not list(tmp_path.iterdir())
