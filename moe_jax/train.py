@@ -172,9 +172,7 @@ def after_step(model: Any, params: Table, metrics: Metrics) -> Table:
     """Routers that balance without a loss move their bias by this step's load."""
     if "stats" not in metrics:
         return params
-    now = tree.unflatten(model, params)
-    now.ffn.router = now.ffn.router.after_step(metrics["stats"])
-    return tree.flatten(now)
+    return tree.flatten(tree.unflatten(model, params).after_step(metrics["stats"]))
 
 
 def make_evaluation(model: Any, *, dtype: str, max_targets: int, adapters: Adapters = EVERYTHING):
@@ -215,15 +213,8 @@ def active_params(model: Any, paths: Collection[str] | None = None) -> int:
     """Matrix parameters, of all paths or of some, that one token is multiplied with: an expert counts k / E; of a tied
     embedding, the output product.
     """
-    total = 0
-    for path, x in tree.flatten(model).items():
-        if paths is not None and path not in paths:
-            continue
-        if path == "embedding" and not model.tied:
-            continue
-        share = model.ffn.router.k / model.ffn.num_experts if "/experts/" in path else 1
-        total += int(x.size * share)
-    return total
+    table = tree.flatten(model)
+    return sum(int(x.size * model.active(path)) for path, x in table.items() if paths is None or path in paths)
 
 
 # --- loop -------------------------------------------------------------------------------------------------------------
@@ -236,6 +227,7 @@ def train(
     optimizer: Callable[[], optax.GradientTransformation],
     data: str,
     valid_data: str,
+    read: Callable[[str], Prepared] = Prepared.open,
     mesh: Callable = sharding.make_mesh,
     steps: int = 1000,
     batch_size: int = 16,
@@ -259,6 +251,7 @@ def train(
       model: configured class, called with (vocab=..., rngs=...).
       optimizer: configured factory of the optax transformation.
       data, valid_data: prepared folders (`moe_jax.data`).
+      read: opens them; what it returns makes the batches that the model reads.
       steps: 0 keeps and exports the initial model: what a run starts from, to be scored like the others.
       micro_batches: gradient accumulation.
       init_from: safetensors files or run folders to start from, one or several, changed by `init_rules`
@@ -277,7 +270,7 @@ def train(
         raise ValueError(f"batch_size={batch_size} does not divide into micro_batches={micro_batches}")
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    train_set, valid_set = Prepared.open(data), Prepared.open(valid_data)
+    train_set, valid_set = read(data), read(valid_data)
     if train_set.meta["tokeniser"] != valid_set.meta["tokeniser"]:
         raise ValueError(f"{data} and {valid_data} were prepared with different tokenisers: prepare both again")
     max_targets = max(train_set.meta["max_targets"], valid_set.meta["max_targets"])

@@ -14,10 +14,9 @@ from contract import B, Case, verify_chunks, verify_contract, verify_training
 from test_moe import CHOSEN, DISPATCHES, ROUTERS, configured
 
 from moe_jax import describe, losses, tree
-from moe_jax.layers import stack
+from moe_jax.layers import stack, vocab
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.param import Rngs
-from moe_jax.models import corrector
 from moe_jax.moe import dispatch
 from moe_jax.packing import Packable, pack, to_batch
 
@@ -91,10 +90,10 @@ def test_spare_columns_of_the_output_change_no_loss_and_no_gradient(tied, monkey
     model, batch = tiny.model(FFNS["dense"], tied=tied), tiny.batch()
     run = lambda: jax.value_and_grad(lambda t: tree.unflatten(model, t).loss(batch)[0])(tree.flatten(model))  # noqa: E731
     plain = run()
-    monkeypatch.setattr(corrector, "spare_columns", lambda vocab: 3)
+    monkeypatch.setattr(vocab, "spare_columns", lambda columns: 3)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), run(), plain)
     monkeypatch.undo()
-    assert corrector.spare_columns(4096) == 64 and not corrector.spare_columns(4000)
+    assert vocab.spare_columns(4096) == 64 and not vocab.spare_columns(4000)
 
 
 def test_the_loss_at_a_position_has_no_gradient_to_later_tokens():

@@ -6,7 +6,8 @@ come back stacked, by value.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -102,3 +103,24 @@ def run(
         return call(layer, x, *rest)
 
     return jax.lax.scan(body, x, (layers, inputs), unroll=unroll)
+
+
+def in_turn(
+    blocks: Module, dense_blocks: Module | None, dense_layers: Sequence[int], layers: int
+) -> Iterator[tuple[Any, int, int]]:
+    """Two stacks as one sequence of `layers`, of which those numbered `dense_layers` are the second stack's: for each
+    run of layers of one kind (their part of its stack, the number of the first, that after the last)."""
+    number, done = 0, {False: 0, True: 0}
+    for dense, run in itertools.groupby(layer in dense_layers for layer in range(layers)):
+        size = len(list(run))
+        yield section(dense_blocks if dense else blocks, done[dense], done[dense] + size), number, number + size
+        number, done[dense] = number + size, done[dense] + size
+
+
+def joined(parts: Sequence[Any]) -> Any:
+    """What came of the runs of layers, as if of one."""
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    if isinstance(parts[0], tuple):
+        return tuple(itertools.chain(*parts))
+    return jax.tree.map(lambda *a: jnp.concatenate(a), *parts)

@@ -6,19 +6,18 @@ Pre-norm blocks: a short causal convolution, rotary attention, a gated feed-forw
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax import losses
-from moe_jax.layers import stack
+from moe_jax.layers import stack, vocab
 from moe_jax.layers.attention import Attention, KvCache
 from moe_jax.layers.conv import CausalConv, ConvState
 from moe_jax.layers.ffn import DenseFfn
-from moe_jax.layers.param import Module, RMSNorm, Rngs, linear, normal, param
+from moe_jax.layers.param import Module, RMSNorm, Rngs, normal, param
 from moe_jax.moe.routers import MAX_TASKS
 from moe_jax.sharding import constrain
 from moe_jax.types import Array, Batch, Metrics, RouterStats, TokenInfo, value
@@ -162,7 +161,7 @@ class Corrector(Module):
         info = dataclasses.replace(info, token_BxL=tokens_BxL)
         keys = None if key is None else jax.random.split(key, self.layers)
         states, stats = [], []
-        for blocks, start, end in self._runs():
+        for blocks, start, end in stack.in_turn(self.blocks, self.dense_blocks, self.dense_layers, self.layers):
             own_state, own_keys = (None if a is None else stack.section(a, start, end) for a in (state, keys))
             x, outs = stack.run(
                 blocks,
@@ -177,29 +176,24 @@ class Corrector(Module):
                 outs = tuple(s for s, _ in outs), jax.tree.map(lambda *a: jnp.stack(a), *(s for _, s in outs))
             states.append(outs[0])
             stats += [outs[1]] if outs[1] is not None else []
-        return self.norm(x), _joined(states), _joined(stats)
+        return self.norm(x), stack.joined(states), stack.joined(stats)
 
-    def _runs(self) -> Iterator[tuple[Any, int, int]]:
-        """Layers of one kind that follow each other: their stack, the number of the first, and that after the last."""
-        number, done = 0, {False: 0, True: 0}
-        for dense, run in itertools.groupby(layer in self.dense_layers for layer in range(self.layers)):
-            size = len(list(run))
-            blocks = self.dense_blocks if dense else self.blocks
-            yield stack.section(blocks, done[dense], done[dense] + size), number, number + size
-            number, done[dense] = number + size, done[dense] + size
+    def after_step(self, stats: RouterStats) -> Corrector:
+        """The model for the next step: routers that balance without a loss move by this step's load."""
+        self.ffn.router = self.ffn.router.after_step(stats)
+        return self
+
+    def active(self, path: str) -> float:
+        """The share of a leaf that a token is multiplied with."""
+        if path == "embedding":
+            return float(self.tied)
+        return self.ffn.router.k / self.ffn.num_experts if "/experts/" in path else 1.0
 
     def logits(self, x_BxLxD: Array) -> Array:
-        return constrain(linear(x_BxLxD, self._matrix()), "batch", None, "vocab")
+        return vocab.logits(x_BxLxD, self._matrix())
 
     def _matrix(self) -> Array:
         return self.embedding[...].T if self.output is None else self.output[...]
-
-    def _nll(self, x_BxLxD: Array, targets_BxL: Array) -> Array:
-        spare = spare_columns(self.vocab)
-        if not spare:
-            return losses.xent(self.logits(x_BxLxD), targets_BxL)
-        logits = constrain(linear(x_BxLxD, jnp.pad(self._matrix(), ((0, 0), (0, spare)))), "batch", None, "vocab")
-        return losses.xent(jnp.where(jnp.arange(logits.shape[-1]) < self.vocab, logits, -jnp.inf), targets_BxL)
 
     def loss(
         self,
@@ -222,7 +216,7 @@ class Corrector(Module):
             _, where = jax.lax.top_k(weights, max_targets)
             x = jnp.take_along_axis(x, where[..., None], axis=1)
             targets, weights, task = (jnp.take_along_axis(a, where, axis=1) for a in (targets, weights, task))
-        nll = self._nll(x, targets) * weights
+        nll = losses.xent(vocab.spared(x, self._matrix()), targets) * weights
         loss = nll.sum() / (jnp.maximum(weights.sum(), 1) if normaliser is None else normaliser)
         metrics: Metrics = {
             "nll_T": jnp.zeros(MAX_TASKS).at[task].add(nll),
@@ -234,18 +228,3 @@ class Corrector(Module):
             loss = loss + (extra if key is not None else 0.0)
             metrics |= values | {"stats": stats}
         return loss, metrics
-
-
-def _joined(parts: Sequence[Any]) -> Any:
-    """What came of the runs of layers, as if of one."""
-    if len(parts) < 2:
-        return parts[0] if parts else None
-    if isinstance(parts[0], tuple):
-        return tuple(itertools.chain(*parts))
-    return jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
-
-
-def spare_columns(vocab: int) -> int:
-    """How many columns of nobody make the output product faster: on CPU one with a multiple of 2,048 columns runs at
-    half speed (78 against 152 GFLOP/s at 4,096), as the rows of its result fall on the same lines of the cache."""
-    return 64 if jax.default_backend() == "cpu" and vocab % 2048 == 0 else 0
