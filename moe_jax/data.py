@@ -27,8 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.packing import COLUMNS, Packable, Rows, pack, to_batch
-from moe_jax.text.prompt import WRITE
+from moe_jax.packing import COLUMNS, Packable, Rows, pack, to_batch, to_pairs
+from moe_jax.text.prompt import READ, WRITE
 from moe_jax.text.tokeniser import Tokeniser
 from moe_jax.types import Batch
 
@@ -74,7 +74,23 @@ class Prepared:
         first = step * batch_size + process_index * share
         places = [divmod(place, self.rows) for place in range(first, first + share)]
         rows = [_permutation(self.rows, seed, epoch)[index] for epoch, index in places]
-        return to_batch({name: column[rows] for name, column in self.columns.items()})
+        return self.of({name: column[rows] for name, column in self.columns.items()})
+
+    def of(self, rows: Rows) -> Batch:
+        """What a model reads of rows."""
+        return to_batch(rows)
+
+
+class Pairs(Prepared):
+    """A prepared folder as an encoder and a decoder read it (`packing.to_pairs`)."""
+
+    def of(self, rows: Rows) -> Batch:
+        return to_pairs(rows, self._most_read, self.meta["max_targets"])
+
+    @functools.cached_property
+    def _most_read(self) -> int:
+        """The most tokens that a row reads."""
+        return int((self.columns["roles"] == READ).sum(1).max())
 
 
 @functools.lru_cache(maxsize=4)

@@ -194,6 +194,10 @@ def _prefill(
     """`before`: the state of the one row that all go on after; `grown`: its additional slots."""
     model = structure.filled(params)
     B = len(tokens_BxP)
+    if hasattr(model, "read"):  # an encoder reads them; what is written counts from 0
+        x_BxD, state = model.read(tokens_BxP, info)
+        logp = jax.nn.log_softmax(model.logits(x_BxD).astype(jnp.float32))
+        return Prefill(state, logp, jnp.ones(B, jnp.int32), info.task_BxL[:, 0])
     state = model.state(B, grown) if before is None else of_rows(before, jnp.zeros(B, jnp.int32)).grown(grown)
     x, state, _ = model(tokens_BxP, info, state)
     last = info.valid_BxL.sum(1) - 1

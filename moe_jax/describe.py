@@ -19,17 +19,20 @@ from moe_jax.checkpoint import Source
 from moe_jax.layers import attention
 from moe_jax.layers import ffn as ffns
 from moe_jax.layers.param import Module, Rngs
-from moe_jax.models import corrector
+from moe_jax.models import corrector, translator
 from moe_jax.moe import dispatch, experts, grouped, layer, routers, task_routers
 
 KNOWN: dict[str, Callable] = {
     cls.__name__: cls
     for cls in (
         corrector.Corrector,
+        translator.Translator,
         attention.Attention,
+        attention.CrossAttention,
         ffns.DenseFfn,
         layer.MoeFfn,
         experts.Gated,
+        experts.Bottleneck,
         routers.Router,
         routers.Switch,
         routers.BiasBalanced,
@@ -40,6 +43,8 @@ KNOWN: dict[str, Callable] = {
         task_routers.TaskBiased,
         task_routers.TaskLevel,
         task_routers.ByTask,
+        task_routers.Subset,
+        task_routers.Grouped,
         dispatch.dropless,
         dispatch.ragged,
         dispatch.exchanged,

@@ -19,6 +19,14 @@ def xent(logits_BxLxV: Array, targets_BxL: Array) -> Array:
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
+def smoothed(nll_BxL: Array, logits_BxLxV: Array, vocab: int, share: float) -> Array:
+    """The cross-entropy with a target of 1 - `share`, and `share` spread evenly over all (Szegedy et al. 2016), of the
+    `nll_BxL` of `xent`; columns beyond `vocab` are nobody's."""
+    logits = logits_BxLxV[..., :vocab].astype(jnp.float32)
+    even = jax.nn.logsumexp(logits, axis=-1) - logits.mean(-1)
+    return (1 - share) * nll_BxL + share * even
+
+
 def load_balance(stats: RouterStats) -> Array:
     """Switch balance loss E * sum_e f_e P_e (Fedus et al. 2022), the mean over layers; 1 when perfectly balanced.
 

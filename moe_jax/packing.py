@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe_jax.text.prompt import WRITE
-from moe_jax.types import Batch, TokenInfo
+from moe_jax.text.prompt import READ, WRITE
+from moe_jax.types import Batch, Source, TokenInfo
 
 COLUMNS = {"tokens": np.uint32, "roles": np.uint8, "tasks": np.uint8, "segments": np.uint8}
 MAX_SEGMENTS = 255  # of one row: segments are uint8
@@ -77,7 +77,58 @@ def to_batch(rows: Rows) -> Batch:
     ahead = np.zeros_like(valid)  # whether the next position belongs to the same segment
     ahead[:, :-1] = valid[:, :-1] & (segments[:, 1:] == segments[:, :-1])
     writes = ahead & (np.roll(roles, -1, axis=1) == WRITE)
-    index = np.arange(tokens.shape[1], dtype=np.int32)
+    batch: dict[str, Any] = {
+        "tokens_BxL": tokens,
+        "targets_BxL": np.where(ahead, np.roll(tokens, -1, axis=1), 0),
+        "weights_BxL": writes.astype(np.float32),
+        "info": _info(tasks, segments),
+    }
+    return Batch(**batch)
+
+
+def to_pairs(rows: Rows, source: int, target: int) -> Batch:
+    """A `Batch` for an encoder and a decoder, of the same columns: what is read lies in `source` columns, what is
+    written in `target`, both without the gaps that the other left. With `to_batch`'s example:
+
+    source    5 6 | 8          read
+    tokens    6 | 8            the last token that is read starts the decoder
+    targets   7 | 9
+
+    Raises ValueError where a row has more than fits.
+    """
+    whole = to_batch(rows)
+    tasks, segments = np.asarray(whole.info.task_BxL), np.asarray(whole.info.segment_BxL)
+
+    def compact(kept: np.ndarray, size: int, *arrays: Any) -> tuple[np.ndarray, ...]:
+        if (most := kept.sum(1).max()) > size:
+            raise ValueError(f"a row has {most} tokens on one side, more than {size}")
+        order = np.argsort(~kept, axis=1, kind="stable")[:, :size]
+        there = np.take_along_axis(kept, order, axis=1)
+        return tuple(np.where(there, np.take_along_axis(np.asarray(a), order, axis=1), 0) for a in arrays)
+
+    read = compact(np.asarray(rows["roles"]) == READ, source, whole.tokens_BxL, tasks, segments)
+    written = compact(
+        np.asarray(whole.weights_BxL) > 0,
+        target,
+        whole.tokens_BxL,
+        whole.targets_BxL,
+        whole.weights_BxL,
+        tasks,
+        segments,
+    )
+    given: Any = Source(*_arrays(read[0]), _info(*read[1:]))
+    return Batch(*_arrays(*written[:3]), _info(*written[3:]), given)
+
+
+def _arrays(*arrays: np.ndarray) -> Any:
+    """As JAX would have them: batches are NumPy's until they are put on devices."""
+    return arrays
+
+
+def _info(tasks: np.ndarray, segments: np.ndarray) -> TokenInfo:
+    """Positions count from the beginning of each segment."""
+    valid = segments > 0
+    index = np.arange(segments.shape[1], dtype=np.int32)
     begins = np.ones_like(valid)
     begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
     starts = np.maximum.accumulate(np.where(begins, index, 0), axis=1)
@@ -87,10 +138,4 @@ def to_batch(rows: Rows) -> Batch:
         "segment_BxL": segments,
         "position_BxL": np.where(valid, index - starts, 0),
     }
-    batch: dict[str, Any] = {
-        "tokens_BxL": tokens,
-        "targets_BxL": np.where(ahead, np.roll(tokens, -1, axis=1), 0),
-        "weights_BxL": writes.astype(np.float32),
-        "info": TokenInfo(**info),
-    }
-    return Batch(**batch)
+    return TokenInfo(**info)

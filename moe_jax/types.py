@@ -44,6 +44,17 @@ class TokenInfo:
 
 
 @value
+class Source:
+    """What an encoder reads beside a batch's rows; its segments are those of the row that it belongs to.
+
+    Attributes: tokens_BxS (int32), info (`TokenInfo` of them).
+    """
+
+    tokens_BxS: Array
+    info: TokenInfo
+
+
+@value
 class Batch:
     """One step's data.
 
@@ -52,12 +63,14 @@ class Batch:
       targets_BxL: int32, the next token of the same segment.
       weights_BxL: float32, 1 where the target is text that the model must write, else 0.
       info: `TokenInfo` of `tokens_BxL`.
+      source: of an encoder-decoder, whose rows hold only what is written (`packing.to_pairs`); else None.
     """
 
     tokens_BxL: Array
     targets_BxL: Array
     weights_BxL: Array
     info: TokenInfo
+    source: Source | None = None
 
 
 @value

@@ -29,7 +29,7 @@ from moe_jax.moe import routers, task_routers
 from moe_jax.tasks import families
 from moe_jax.types import RouterStats
 
-BLIND = {"ByTask", "TaskLevel", "Hash"}  # they do not look at x
+BLIND = {"ByTask", "TaskLevel", "Hash", "Grouped"}  # they do not look at x
 CAUSAL = {name for name, cls in ROUTERS.items() if getattr(cls, "causal", True)}
 SEVERAL = {1: (0, 1), 2: (1, 2, 3), 3: 3, 4: ()}
 

@@ -1,4 +1,4 @@
-"""Causal self-attention with rotary positions; the cache is an input and an output.
+"""Self-attention with rotary positions, whose cache is an input and an output, and attention to what was read.
 
 A call with `state=None` sees the whole sequence. A call with a `KvCache` sees what went before and adds itself:
 chunked and whole agree for every chunking. Positions of two segments never attend to each other; padding (segment 0)
@@ -110,6 +110,7 @@ class Attention(Module):
     window: the model was made to look back no further (as Mistral). Longer rows are refused; who decodes keeps to it.
     block: without a cache, queries go in blocks of so many positions, each against the keys up to its end: most of
       the scores above the diagonal are never computed. 0: one block.
+    causal: nothing sees what comes later. False: for encoders, which have no cache.
     """
 
     def __init__(
@@ -124,6 +125,7 @@ class Attention(Module):
         rope_scaling: Scaling = (),
         window: int | None = None,
         block: int = 0,
+        causal: bool = True,
         rngs: Rngs,
     ):
         kv_heads = kv_heads or heads
@@ -131,7 +133,7 @@ class Attention(Module):
             raise ValueError(f"d={d} must be a multiple of 2 x heads={heads}, and heads of kv_heads={kv_heads}")
         self.heads, self.kv_heads, self.head, self.bias = heads, kv_heads, head or d // heads, bias
         self.rope_base, self.rope_scaling = rope_base, tuple(sorted(dict(rope_scaling).items()))
-        self.window, self.block = window, block
+        self.window, self.block, self.causal = window, block, causal
         self.q = param(rngs, (d, heads * self.head), ("embed", "heads"), fan_in())
         self.k = param(rngs, (d, kv_heads * self.head), ("embed", "heads"), fan_in())
         self.v = param(rngs, (d, kv_heads * self.head), ("embed", "heads"), fan_in())
@@ -189,7 +191,10 @@ class Attention(Module):
             raise ValueError(f"{L} positions, but this model looks back {self.window}: take shorter rows")
         slot_L, slot_S = start + jnp.arange(L), jnp.arange(k.shape[2])
         same = (segment[:, :, None] == keys[:, None, :]) & (keys[:, None, :] > 0)
-        seen = (slot_L[:, None] >= slot_S) & same if beams is None else beams
+        if not self.causal:
+            seen = same
+        else:
+            seen = (slot_L[:, None] >= slot_S) & same if beams is None else beams
         # Everything sees itself, padding too (its value is 0): then no row of the softmax is empty.
         bias = jnp.where(seen | (slot_L[:, None] == slot_S), 0.0, NEG)
         k, v = k.astype(q.dtype), v.astype(q.dtype)
@@ -199,10 +204,60 @@ class Attention(Module):
         y = []
         for i in range(0, L, size):
             j = min(i + size, L)
-            S = j if state is None else k.shape[2]  # without a cache nobody sees beyond itself
+            S = j if state is None and self.causal else k.shape[2]  # without a cache nobody sees beyond itself
             y.append(attend(q[:, :, i:j], k[:, :, :S], v[:, :, :S], bias[:, i:j, :S]))
         y = jnp.concatenate(y, axis=2).swapaxes(1, 2).reshape(B, L, -1)
         return constrain(linear(y, self.o[...]), "batch", None, None), state
+
+
+@value
+class Memory:
+    """What a layer's `CrossAttention` keeps of what was read.
+
+    Attributes: key_BxNxSxH, value_BxNxSxH, segment_BxS (0 = padding).
+    """
+
+    key_BxNxSxH: Array
+    value_BxNxSxH: Array
+    segment_BxS: Array
+
+
+class CrossAttention(Module):
+    """Attention of a decoder to what an encoder made of its segment, without positions (Vaswani et al. 2017).
+
+    Args: d, the model's width; heads; head, H (default: d / heads).
+    """
+
+    def __init__(self, d: int, *, heads: int = 4, head: int | None = None, rngs: Rngs):
+        if head is None and d % heads:
+            raise ValueError(f"d={d} must be a multiple of heads={heads}")
+        self.heads, self.head = heads, head or d // heads
+        self.q, self.k, self.v = (param(rngs, (d, heads * self.head), ("embed", "heads"), fan_in()) for _ in range(3))
+        self.o = param(rngs, (heads * self.head, d), ("heads", "embed"), fan_in())
+
+    def memory(self, x_BxSxD: Array, info: TokenInfo) -> Memory:
+        x_BxSxD = jnp.where(info.valid_BxL[..., None], x_BxSxD, 0)
+        key, val = (self._by_head(linear(x_BxSxD, w[...])) for w in (self.k, self.v))
+        return Memory(key, val, jnp.where(info.valid_BxL, info.segment_BxL, 0))
+
+    def __call__(self, x_BxLxD: Array, info: TokenInfo, memory: Memory) -> Array:
+        """Of R rows that share the memory of B, R / B lie beside each other (beams)."""
+        rows = x_BxLxD.shape
+        B = len(memory.segment_BxS)
+        if rows[0] != B:
+            x_BxLxD, info = jax.tree.map(lambda a: a.reshape(B, -1, *a.shape[2:]), (x_BxLxD, info))
+        x_BxLxD = jnp.where(info.valid_BxL[..., None], x_BxLxD, 0)
+        segment = jnp.where(info.valid_BxL, info.segment_BxL, 0)
+        # Padding sees padding, whose value is 0, and where there is none everything: no row of the softmax is empty.
+        same = segment[:, :, None] == memory.segment_BxS[:, None, :]
+        bias = jnp.where(same | ~same.any(-1, keepdims=True), 0.0, NEG)
+        q = self._by_head(linear(x_BxLxD, self.q[...]))
+        y = attend(q, memory.key_BxNxSxH.astype(q.dtype), memory.value_BxNxSxH.astype(q.dtype), bias)
+        y = y.swapaxes(1, 2).reshape(*x_BxLxD.shape[:2], -1)
+        return constrain(linear(y, self.o[...]), "batch", None, None).reshape(rows)
+
+    def _by_head(self, x: Array) -> Array:
+        return constrain(x, "batch", None, "heads").reshape(*x.shape[:2], -1, self.head).swapaxes(1, 2)
 
 
 @jax.custom_vjp

@@ -18,8 +18,8 @@ def orders(base: Model, model: Model) -> dict[str, np.ndarray]:
     if not isinstance(base, Ours) or not isinstance(model, Ours) or not base.moe:
         raise MergeError(f"{base.path}: align is for mixtures of experts in checkpoints of moe_jax")
     found: dict[str, np.ndarray] = {}
-    for stack in sorted({name.split("/")[0] for name in base.moe}):
-        mine = [name for name in base.moe if name.startswith(f"{stack}/")]
+    for layer_of in sorted({name.partition("/experts/")[0] for name in base.moe}):
+        mine = [name for name in base.moe if name.startswith(f"{layer_of}/experts/")]
         layers, experts = base.shapes[mine[0]][:2]
         alike_NxExE = np.zeros((layers, experts, experts))
         for name in mine:
@@ -29,6 +29,7 @@ def orders(base: Model, model: Model) -> dict[str, np.ndarray]:
         order_NxE = np.stack([linear_sum_assignment(alike, maximize=True)[1] for alike in alike_NxExE])
         if (order_NxE == np.arange(experts)).all():
             continue
-        routed = [name for name in base.routed if name.startswith(f"{stack}/")]
+        routed = [name for name in base.routed if name.startswith(f"{layer_of}/router/")]
+        routed = [name for name in routed if base.shapes[name][-1] == experts]
         found |= dict.fromkeys([*mine, *routed], order_NxE)
     return found

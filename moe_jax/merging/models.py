@@ -120,9 +120,7 @@ class Ours(Model):
         self.shapes, self.dtypes = self._source.shapes, self._source.dtypes
         self.words = {n: tuple(w for w in words.get(n, ()) if w != "expert") for n in self.shapes}
         self.moe = {n for n, w in words.items() if "expert" in w}
-        self.routed = {
-            n for n, x in tree.flatten(model).items() if tree.is_router(n) and x.shape[-1] == _experts(model)
-        }
+        self.routed = {n for n in words if tree.is_router(n)}
 
     def files(self) -> list[Path]:
         return [self._source.path]
@@ -134,7 +132,7 @@ class Ours(Model):
         return len(self.shapes[name]) - len(self.words[name])
 
     def depth(self, name: str, index: tuple[int, ...]) -> float | None:
-        if not index or not re.match(r"(\w+_)?blocks/", name):
+        if not index or not re.search(r"(^|/)(dense_)?blocks/", name):
             return None
         return index[0] / max(self.shapes[name][0] - 1, 1)
 
@@ -142,10 +140,6 @@ class Ours(Model):
         meta = {k: v for k, v in self.meta.items() if k not in ("guard", "step")}
         meta |= {"families": self.families, "merged": dict(note)}
         checkpoint.stream_safetensors(output, self.shapes, dtypes, arrays, {"moe_jax": json.dumps(meta)})
-
-
-def _experts(model: Any) -> int:
-    return getattr(getattr(getattr(model, "ffn", None), "router", None), "num_experts", 0)
 
 
 class HuggingFace(Model):

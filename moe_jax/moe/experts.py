@@ -5,6 +5,8 @@ The dispatch brings the product, so an expert knows nothing of routing.
 
 from __future__ import annotations
 
+import jax
+
 from moe_jax.layers import ffn
 from moe_jax.layers.param import Module, Rngs, fan_in, param
 from moe_jax.moe.grouped import Matmul
@@ -26,3 +28,19 @@ class Gated(Module):
     def second(self, kept: tuple[Array, ...], matmul: Matmul) -> Array:
         gate, up = kept
         return matmul(ffn.activation(self.activation)(gate) * up, self.down[...])
+
+
+class Bottleneck(Module):
+    """Task adapters (Houlsby et al. 2019; Bapna & Firat 2019): down to `hidden` units, ReLU, and up again. They begin
+    as nothing: behind a residual, a layer with adapters is the layer without."""
+
+    def __init__(self, d: int, num_experts: int, *, hidden: int, rngs: Rngs):
+        self.hidden = hidden
+        self.down = param(rngs, (num_experts, d, hidden), ("expert", "embed", "mlp"), fan_in(1))
+        self.up = param(rngs, (num_experts, hidden, d), ("expert", "mlp", "embed"), jax.nn.initializers.zeros)
+
+    def first(self, rows: Array, matmul: Matmul) -> tuple[Array, ...]:
+        return (matmul(rows, self.down[...]),)
+
+    def second(self, kept: tuple[Array, ...], matmul: Matmul) -> Array:
+        return matmul(jax.nn.relu(kept[0]), self.up[...])

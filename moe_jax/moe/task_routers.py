@@ -7,7 +7,8 @@ Task ids are those of the data: families (tasks/families.py) or data sets, from 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ import numpy as np
 from moe_jax.layers.param import Module, Rngs, normal, param
 from moe_jax.moe.routers import MAX_TASKS, Router, fixed
 from moe_jax.types import Array, RouterStats, RoutingDecision, TokenInfo
+
+FAR = -1e9  # a logit that is never chosen, and weighs nothing
 
 TaskMap = Mapping[int, int | Sequence[int]] | Sequence[int | Sequence[int]] | None
 
@@ -180,3 +183,76 @@ class ByTask(Module):
         nobody = (self.num_experts,) * self.k
         table_TxK = jnp.asarray([((experts or (0,)) + nobody)[: self.k] for experts in self.experts], jnp.int32)
         return fixed(table_TxK[info.task_BxL], info, self.num_experts)
+
+
+class Subset(Router):
+    """Each task has a part of the experts, and the gate chooses among them alone, in training and after: hard parts, of
+    which a task's own can be loaded by themselves. An unknown task, or one of no experts, chooses among all.
+
+    Args:
+      experts: task id -> its experts.
+
+    Raises ValueError for an expert out of range, and for a task of fewer experts than k.
+    """
+
+    def __init__(
+        self,
+        d: int,
+        num_experts: int,
+        *,
+        k: int = 2,
+        weights: str = "chosen",
+        jitter: float = 0.0,
+        experts: TaskMap = None,
+        rngs: Rngs,
+    ):
+        super().__init__(d, num_experts, k=k, weights=weights, jitter=jitter, rngs=rngs)
+        named = experts if isinstance(experts, Mapping) else dict(enumerate(experts or ()))
+        self.experts = task_table({task: named.get(task, ()) for task in range(1, MAX_TASKS)}, num_experts)
+        if few := [task for task, found in enumerate(self.experts) if 0 < len(found) < k]:
+            raise ValueError(f"task {few[0]} has experts {self.experts[few[0]]}, and k={k} are to be chosen")
+
+    def logits(self, x_BxLxD: Array, info: TokenInfo) -> Array:
+        table_TxE = np.zeros((MAX_TASKS, self.num_experts), bool)
+        for task, experts in enumerate(self.experts):
+            table_TxE[task, list(experts) if task and experts else slice(None)] = True
+        return jnp.where(jnp.asarray(table_TxE)[info.task_BxL], super().logits(x_BxLxD, info), FAR)
+
+
+class Grouped(Module):
+    """A router that sees groups of tasks in place of tasks: target languages, say, in place of directions.
+
+    Args:
+      router: the configured router.
+      groups: task id -> group, from 1; tasks that it does not name are unknown (0).
+    """
+
+    def __init__(
+        self,
+        d: int,
+        num_experts: int,
+        *,
+        router: Callable[..., Any] = TaskLevel,
+        groups: Mapping[int, int] | Sequence[Sequence[int]] = (),
+        rngs: Rngs,
+    ):
+        # As pairs: JSON has no objects with numbers as names.
+        self.groups = tuple(sorted(groups.items() if isinstance(groups, Mapping) else map(tuple, groups)))
+        for task, group in self.groups:
+            if not (1 <= task < MAX_TASKS and 1 <= group < MAX_TASKS):
+                raise ValueError(f"groups of tasks: {task} -> {group}, both must be in 1..{MAX_TASKS - 1}")
+        self.router = router(d, num_experts, rngs=rngs)
+
+    causal = property(lambda self: self.router.causal)
+    num_experts = property(lambda self: self.router.num_experts)
+    k = property(lambda self: self.router.k)
+
+    def after_step(self, stats: RouterStats) -> Grouped:
+        self.router = self.router.after_step(stats)
+        return self
+
+    def __call__(self, x_BxLxD: Array, info: TokenInfo, key: Array | None = None) -> RoutingDecision:
+        table_T = np.zeros(MAX_TASKS, np.int32)
+        for task, group in self.groups:
+            table_T[task] = group
+        return self.router(x_BxLxD, dataclasses.replace(info, task_BxL=jnp.asarray(table_T)[info.task_BxL]), key)
