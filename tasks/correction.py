@@ -24,7 +24,7 @@ from moe_jax.formats.record import Record
 from moe_jax.tasks import preprocessors
 from moe_jax.tasks.families import FAMILIES, MAX_FAMILIES, family_id
 from moe_jax.tasks.quiet import seqio, tf
-from moe_jax.text.prompt import Example, check_layout, encode_example
+from moe_jax.text.prompt import TAGGED, Example, check_layout, encode_example
 from moe_jax.text.tokeniser import Tokeniser
 
 PACKAGED = Path(__file__).parent / "data"
@@ -52,10 +52,12 @@ class Settings:
         Raises ValueError for a layout that the tokeniser cannot write.
         """
         check_layout(self.loaded, self.layout)
-        by_set = any(name.startswith(f"{family}/") for name in self.ids)
+        by_set = self.layout == TAGGED or any(name.startswith(f"{family}/") for name in self.ids)
 
         def encode(record: Record, max_length: int) -> tuple[Example | None, int]:
             reference = record.reference
+            source_set = json.loads(record.raw).get("source_set") if by_set else None
+            task = f"{family}/{source_set}" if source_set else family
             example = encode_example(
                 self.loaded,
                 (reference, *record.hypotheses) if right_first and reference else record.hypotheses,
@@ -65,10 +67,9 @@ class Settings:
                 layout=self.layout,
                 max_hypotheses=self.max_hypotheses,
                 max_sources=self.max_sources,
-                family=family,
+                family=task,
             )
-            source_set = json.loads(record.raw).get("source_set") if by_set else None
-            return example, self.ids.get(f"{family}/{source_set}", self.ids[family])
+            return example, self.ids.get(task, self.ids[family])
 
         return encode
 
@@ -150,10 +151,14 @@ class JsonLines(seqio.DataSource):
     def list_shards(self, split: str) -> Sequence[str]:
         return [str(self.path(split))]
 
+    def listed(self, path: Path) -> tuple[list[bytes], list[int]] | None:
+        """Rows of a file that is read whole, and their lines; None for one that is read line by line."""
+        return _records(path, path.stat().st_mtime_ns) if path.suffix == ".json" else None
+
     def num_input_examples(self, split: str) -> int:
         path = self.path(split)
-        mtime = path.stat().st_mtime_ns
-        return len(_records(path, mtime)[0]) if path.suffix == ".json" else _count_lines(path, mtime)
+        listed = self.listed(path)
+        return len(listed[0]) if listed else _count_lines(path, path.stat().st_mtime_ns)
 
     def get_dataset(
         self,
@@ -164,8 +169,8 @@ class JsonLines(seqio.DataSource):
         **unused: Any,
     ) -> tf.data.Dataset:
         path = self.path(split)
-        if path.suffix == ".json":
-            lines, numbers = _records(path, path.stat().st_mtime_ns)
+        if listed := self.listed(path):
+            lines, numbers = listed
             numbered = tf.data.Dataset.from_tensor_slices((tf.constant(numbers, tf.int64), lines))
         else:
             compression = "GZIP" if path.suffix == ".gz" else ""
@@ -238,11 +243,12 @@ def add(
     to_rows: Sequence[Callable[[tf.data.Dataset], tf.data.Dataset]] = (),
     shuffle_buffer_size: int | None = None,
     right_first: bool = False,
+    metric_fn: Callable[[Sequence[Record], Sequence[str]], Mapping[str, float]] | None = None,
 ) -> seqio.Task:
     """Registers a seqio task over a source of the rows of `JsonLines`, or of what `to_rows` makes them of.
 
     With `right_first` the reference stands before the hypotheses: what a recogniser that is right would have given.
-    Who learns from errors alone mends what is right.
+    Who learns from errors alone mends what is right. Without `metric_fn` scores are those of the family (`metrics`).
 
     Raises ValueError for a taken or malformed name, or an unknown family.
     """
@@ -262,7 +268,7 @@ def add(
         preprocessors=[*to_rows, encode_rows],
         output_features=features(),
         postprocess_fn=postprocess,
-        metric_fns=[correction_metrics],
+        metric_fns=[metric_fn or correction_metrics],
         shuffle_buffer_size=shuffle_buffer_size,  # None: the source shuffles
     )
 

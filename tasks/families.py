@@ -19,6 +19,7 @@ FAMILIES = {
     "tn": 6,  # text normalisation: written to spoken form
     "itn": 7,  # inverse text normalisation: spoken to written form
     "st": 8,  # post speech translation from one or more translations
+    "translate": 9,  # a sentence into another language; each direction is a task (tasks/translation.py)
 }
 
 

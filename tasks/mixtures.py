@@ -1,8 +1,10 @@
-"""Mixtures of the correction tasks.
+"""Mixtures of the correction tasks, and of directions of translation.
 
 correct_all   the four families, each by the square root of its size (temperature 2), so that small ones count
 correct_five  the same with text normalisation and its inverse, where the corpus has them
 correct_base  generated noise (two thirds) and the families, to pretrain a base model
+translate_all          the directions that are trained on (`translation.TRAINED`), at temperature 2 too
+translate_and_denoise  the same with masked text in each of their languages
 
 In the first two every third example of speech, print and writers comes with a first pass that is right: recognisers
 are better on other text than on that from which a model learns, and what is right is to be left alone.
@@ -11,7 +13,7 @@ are better on other text than on that from which a model learns, and what is rig
 import functools
 from collections.abc import Sequence
 
-from moe_jax.tasks import asr, correction, denoise, gec, itn, mt, ocr, tn
+from moe_jax.tasks import asr, correction, denoise, gec, itn, mt, ocr, tn, translate, translation
 from moe_jax.tasks.quiet import seqio
 
 by_size = functools.partial(seqio.mixing_rate_num_examples, temperature=2.0)
@@ -19,6 +21,10 @@ by_size = functools.partial(seqio.mixing_rate_num_examples, temperature=2.0)
 
 def half(task: seqio.Task) -> float:
     return by_size(task) / 2 if task.source.has("train") else 0.0
+
+
+def present(task: seqio.Task) -> float:
+    return by_size(task) if task.source.has("train") else 0.0
 
 
 RIGHT = [(module.RIGHT.name, half) for module in (asr, ocr, gec)]
@@ -39,7 +45,7 @@ CORRECT_ALL = seqio.MixtureRegistry.add(
 CORRECT_FIVE = seqio.MixtureRegistry.add(
     "correct_five",
     [*(task.TASK.name for task in (asr, ocr, mt, gec, tn, itn)), *RIGHT],
-    default_rate=lambda task: by_size(task) if task.source.has("train") else 0.0,
+    default_rate=present,
     mixture_cls=Present,
 )
 
@@ -47,4 +53,17 @@ BASE_RATES = {denoise: 110.0, mt: 24.0, gec: 14.0, asr: 12.0, ocr: 10.0}
 
 CORRECT_BASE = seqio.MixtureRegistry.add(
     "correct_base", [(module.TASK.name, rate) for module, rate in BASE_RATES.items()]
+)
+
+TRANSLATE_ALL, TRANSLATE_AND_DENOISE = (
+    seqio.MixtureRegistry.add(
+        name,
+        [translate.TASKS[direction].name for direction in translation.TRAINED if keep(direction)],
+        default_rate=present,
+        mixture_cls=Present,
+    )
+    for name, keep in (
+        ("translate_all", lambda direction: not translation.denoises(direction)),
+        ("translate_and_denoise", lambda direction: True),
+    )
 )

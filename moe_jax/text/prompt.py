@@ -7,7 +7,10 @@ The aligned layout is a confusion network over the words of the first hypothesis
 Stolcke, "Finding consensus in speech recognition" (2000), but with whole differing spans as alternatives, so
 that every hypothesis is still a path through it. One that has little in common with the first follows whole.
 The corrected text is written after `<fix>` and ends with end-of-text. Prompts in plain text, which pretrained models
-read, are in `templates.py`; `encode_example` takes the names of either.
+read, are in `templates.py`; `encode_example` takes the names of either, and one more for translation, whose one
+hypothesis is the source sentence, and whose tag says the language to write, after Johnson et al. (arXiv 1611.04558):
+
+    tagged:   <2de> where is the cat <fix>
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from moe_jax.text.tokeniser import ALT, CONTROLS, END_ALT, FIX, HYP, OR, SRC, To
 
 READ, WRITE = 1, 2  # roles of tokens; 0 is padding
 LAYOUTS = ("aligned", "list")
+TAGGED = "tagged"
 MIN_SIMILARITY = 0.5  # share of words in common, under which alternatives cost more tokens than they save
 
 # The grammar of prompts: which control token may be the last one before each.
@@ -134,12 +138,17 @@ def align(first: Words, others: Sequence[Words]) -> Strand:
 
 def check_layout(tokeniser: Tokeniser, layout: str) -> None:
     """Raises ValueError, in one line, for a layout that there is not, or that this tokeniser cannot write."""
-    if layout not in LAYOUTS:
+    if layout not in (*LAYOUTS, TAGGED):
         templates.check(tokeniser, layout)
     elif not isinstance(tokeniser, Unigram):
         raise ValueError(
             f"layout {layout!r} is written in control tokens of moe_jax's own tokeniser; "
             f"for a pretrained one choose a template: {', '.join(templates.TEMPLATES)}"
+        )
+    elif layout == TAGGED and not _tags(tokeniser):
+        raise ValueError(
+            f"layout {layout!r}: the tokeniser has no tags such as <2de>; "
+            "take translate.model, or train one with them (tasks/builders/translation_tokeniser.py)"
         )
 
 
@@ -162,8 +171,10 @@ def encode_example(
     correction is kept: 1.3 x the tokens of the first hypothesis + 16.
 
     Args:
-      layout: one of `LAYOUTS`, or a template (`templates.py`).
-      family: the task where it is known; only templates that say it ask.
+      layout: one of `LAYOUTS`, "tagged", or a template (`templates.py`).
+      family: the task where it is known: templates that say it ask, and "tagged", for a direction: "translate/en-de".
+
+    Raises ValueError, in one line, for a layout that cannot be written, or a direction without a tag.
     """
     check_layout(tokeniser, layout)
     first, hypotheses = hypotheses[:1], templates.fill(layout, hypotheses, max_hypotheses)
@@ -186,9 +197,27 @@ def encode_example(
 def _prompt(
     tokeniser: Tokeniser, hypotheses: Sequence[str], sources: Sequence[str], layout: str, family: str | None
 ) -> list[int]:
+    if isinstance(tokeniser, Unigram) and layout == TAGGED:
+        return [_tag(tokeniser, family), *tokeniser.encode(hypotheses[0]), FIX]
     if isinstance(tokeniser, Unigram) and layout in LAYOUTS:
         return Prompt.build(hypotheses, sources, layout).encode(tokeniser)
     return templates.encode(tokeniser, layout, hypotheses, sources, family)
+
+
+def _tags(tokeniser: Unigram) -> list[str]:
+    return [symbol for symbol in tokeniser.symbols if symbol.startswith("<2")]
+
+
+def _tag(tokeniser: Unigram, family: str | None) -> int:
+    """The token of the language that a direction ends in."""
+    direction = (family or "").partition("/")[2]
+    tag = tokeniser.control(f"<2{direction.partition('-')[2]}>")
+    if tag is None:
+        raise ValueError(
+            f"layout {TAGGED!r}: no tag for task {family!r}; name a direction, such as translate/en-de, "
+            f"into a language that the tokeniser has: {', '.join(_tags(tokeniser))}"
+        )
+    return tag
 
 
 def room_to_write(tokeniser: Tokeniser, first: str) -> int:

@@ -5,8 +5,9 @@ breaks, any script): the model normalises nothing, and what it has no piece for 
 `<unk>` never occurs. Each *word* carries its leading space, the first one too, so that a word has the same
 pieces wherever it stands, in a prompt or in a target.
 
-Ids: 0 padding, 1 end of text, 2 unknown (never produced), 3-8 the control tokens of `prompt.py`, 9-264 the
-bytes, then pieces. No text can spell a control token: "<hyp>" typed by a user is five characters of text.
+Ids: 0 padding, 1 end of text, 2 unknown (never produced), 3-8 the control tokens of `prompt.py`, then symbols of a
+tokeniser's own (such as "<2de>"), if any, 256 bytes, then pieces: without symbols the bytes are 9-264. No text can
+spell a control token or symbol: "<hyp>" typed by a user is five characters of text.
 """
 
 from __future__ import annotations
@@ -27,9 +28,8 @@ from safetensors import SafetensorError, safe_open
 PAD, EOS, UNK = 0, 1, 2
 CONTROLS = ("<hyp>", "<alt>", "<or>", "</alt>", "<src>", "<fix>")
 HYP, ALT, OR, END_ALT, SRC, FIX = range(3, 9)
-FIRST_BYTE = 9
+FIRST_BYTE = 9  # of a tokeniser without symbols
 _SPACE_MARK = "\u2581"  # SentencePiece's own spelling of a space; a literal one must go through bytes
-_SPACE_MARK_IDS = [FIRST_BYTE + byte for byte in _SPACE_MARK.encode()]
 
 
 class Tokeniser(abc.ABC):
@@ -128,7 +128,11 @@ def _of_checkpoint(path: Path) -> bytes | None:
 
 
 class Unigram(Tokeniser):
-    """Our own tokeniser, from the bytes of a SentencePiece model (see `train`)."""
+    """Our own tokeniser, from the bytes of a SentencePiece model (see `train`).
+
+    Attributes:
+      symbols: the tokens that it was given besides `CONTROLS`.
+    """
 
     def __init__(self, model: bytes, name: str = "the tokeniser model"):
         """Raises ValueError, in one line, if `model` is damaged or lacks the fixed special ids."""
@@ -137,11 +141,15 @@ class Unigram(Tokeniser):
             if not model:  # SentencePiece would wait for a model instead of refusing
                 raise RuntimeError("empty")
             self._sp = sentencepiece.SentencePieceProcessor(model_proto=model)
-            pieces = [self._sp.id_to_piece(i) for i in range(FIRST_BYTE + 1)]
+            self._first_byte = max(self._sp.piece_to_id("<0x00>"), FIRST_BYTE)
+            pieces = [self._sp.id_to_piece(i) for i in range(self._first_byte + 1)]
+            spelt = [i for i in range(FIRST_BYTE, self._first_byte) if not self._sp.is_control(i)]
         except (RuntimeError, IndexError, TypeError):
             raise ValueError(f"{name}: not a SentencePiece model, or a damaged one") from None
-        if pieces != ["<pad>", "</s>", "<unk>", *CONTROLS, "<0x00>"]:
-            raise ValueError(f"{name}: unexpected special ids {pieces}; train it with moe_jax.text")
+        self.symbols = tuple(pieces[FIRST_BYTE : self._first_byte])
+        if pieces != ["<pad>", "</s>", "<unk>", *CONTROLS, *self.symbols, "<0x00>"] or spelt:
+            raise ValueError(f"{name}: unexpected special ids {pieces[:20]}; train it with moe_jax.text")
+        self._space_mark = [self._first_byte + byte for byte in _SPACE_MARK.encode()]
 
     @property
     def vocab_size(self) -> int:
@@ -161,10 +169,13 @@ class Unigram(Tokeniser):
             first, *rest = (self._sp.encode(part.encode()) for part in spaced.split(_SPACE_MARK))
         except UnicodeEncodeError:
             raise ValueError(f"not valid Unicode text: {spaced[:60]!a}") from None
-        return first + [i for ids in rest for i in (*_SPACE_MARK_IDS, *ids)]
+        return first + [i for ids in rest for i in (*self._space_mark, *ids)]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._decode(ids).removeprefix(" ")
+
+    def control(self, name: str) -> int | None:
+        return FIRST_BYTE + self.symbols.index(name) if name in self.symbols else None
 
     def decode_words(self, ids: Iterable[int]) -> list[str]:
         """The inverse of `encode_words`."""
@@ -172,16 +183,17 @@ class Unigram(Tokeniser):
         return text.removeprefix(" ").split(" ") if text else []
 
     def _decode(self, ids: Iterable[int]) -> str:
-        return self._sp.decode([i for i in self._ids(ids) if i >= FIRST_BYTE])
+        return self._sp.decode([i for i in self._ids(ids) if i >= self._first_byte])
 
 
-def train(sentences: Iterable[str], vocab_size: int, seed: int = 0) -> Unigram:
+def train(sentences: Iterable[str], vocab_size: int, seed: int = 0, symbols: Sequence[str] = ()) -> Unigram:
     """Trains on `sentences`: deterministic, one thread. Raises ValueError if there is too little text.
 
     Args:
       sentences: texts; see `fair_sample` for a fair share of every language.
-      vocab_size: pieces in all, with the 9 special ids and the 256 bytes.
+      vocab_size: pieces in all, with the 9 special ids, the symbols and the 256 bytes.
       seed: of SentencePiece's own generator.
+      symbols: control tokens besides `CONTROLS`, which no text can spell: `control` gives their ids.
     """
     sentencepiece.set_random_generator_seed(seed)
     model = io.BytesIO()
@@ -202,7 +214,7 @@ def train(sentences: Iterable[str], vocab_size: int, seed: int = 0) -> Unigram:
             eos_id=EOS,
             unk_id=UNK,
             bos_id=-1,
-            control_symbols=list(CONTROLS),
+            control_symbols=[*CONTROLS, *symbols],
             max_sentence_length=1 << 20,  # the default of 4 KiB skips longer texts without a word
             num_threads=1,
             minloglevel=2,

@@ -1,0 +1,96 @@
+"""Languages and directions of translation, and the numbers that routers see. Without TensorFlow: runs read it too.
+
+The languages are English and eight others that share their text (see builders/parallel.py): German and Swedish;
+Spanish, Catalan, French and Italian; Russian and Czech. A direction is a task of its own, "translate/en-de"; one from a
+language into itself restores masked text. What is not trained on by default:
+
+    ZERO_SHOT   related (fr-ca) and unrelated languages (de-ru) that were never seen together, each seen with others
+    NEW         a language that comes later: the new task of an adapter
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import json
+import zlib
+from pathlib import Path
+from typing import Literal
+
+FAMILY = "translate"
+LANGUAGES = ("en", "de", "es", "ca", "fr", "it", "ru", "cs", "sv")  # append only
+FIRST_ID = 16
+DIRECTIONS = (  # append only: the place is the id
+    *("en-de", "en-es", "en-ca", "en-fr", "en-it", "en-ru", "en-cs"),
+    *("de-en", "es-en", "ca-en", "fr-en", "it-en", "ru-en", "cs-en"),
+    *("es-ca", "ca-es", "es-it", "it-es", "ru-cs", "cs-ru"),
+    *("fr-ca", "de-ru", "en-sv", "sv-en"),
+    *("en-en", "de-de", "es-es", "ca-ca", "fr-fr", "it-it", "ru-ru", "cs-cs", "sv-sv"),
+)
+ZERO_SHOT = ("fr-ca", "de-ru")
+NEW = ("en-sv", "sv-en", "sv-sv")
+TRAINED = tuple(direction for direction in DIRECTIONS if direction not in (*ZERO_SHOT, *NEW))
+
+
+def languages(direction: str) -> tuple[str, str]:
+    """("en", "de") of "en-de"."""
+    source, _, target = direction.partition("-")
+    return source, target
+
+
+def denoises(direction: str) -> bool:
+    """Whether it restores masked text of one language."""
+    source, target = languages(direction)
+    return source == target
+
+
+def direction_ids() -> dict[str, int]:
+    """{"translate/en-de": 16, ...}: what `prepare.prepare.ids` takes."""
+    return {f"{FAMILY}/{direction}": number for number, direction in enumerate(DIRECTIONS, FIRST_ID)}
+
+
+def grouped(by: Literal["target", "source", "pair", "type"]) -> dict[int, int]:
+    """Task id -> number of its group, from 1, so that 0 is left to unknown tasks.
+
+    Tasks at the granularities of "Beyond Distillation: Task-level MoE" (arXiv 2110.03742), and by type: 1 translates,
+    2 denoises. A pair is a direction.
+
+    Raises ValueError for another granularity.
+    """
+    numbers = {language: number for number, language in enumerate(LANGUAGES, 1)}
+    groups = {
+        "target": [numbers[languages(direction)[1]] for direction in DIRECTIONS],
+        "source": [numbers[languages(direction)[0]] for direction in DIRECTIONS],
+        "pair": list(range(1, len(DIRECTIONS) + 1)),
+        "type": [1 + denoises(direction) for direction in DIRECTIONS],
+    }
+    if by not in groups:
+        raise ValueError(f"tasks cannot be grouped by {by!r}; choose {', '.join(groups)}")
+    return dict(zip(direction_ids().values(), groups[by], strict=True))
+
+
+@functools.lru_cache(maxsize=3)
+def read(path: Path, mtime: int = 0) -> list[tuple[int, dict[str, str]]]:
+    """Lines of a multi-parallel file and their numbers: {"en": "Press any key.", "de": ..., "set": ...}.
+
+    `mtime` makes the cache see a file that has changed. Raises ValueError, in one line, for a bad file or line.
+    """
+    found: list[tuple[int, dict[str, str]]] = []
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    found.append((number, _texts(line, f"{path}:{number}")))
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: cannot read ({error})") from None
+    return found
+
+
+def _texts(line: bytes, place: str) -> dict[str, str]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        raise ValueError(f"{place}: not JSON; write one JSON object a line") from None
+    if not isinstance(row, dict) or not all(isinstance(text, str) for text in row.values()):
+        raise ValueError(f'{place}: not an object of texts by language; write {{"en": "...", "de": "..."}}')
+    return row
