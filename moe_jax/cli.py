@@ -1,4 +1,4 @@
-"""`moe-jax`: correct a file, score test sets, run an experiment, merge, import and export models."""
+"""`moe-jax`: correct a file, score test sets, translate, run an experiment, merge, import and export models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from moe_jax import __version__, correct, launch, main, score
+from moe_jax import __version__, correct, launch, main, score, translate
 from moe_jax.formats import Record
 from moe_jax.merging import command
 
@@ -41,6 +41,7 @@ def entry(argv: Sequence[str] | None = None) -> int:
     bring.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they are)")
     bring.add_argument("--layout", default="instruct", help="how prompts are written (default: instruct)")
     bring.add_argument("--length", type=int, default=1024, help="tokens of prompt and correction (default: 1024)")
+    translate.add_arguments(commands.add_parser("translate", help="translate a file, a line at a time"))
     command.add_arguments(commands.add_parser("merge", help="merge models tuned from one base"))
     statistics = commands.add_parser("statistics", help="what merging by fisher or regmean needs to know of a model")
     statistics.add_argument("--checkpoint", required=True, help="a run folder, or a safetensors file")
@@ -48,6 +49,10 @@ def entry(argv: Sequence[str] | None = None) -> int:
     statistics.add_argument("--kind", required=True, choices=("fisher", "gram"), help="gram: for regmean")
     statistics.add_argument("--rows", type=int, default=64, help="how many rows of it (default: 64)")
     statistics.add_argument("--output", required=True, help="the safetensors file to write")
+    part = commands.add_parser("subnetwork", help="the part of a model with routing by task that one task needs")
+    part.add_argument("--checkpoint", required=True, help="a run folder, or a safetensors file")
+    part.add_argument("--task", required=True, help="such as translate/en-de")
+    part.add_argument("--output", required=True, help="the safetensors file to write")
     args = parser.parse_args(main.rewritten(sys.argv[1:] if argv is None else argv))
     if args.command == "run":
         return main.start(args)
@@ -56,9 +61,10 @@ def entry(argv: Sequence[str] | None = None) -> int:
             return correct.main(args, _load)
         if args.command == "score":
             return score.main(args, scored)
-        if args.command == "merge":
-            return command.main(args)
-        return {"export": _export, "import": _import, "statistics": _statistics}[args.command](args)
+        if args.command in ("merge", "translate"):
+            return {"merge": command.main, "translate": translate.main}[args.command](args)
+        others = {"export": _export, "import": _import, "statistics": _statistics, "subnetwork": _subnetwork}
+        return others[args.command](args)
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
@@ -134,6 +140,16 @@ def _statistics(args: argparse.Namespace) -> int:
 
     table = statistics.gather(args.checkpoint, args.data, args.kind, args.output, rows=args.rows)
     print(f"{args.output}: {args.kind} statistics of {len(table)} arrays")
+    return 0
+
+
+def _subnetwork(args: argparse.Namespace) -> int:
+    from moe_jax import checkpoint, subnetwork, tree
+
+    table, meta = checkpoint.read_safetensors(args.checkpoint)
+    small, about = subnetwork.extract(table, meta, args.task)
+    checkpoint.write_safetensors(args.output, small, about)
+    print(f"{args.output}: {tree.count(small) / 1e6:.2f} M of {tree.count(table) / 1e6:.2f} M parameters")
     return 0
 
 

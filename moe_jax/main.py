@@ -66,6 +66,17 @@ def corpus(split: str, families: Sequence[str] = ("asr", "ocr", "mt", "gec")) ->
     return [str(Path(folder) / name) if folder else shipped(name) for name in names]
 
 
+def parallel(split: str, directions: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
+    """direction -> sentences and their references, of the embedded parallel text; MOE_JAX_DATA as in `corpus`."""
+    from moe_jax.tasks import translation
+
+    folder = os.environ.get("MOE_JAX_DATA")
+    name = f"translate.{split}.jsonl.gz"
+    rows = [row for _, row in translation.read(Path(folder) / name if folder else Path(shipped(name)))]
+    ends = {direction: translation.languages(direction) for direction in directions}
+    return {d: [(row[a], row[b]) for row in rows if a in row and b in row] for d, (a, b) in ends.items()}
+
+
 def own_corpus(folder: str, split: str) -> list[str]:
     """The file of a split in a user's folder. Raises ValueError where there is none."""
     from moe_jax import formats

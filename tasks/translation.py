@@ -32,6 +32,11 @@ NEW = ("en-sv", "sv-en", "sv-sv")
 TRAINED = tuple(direction for direction in DIRECTIONS if direction not in (*ZERO_SHOT, *NEW))
 
 
+def tested() -> list[str]:
+    """The directions that are scored: those that are trained, and those that never are."""
+    return [direction for direction in (*TRAINED, *ZERO_SHOT) if not denoises(direction)]
+
+
 def languages(direction: str) -> tuple[str, str]:
     """("en", "de") of "en-de"."""
     source, _, target = direction.partition("-")
@@ -67,6 +72,11 @@ def grouped(by: Literal["target", "source", "pair", "type"]) -> dict[int, int]:
     if by not in groups:
         raise ValueError(f"tasks cannot be grouped by {by!r}; choose {', '.join(groups)}")
     return dict(zip(direction_ids().values(), groups[by], strict=True))
+
+
+def own_adapter() -> dict[int, int]:
+    """Task id -> the expert of its own: what `ByTask` takes for static adapters."""
+    return {number: place for place, number in enumerate(direction_ids().values())}
 
 
 @functools.lru_cache(maxsize=3)

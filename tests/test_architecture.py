@@ -28,8 +28,8 @@ models
 programs sampling quantise
 describe decode profile
 lanes
-pipeline interop
-train evaluate merging seqio_data
+pipeline interop subnetwork
+train evaluate merging seqio_data translate
 branches
 prepare main
 cli

@@ -11,7 +11,7 @@ import optax
 import pytest
 import tiny
 
-from moe_jax import data, decode, describe, train, tree
+from moe_jax import data, decode, describe, optim, subnetwork, train, tree
 from moe_jax.adapters import Adapters
 from moe_jax.layers.attention import Attention, CrossAttention
 from moe_jax.layers.ffn import DenseFfn
@@ -211,7 +211,7 @@ def test_two_kinds_of_layers_lie_where_they_are_asked_for():
     with pytest.raises(ValueError, match="every=2"):
         model("dense", every=2)
     with pytest.raises(ValueError, match="as many experts"):
-        model("dense", encoder_ffn=moe(task_routers.Router))
+        model("dense", encoder_ffn=moe(task_routers.Router)).loss(batch())
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
@@ -258,10 +258,11 @@ def test_adapters_begin_as_nothing(name):
     np.testing.assert_allclose(network.loss(b)[0], without.loss(b)[0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("optimizer", [optax.adam(1e-2), optim.muon_adam(lambda step: 0.02, weight_decay=0.0)])
 @pytest.mark.parametrize(
     ("name", "full"), [("static adapters", r"/adapter/experts/"), ("dynamic adapters", r"/adapter/router/gate$")]
 )
-def test_a_new_task_leaves_the_old_ones_to_the_bit(name, full):
+def test_a_new_task_leaves_the_old_ones_to_the_bit(name, full, optimizer):
     """Task 4 is trained alone, with only its adapter, or only its row of the gate: tasks 1 to 3 answer as before."""
     network = model(name)
     if name == "dynamic adapters":  # adapters that have learnt something
@@ -273,7 +274,6 @@ def test_a_new_task_leaves_the_old_ones_to_the_bit(name, full):
     new = dataclasses.replace(
         b := batch(), info=of_task(b.info, 4), source=dataclasses.replace(b.source, info=of_task(b.source.info, 4))
     )
-    optimizer = optax.adam(1e-2)
     step = train.make_step(network, optimizer, seed=0, micro=1, dtype="float32", max_targets=14, adapters=adapters)
     own = {p: jnp.array(x) for p, x in moving.items()}
     opt = optimizer.init(own)
@@ -302,3 +302,31 @@ def test_balance_moves_the_routers_of_both_sides():
     moved = network.after_step(metrics["stats"])
     for side in (moved.encoder, moved.decoder):
         assert np.abs(side.ffn.router.bias[...]).max() > 0
+
+
+@pytest.mark.parametrize("name", ["task-level by target", "static adapters", "dynamic adapters"])
+def test_the_part_that_a_task_needs_computes_what_the_whole_does(name):
+    network, b = model(name), batch()
+    table = {p: x + 0.3 * jax.random.normal(KEY, x.shape) for p, x in tree.flatten(network).items()}
+    whole = tree.unflatten(network, table)
+    meta = {
+        "model": json.loads(json.dumps(describe.describe(network))),
+        "families": {f"translate/{i}": i for i in range(1, 5)},
+    }
+    for task in (1, 3):
+        small, about = subnetwork.extract(table, meta, f"translate/{task}")
+        part = tree.unflatten(describe.abstract(about["model"]), {p: jnp.asarray(x) for p, x in small.items()})
+        assert tree.count(small) < tree.count(table)
+        mine = dataclasses.replace(
+            b, info=of_task(b.info, task), source=dataclasses.replace(b.source, info=of_task(b.source.info, task))
+        )
+        np.testing.assert_allclose(per_token(part, mine), per_token(whole, mine), atol=1e-4)
+    with pytest.raises(ValueError, match="unknown task"):
+        subnetwork.extract(table, meta, "translate/9")
+
+
+def test_where_no_router_goes_by_tasks_there_is_no_part():
+    network = model("top-k")
+    meta = {"model": describe.describe(network), "families": {"translate/1": 1}}
+    with pytest.raises(ValueError, match="no router of this model goes by tasks"):
+        subnetwork.extract(tree.flatten(network), meta, "translate/1")

@@ -155,7 +155,7 @@ class Translator(Module):
     vocab: size of the vocabulary that both languages share; the embedding is tied to the output.
     encoder_layers, decoder_layers: numbers of blocks.
     attention, cross, ffn: configured classes, called with (d, rngs=...).
-    encoder_ffn: the encoder's, where it is another than the decoder's `ffn`; of as many experts.
+    encoder_ffn: the encoder's, where it is another than the decoder's `ffn`; to train, of as many experts.
     every: `ffn` is in every such layer, from the last backwards; the others have `dense`.
     dense: the feed-forward layer of the others.
     adapter: a layer besides in every block (task adapters: `MoeFfn` of `experts.Bottleneck` behind a task router).
@@ -203,8 +203,6 @@ class Translator(Module):
             router = getattr(part.ffn, "router", None)
             if part is self.decoder and not getattr(router, "causal", True):
                 raise ValueError(f"{type(router).__name__} looks at the whole row: a decoder would see its future")
-        if _experts(self.encoder.ffn) != _experts(self.decoder.ffn):
-            raise ValueError("encoder_ffn and ffn must both be dense, or have as many experts")
         self.auxiliary = tuple(sorted(dict(auxiliary).items()))
         self.remat, self.unroll = remat, unroll
 
@@ -296,6 +294,8 @@ class Translator(Module):
             "weight_T": jnp.zeros(MAX_TASKS).at[task].add(weights),
             "tokens": batch.info.valid_BxL.sum() + batch.source.info.valid_BxL.sum(),
         }
+        if _experts(self.encoder.ffn) != _experts(self.decoder.ffn):
+            raise ValueError("to train, encoder_ffn and ffn must both be dense, or have as many experts")
         if stats[0] is not None:
             both = stack.joined([read_stats[0], stats[0]])
             extra, values = losses.auxiliary(both, dict(self.auxiliary))

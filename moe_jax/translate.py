@@ -1,0 +1,270 @@
+"""Translate lines: `moe-jax translate`, and the scores of a translator by direction.
+
+One line in, one line out, in the same order; an empty line stays empty. Lines that are longer than the model reads are
+translated in pieces, or refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from moe_jax import checkpoint, decode, describe, tree
+from moe_jax.data import Pairs
+from moe_jax.metrics import language, translation
+from moe_jax.partfile import write_text
+from moe_jax.report.atlas import told_apart
+from moe_jax.text.prompt import check_layout, encode_example
+from moe_jax.text.tokeniser import Tokeniser
+
+FAMILY = "translate"
+SENTENCE = re.compile(r"(?<=[.!?…;:])\s+")
+Sides = Mapping[str, Sequence[tuple[str, str]]]  # direction -> sentences and their references
+
+
+@dataclasses.dataclass
+class Translate:
+    """A model ready to translate.
+
+    Attributes:
+      tasks: task -> its number; the directions are those named "translate/de-en".
+      length: tokens of a source and its translation that the model was made for.
+      beams, alpha: of the search and of its length penalty.
+    """
+
+    model: Any
+    tokeniser: Tokeniser
+    tasks: Mapping[str, int]
+    layout: str
+    length: int
+    beams: int = 4
+    alpha: float = 0.6
+    batch_size: int = 32
+
+    @classmethod
+    def load(cls, path: str | Path, **options: Any) -> Translate:
+        """From a run folder or a safetensors file. Raises CheckpointError, in one line, for what is no translator."""
+        params, meta = checkpoint.read_safetensors(path)
+        try:
+            tokeniser = Tokeniser.of_meta(meta)
+            if meta["model"]["class"] != "Translator":
+                raise ValueError(f"it is a {meta['model']['class']}; moe-jax correct is for those")
+            model = tree.unflatten(describe.abstract(meta["model"]), params)
+            check_layout(tokeniser, meta["layout"])
+            own = dict(meta["families"]), meta["layout"], int(meta["length"])
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise checkpoint.CheckpointError(f"{path}: cannot translate: {error}") from error
+        return cls(model, tokeniser, *own, **options)
+
+    @property
+    def directions(self) -> list[str]:
+        return [name.partition("/")[2] for name in self.tasks if name.startswith(f"{FAMILY}/")]
+
+    def task(self, direction: str) -> str:
+        """Its name. Raises ValueError for a direction that the model does not know."""
+        if direction not in self.directions:
+            raise ValueError(f"unknown direction {direction}; this model has {', '.join(self.directions)}")
+        return f"{FAMILY}/{direction}"
+
+    def __call__(
+        self, texts: Sequence[str], direction: str, *, split: bool = True, progress: bool = False
+    ) -> list[str]:
+        """The translation of each text.
+
+        Args:
+          split: translate in pieces what is too long. Otherwise, raises ValueError naming the first such line.
+        """
+        task = self.task(direction)
+        pieces: list[tuple[int, list[int]]] = []  # (line, prompt)
+        for line, text in enumerate(texts):
+            prompts = self._prompts(" ".join(text.split()), task)
+            if len(prompts) > 1 and not split:
+                raise ValueError(f"line {line + 1} has more than the {self.length} tokens of this model: split it")
+            pieces += [(line, prompt) for prompt in prompts]
+        order = sorted(range(len(pieces)), key=lambda i: len(pieces[i][1]))
+        written: dict[int, str] = {}
+        batches = range(0, len(order), self.batch_size)
+        for start in tqdm(batches, "translating", unit="batch", disable=None if progress else True):
+            mine = order[start : start + self.batch_size]
+            for i, text in zip(mine, self._written([pieces[i][1] for i in mine], task), strict=True):
+                written[i] = text
+        out: list[list[str]] = [[] for _ in texts]
+        for i, (line, _) in enumerate(pieces):
+            out[line].append(written[i])
+        return [" ".join(filter(None, parts)) for parts in out]
+
+    def _prompts(self, text: str, task: str) -> list[list[int]]:
+        """Of the text, or of parts of it that fit: halves at the end of a sentence, else between words."""
+        if not text:
+            return []
+        prompt = encode_example(self.tokeniser, [text], max_length=self.length, layout=self.layout, family=task)
+        if prompt is not None:
+            return [prompt.tokens]
+        for parts, joint in ((SENTENCE.split(text), " "), (text.split(" "), " "), (list(text), "")):
+            if len(parts) > 1:
+                half = _middle(parts)
+                return [p for some in (parts[:half], parts[half:]) for p in self._prompts(joint.join(some), task)]
+        raise ValueError(f"a single character is more than the {self.length} tokens of this model")
+
+    def _written(self, prompts: Sequence[list[int]], task: str) -> list[str]:
+        padded = [*prompts, *[prompts[-1]] * (self.batch_size - len(prompts))]  # one program for all batches
+        read = decode.prefill(self.model, padded, tasks=[self.tasks[task]] * len(padded))
+        limits = [min(2 * len(prompt) + 16, decode.ROOMS[-1]) for prompt in padded]
+        eos = self.tokeniser.eos
+        found = decode.search(self.model, read, beams=self.beams, max_new=limits, alpha=self.alpha, eos=eos)
+        return [self.tokeniser.decode(d.tokens) for d in found[: len(prompts)]]
+
+
+def _middle(parts: Sequence[str]) -> int:
+    """Where to cut parts in two halves of about the same number of characters, neither empty."""
+    ends = np.cumsum([len(part) for part in parts])
+    return int(np.clip(np.searchsorted(ends, ends[-1] / 2) + 1, 1, len(parts) - 1))
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    run_dir: str,
+    *,
+    test: Sides,
+    valid_data: str,
+    beams: int = 4,
+    lines: int | None = None,
+    about: Mapping[str, str] | None = None,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Translates test sentences, and writes into the run folder: scores.json, scores.md, translations.jsonl, and
+    routing.json (which experts, and adapters, each direction uses on `valid_data`). Returns the rows of the scores.
+
+    Args:
+      test: direction -> sentences and references, of which the first `lines` are taken (None: all).
+    """
+    folder = Path(run_dir)
+    pipeline = Translate.load(folder, beams=beams)
+    rows: list[dict[str, Any]] = []
+    kept: list[str] = []
+    measures = (translation.bleu(), translation.chrf())
+    for direction, pairs in tqdm(test.items(), "directions", disable=None if progress else True):
+        sources, references = (list(side) for side in zip(*list(pairs)[:lines], strict=True))
+        written = pipeline(sources, direction)
+        found: dict[str, tuple[float | None, str | None]] = {m.name: m.corpus(written, references) for m in measures}
+        asked = [direction.partition("-")[2]] * len(sources)
+        known = {code for pair in pipeline.directions for code in pair.split("-")}
+        off = language.off_target(written, references, asked, known)
+        found |= {"off-target": (off.rate, None), "references off-target": (off.reference_rate, None)}
+        about_it = {"task": direction, "lines": len(sources)}
+        rows += [{**about_it, "metric": m, "value": v, "signature": s} for m, (v, s) in found.items()]
+        texts = zip(sources, written, references, strict=True)
+        kept += [json.dumps([direction, *text], ensure_ascii=False) + "\n" for text in texts]
+    meta = {"beams": beams, "date": datetime.date.today().isoformat(), **(about or {})}
+    write_text(folder / "translations.jsonl", "".join(kept))
+    write_text(folder / "scores.json", json.dumps({"rows": rows, "meta": meta}, indent=1))
+    write_text(folder / "scores.md", to_markdown(rows))
+    write_text(folder / "routing.json", json.dumps(usage(pipeline, valid_data)))
+    print(to_markdown(rows))
+    return rows
+
+
+def to_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line a direction, a column a metric, rates in per cent."""
+    metrics = list(dict.fromkeys(row["metric"] for row in rows))
+    out = [f"| direction | lines | {' | '.join(metrics)} |", f"|---|--:|{'--:|' * len(metrics)}"]
+    for task in dict.fromkeys(row["task"] for row in rows):
+        mine = {row["metric"]: row for row in rows if row["task"] == task}
+        lines = next(iter(mine.values()))["lines"]
+        cells = (f"{100 * mine[m]['value']:.1f}" if m in mine and mine[m]["value"] is not None else "" for m in metrics)
+        out.append(f"| {task} | {lines} | {' | '.join(cells)} |")
+    return "\n".join(out) + "\n"
+
+
+def usage(pipeline: Translate, valid_data: str, batches: int = 16, batch_size: int = 16) -> dict[str, Any]:
+    """Which experts, and which adapters, each direction's tokens go to: part -> {tasks, load_NxTxE, told_apart_N}, for
+    layers N of the encoder and then of the decoder; nothing of dense parts."""
+    data, model = Pairs.open(valid_data), pipeline.model
+
+    @jax.jit
+    def step(model: Any, batch: Any) -> Any:
+        encoded, *read = model.encode(batch.source)
+        *_, stats, adapted = model.decode(batch.tokens_BxL, batch.info, (encoded, batch.source.info))
+        of = lambda pair: None if pair[0] is None else jnp.concatenate([s.task_load_TxE for s in pair])  # noqa: E731
+        return {"experts": of((read[0], stats)), "adapters": of((read[1], adapted))}
+
+    total: Any = None
+    for i in range(max(1, min(batches, data.rows // batch_size))):
+        found = step(model, data.batch(i, seed=0, batch_size=batch_size))
+        total = found if total is None else jax.tree.map(jnp.add, total, found)
+    names = {number: name.partition("/")[2] for name, number in data.meta["families"].items()}
+    out = {}
+    for part, load in total.items():
+        if load is None:
+            continue
+        load_NxTxE = np.asarray(load)
+        present = np.flatnonzero(load_NxTxE.sum((0, 2)))
+        share = load_NxTxE[:, present] / np.maximum(load_NxTxE[:, present].sum(-1, keepdims=True), 1)
+        apart = [told_apart(layer) for layer in share.tolist()]
+        out[part] = {"tasks": [names[t] for t in present], "load": share.tolist(), "told_apart": apart}
+    return out
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", required=True, help="a run folder, or a safetensors file")
+    parser.add_argument("--source-lang", required=True, metavar="LANG", help="of the input, such as de")
+    parser.add_argument("--target-lang", required=True, metavar="LANG", help="of the output, such as en")
+    parser.add_argument("--input", help="a text file, a sentence a line (default: standard input)")
+    parser.add_argument("--output", help="where to write (default: standard output)")
+    parser.add_argument("--reference", help="a text file of as many lines, to score against")
+    parser.add_argument("--beam", type=int, default=4, help="width of the search (default: 4)")
+    parser.add_argument("--long", choices=("split", "refuse"), default="split", help="lines beyond the model's length")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Raises ValueError, in one line, before anything is translated, for what cannot be."""
+    if args.output and Path(args.output).exists() and not args.overwrite:
+        raise ValueError(f"{args.output}: is there already; pass --overwrite to replace it")
+    lines = _lines(args.input)
+    references = _lines(args.reference) if args.reference else None
+    if references is not None and len(references) != len(lines):
+        raise ValueError(f"{args.reference} has {len(references)} lines, the input {len(lines)}: they must be pairs")
+    pipeline = Translate.load(args.checkpoint, beams=args.beam)
+    direction = f"{args.source_lang}-{args.target_lang}"
+    written = pipeline(lines, direction, split=args.long == "split", progress=True)
+    text = "".join(f"{line}\n" for line in written)
+    if args.output:
+        write_text(Path(args.output), text)
+    else:
+        sys.stdout.write(text)
+    if references is not None:
+        for metric in (translation.bleu(), translation.chrf()):
+            value, signature = metric.corpus(written, references)
+            print(f"{metric.name} {100 * value:.2f} ({signature})", file=sys.stderr)
+    return 0
+
+
+def _lines(path: str | None) -> list[str]:
+    name = path or "standard input"
+    try:
+        data = Path(path).read_bytes() if path else sys.stdin.buffer.read()
+        text = data.decode("utf-8")
+    except OSError as error:
+        raise ValueError(f"{name}: cannot read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{name}: line {line} is not UTF-8; convert it first") from None
+    return text.removesuffix("\n").split("\n") if text else []

@@ -1,0 +1,141 @@
+"""Translating files: order, long and empty lines, what is refused, and scores by direction."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from moe_jax import checkpoint, cli, describe, main, translate, tree
+from moe_jax.data import write_prepared
+from moe_jax.layers.param import Rngs
+from moe_jax.models.translator import Translator
+from moe_jax.packing import Packable
+from moe_jax.tasks import translation
+from moe_jax.text.tokeniser import Tokeniser
+from moe_jax.translate import Translate
+
+TASKS = {name: number for name, number in translation.direction_ids().items() if name[-5:] in ("en-de", "de-en")}
+
+
+@pytest.fixture(scope="module")
+def tokeniser() -> Tokeniser:
+    return Tokeniser.load(main.shipped("translate.model"))
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory, tokeniser) -> str:
+    """A tiny random translator of two directions, in a run folder."""
+    folder = tmp_path_factory.mktemp("run")
+    sizes = {"d": 16, "vocab": tokeniser.vocab_size, "encoder_layers": 1, "decoder_layers": 1}
+    model = Translator(**sizes, ffn=tiny.dense, rngs=Rngs(params=0))
+    meta = {"model": describe.describe(model), "families": TASKS, "layout": "tagged", "length": 64, **tokeniser.meta()}
+    checkpoint.write_safetensors(folder / "model.safetensors", tree.flatten(model), json.loads(json.dumps(meta)))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def pipeline(shipped) -> Translate:
+    return Translate.load(shipped, beams=2, batch_size=4)
+
+
+class Echo(Translate):
+    """Writes what it reads, so that order and pieces can be seen."""
+
+    def _written(self, prompts, task):
+        return [self.tokeniser.decode(prompt[1:-1]) for prompt in prompts]
+
+
+@pytest.fixture
+def echo(pipeline) -> Echo:
+    return Echo(pipeline.model, pipeline.tokeniser, pipeline.tasks, pipeline.layout, pipeline.length, batch_size=2)
+
+
+def test_one_line_in_one_line_out_in_order(echo):
+    lines = ["Press any key to go on.", "", "Yes.", "  spaces  around ", "A longer line about windows and menus."]
+    assert echo(lines, "en-de") == [lines[0], "", "Yes.", "spaces around", lines[4]]
+
+
+def test_what_is_too_long_is_translated_in_pieces_and_nothing_is_lost(echo):
+    long = " ".join(f"This is sentence number {i} of many." for i in range(20))
+    word = "x" * 300
+    found = echo([long, "Short.", word], "en-de")
+    assert found[0] == long and found[1] == "Short." and found[2].replace(" ", "") == word
+    with pytest.raises(ValueError, match="line 1 has more than the 64 tokens"):
+        echo([long], "en-de", split=False)
+
+
+def test_it_writes_text_the_same_in_any_batch(pipeline):
+    lines = ["Press any key.", "Yes.", "The window closes when you leave it."]
+    found = pipeline(lines, "en-de")
+    assert len(found) == 3
+    assert [pipeline([line], "en-de")[0] for line in lines] == found
+
+
+def test_the_task_reaches_the_model(pipeline, monkeypatch):
+    asked = []
+    prefill = translate.decode.prefill
+    monkeypatch.setattr(
+        translate.decode, "prefill", lambda m, p, tasks: asked.append(tasks) or prefill(m, p, tasks=tasks)
+    )
+    pipeline(["Yes."], "de-en")
+    assert set(asked[0]) == {TASKS["translate/de-en"]}
+
+
+def test_the_command(shipped, tmp_path, capsys, monkeypatch):
+    (tmp_path / "in.txt").write_text("Yes.\n\nNo.\n")
+    (tmp_path / "ref.txt").write_text("Ja.\n\nNein.\n")
+    where = ["--checkpoint", shipped, "--source-lang", "en", "--target-lang", "de", "--beam", "1"]
+    files = ["--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out.txt")]
+    assert cli.entry(["translate", *where, *files, "--reference", str(tmp_path / "ref.txt")]) == 0
+    out = (tmp_path / "out.txt").read_text()
+    assert out.count("\n") == 3 and out.split("\n")[1] == ""
+    assert "bleu" in (said := capsys.readouterr().err) and "nrefs:1" in said
+    assert cli.entry(["translate", *where, *files]) == 2
+    assert "pass --overwrite" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Yes.\n\nNo.\n")))
+    assert cli.entry(["translate", *where]) == 0
+    assert capsys.readouterr().out == out
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--target-lang", "fr"], "unknown direction en-fr; this model has en-de, de-en"),
+        (["--reference", "short.txt"], "has 1 lines, the input 2: they must be pairs"),
+        (["--input", "latin.txt"], "line 2 is not UTF-8"),
+        (["--input", "nowhere.txt"], "cannot read"),
+        (["--checkpoint", "nowhere"], "cannot be read as safetensors"),
+    ],
+)
+def test_what_cannot_be_translated_is_one_line(shipped, tmp_path, monkeypatch, capsys, change, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.txt").write_text("Yes.\nNo.\n")
+    (tmp_path / "short.txt").write_text("Ja.\n")
+    (tmp_path / "latin.txt").write_bytes("Yes.\nä\n".encode("latin-1"))
+    given = {"--checkpoint": shipped, "--source-lang": "en", "--target-lang": "de", "--input": "in.txt"}
+    given |= dict(zip(change[::2], change[1::2], strict=True))
+    assert cli.entry(["translate", "--output", "out.txt", *(x for pair in given.items() for x in pair)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert said in error.splitlines()[-1]
+    assert not (tmp_path / "out.txt").exists()
+
+
+def test_scores_and_usage_by_direction(shipped, tokeniser, tmp_path):
+    pytest.importorskip("py3langid")
+    rng = np.random.default_rng(0)
+    examples = [Packable(rng.integers(9, 300, 10).tolist(), [1] * 5 + [2] * 5, 16 + 7 * (i % 2)) for i in range(40)]
+    write_prepared(tmp_path / "valid", examples, length=32, tokeniser=tokeniser, families=TASKS)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "model.safetensors").write_bytes(Path(shipped, "model.safetensors").read_bytes())
+    test = main.parallel("test", ["en-de", "de-en"])
+    rows = translate.evaluate(str(run), test=test, valid_data=str(tmp_path / "valid"), beams=1, lines=3, progress=False)
+    assert {(r["task"], r["metric"]) for r in rows} >= {("en-de", "bleu"), ("de-en", "chrf"), ("en-de", "off-target")}
+    assert all(r["lines"] == 3 for r in rows)
+    kept = [json.loads(line) for line in (run / "translations.jsonl").read_text().splitlines()]
+    assert [k[0] for k in kept] == ["en-de"] * 3 + ["de-en"] * 3
+    assert [k[1] for k in kept[:3]] == [source for source, _ in test["en-de"][:3]]
+    assert json.loads((run / "routing.json").read_text()) == {}
