@@ -20,9 +20,10 @@ from moe_jax.tasks import families
 GIN = Path(main.GIN)
 RUNS = sorted(str(p.relative_to(GIN)) for folder in ("runs", "experiments") for p in (GIN / folder).rglob("*.gin"))
 PRETRAINED = [r for r in RUNS if r.startswith("experiments/smollm2/")]
-PARTS = ("runs/finetune.gin", "runs/branches.gin")  # which others include
+PARTS = ("runs/finetune.gin", "runs/branches.gin", "runs/translate.gin")  # which others include
 COMPLETE = [r for r in RUNS if r not in (*PARTS, *PRETRAINED)]
 GIVEN = {"runs/own.gin": ["FOLDER=/data/mine", "FAMILY=asr"], "runs/base_again.gin": ["BASE=runs/base"]}
+GIVEN |= {f"experiments/task_moe/new_{kind}.gin": ["BASE=runs/x"] for kind in ("static", "dynamic", "full")}
 ROUTERS = sorted(p.stem for p in (GIN / "routers").glob("*.gin") if p.stem != "moe")
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -1,0 +1,119 @@
+"""Train every arm of gin/experiments/task_moe for several seeds, and leave results/task_moe/table.json.
+
+    python -m benchmarks.task_moe --seeds 0 1 2
+
+BLEU and chrF by direction (sacreBLEU, signatures in the runs' scores.json), their means over groups of directions, and
+the share of outputs in another language than asked. Then the new language: its directions trained with their static
+adapters alone, with their rows of the dynamic adapters' gates alone, and with everything. What is finished is not run
+again, what was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_jax import partfile
+from moe_jax.metrics import significance, translation
+from moe_jax.tasks.translation import ZERO_SHOT, languages
+
+ROOT = Path(__file__).resolve().parents[1]
+ARMS = ("dense", "top_k", "task_gated", "task_level", "static_adapters", "dynamic_adapters")
+NEW = {"new_static": "static_adapters", "new_dynamic": "dynamic_adapters", "new_full": "static_adapters"}  # and of what
+AGAINST = ("dense", "top_k")  # what others are compared with
+
+
+def run(arm: str, seed: int) -> Path:
+    """The arm's run folder, trained and scored if it is not."""
+    folder = Path("runs/task_moe") / f"{arm}-{seed}"
+    if not (ROOT / folder / "scores.json").exists():
+        print(f"--- {arm}, seed {seed} -> {folder}", flush=True)
+        command = [sys.executable, "-m", "moe_jax.main", f"--gin_file=experiments/task_moe/{arm}.gin"]
+        command += [f"--gin.RUN_DIR={folder}", f"--gin.SEED={seed}"]
+        command += [f"--gin.BASE=runs/task_moe/{NEW[arm]}-{seed}"] if arm in NEW else []
+        if code := subprocess.run(command, cwd=ROOT).returncode:
+            sys.exit(code)
+    return ROOT / folder
+
+
+def group(direction: str) -> str:
+    source, target = languages(direction)
+    if direction in ZERO_SHOT:
+        return "zero-shot"
+    return "en-xx" if source == "en" else "xx-en" if target == "en" else "xx-yy"
+
+
+def rows_of(arm: str, seed: int, folder: Path) -> list[dict[str, Any]]:
+    """By direction, and the means of groups."""
+    found = json.loads((folder / "scores.json").read_text("utf-8"))["rows"]
+    nothing = {"ci95": None, "p_value": None}
+    about = {"arm": arm, "seed": seed, "set": "test"}
+    rows = [{**about, "task": r["task"], "metric": r["metric"], "value": r["value"], **nothing} for r in found]
+    for metric in ("bleu", "chrf", "off-target", "references off-target"):
+        mine = [(group(r["task"]), r["value"]) for r in found if r["metric"] == metric and r["value"] is not None]
+        for name in dict.fromkeys(g for g, _ in mine):
+            mean = float(np.mean([v for g, v in mine if g == name]))
+            rows.append({**about, "task": name, "metric": metric, "value": mean, **nothing})
+    return rows
+
+
+def comparisons(folders: dict[tuple[str, int], Path], seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Each arm against those of `AGAINST` by chrF of the same lines: all trained directions' lines, all seeds'."""
+    metric = translation.chrf()
+    found: dict[str, np.ndarray] = {}
+    for arm in dict.fromkeys(arm for arm, _ in folders):
+        lines = [
+            json.loads(line)
+            for seed in seeds
+            for line in (folders[arm, seed] / "translations.jsonl").read_text("utf-8").splitlines()
+        ]
+        lines = [line for line in lines if line[0] not in ZERO_SHOT]
+        found[arm] = metric.statistics([line[2] for line in lines], [line[3] for line in lines])
+    out = []
+    for against in AGAINST:
+        for arm in found:
+            if arm == against or found[arm].shape != found[against].shape:
+                continue
+            change = significance.compare(found[against], found[arm], metric.score)
+            about = {
+                "arm": arm,
+                "against": against,
+                "seeds": list(seeds),
+                "task": "trained directions",
+                "metric": "chrf",
+            }
+            numbers = {"relative_change": change.relative_change, "ci95": change.ci95, "p_value": change.p_value}
+            out.append(about | numbers)
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", default=[*ARMS, *NEW])
+    args = parser.parse_args()
+    folders: dict[tuple[str, int], Path] = {}
+    for n, seed in enumerate(args.seeds, 1):
+        folders |= {(arm, seed): run(arm, seed) for arm in args.arms}
+        done = args.seeds[:n]
+        rows = [row for (arm, s), folder in folders.items() for row in rows_of(arm, s, folder)]
+        told = {key: folder for key, folder in folders.items() if key[0] not in NEW}
+        command = f"python -m benchmarks.task_moe --seeds {' '.join(map(str, done))}"
+        meta = {"split": "test", "date": datetime.date.today().isoformat(), "command": command}
+        table = {"experiment": "task_moe", "meta": meta, "rows": rows, "comparisons": comparisons(told, done)}
+        output = ROOT / "results" / "task_moe" / "table.json"
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partfile.write_text(output, json.dumps(table, indent=1) + "\n")
+        print(f"{output} holds seeds {done}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
