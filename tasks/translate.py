@@ -45,7 +45,7 @@ class Parallel(correction.JsonLines):
 @functools.lru_cache(maxsize=3 * len(DIRECTIONS))
 def _lines(path: Path, mtime: int, direction: str) -> tuple[list[bytes], list[int]]:
     source, target = languages(direction)
-    rows = [(number, row) for number, row in read(path, mtime) if source in row and target in row]
+    rows = [(number, row) for number, row in read(path) if source in row and target in row]
     lines = [_line(direction, row[source], row[target]) for _, row in rows]
     return lines, [number for number, _ in rows]
 
