@@ -35,9 +35,6 @@ class Parallel(correction.JsonLines):
         super().__init__(f"{FAMILY}/{direction}", correction.data_folder, f"{FAMILY}.")
         self._direction = direction
 
-    def has(self, split: str) -> bool:
-        return super().has(split) and self.num_input_examples(split) > 0
-
     def listed(self, path: Path) -> tuple[list[bytes], list[int]]:
         return _lines(path, path.stat().st_mtime_ns, self._direction)
 
