@@ -23,10 +23,6 @@ def half(task: seqio.Task) -> float:
     return by_size(task) / 2 if task.source.has("train") else 0.0
 
 
-def present(task: seqio.Task) -> float:
-    return by_size(task) if task.source.has("train") else 0.0
-
-
 RIGHT = [(module.RIGHT.name, half) for module in (asr, ocr, gec)]
 
 
@@ -45,7 +41,7 @@ CORRECT_ALL = seqio.MixtureRegistry.add(
 CORRECT_FIVE = seqio.MixtureRegistry.add(
     "correct_five",
     [*(task.TASK.name for task in (asr, ocr, mt, gec, tn, itn)), *RIGHT],
-    default_rate=present,
+    default_rate=lambda task: by_size(task) if task.source.has("train") else 0.0,
     mixture_cls=Present,
 )
 
@@ -55,15 +51,14 @@ CORRECT_BASE = seqio.MixtureRegistry.add(
     "correct_base", [(module.TASK.name, rate) for module, rate in BASE_RATES.items()]
 )
 
-TRANSLATE_ALL, TRANSLATE_AND_DENOISE = (
-    seqio.MixtureRegistry.add(
-        name,
-        [translate.TASKS[direction].name for direction in translation.TRAINED if keep(direction)],
-        default_rate=present,
-        mixture_cls=Present,
-    )
-    for name, keep in (
-        ("translate_all", lambda direction: not translation.denoises(direction)),
-        ("translate_and_denoise", lambda direction: True),
-    )
+TRANSLATE_AND_DENOISE = seqio.MixtureRegistry.add(
+    "translate_and_denoise",
+    [translate.TASKS[direction].name for direction in translation.TRAINED],
+    default_rate=by_size,
+)
+
+TRANSLATE_ALL = seqio.MixtureRegistry.add(
+    "translate_all",
+    [translate.TASKS[direction].name for direction in translation.TRAINED if not translation.denoises(direction)],
+    default_rate=by_size,
 )

@@ -35,9 +35,6 @@ class Parallel(correction.JsonLines):
         super().__init__(f"{FAMILY}/{direction}", correction.data_folder, f"{FAMILY}.")
         self._direction = direction
 
-    def has(self, split: str) -> bool:
-        return super().has(split) and self.num_input_examples(split) > 0
-
     def listed(self, path: Path) -> tuple[list[bytes], list[int]]:
         return _lines(path, path.stat().st_mtime_ns, self._direction)
 
@@ -45,7 +42,7 @@ class Parallel(correction.JsonLines):
 @functools.lru_cache(maxsize=3 * len(DIRECTIONS))
 def _lines(path: Path, mtime: int, direction: str) -> tuple[list[bytes], list[int]]:
     source, target = languages(direction)
-    rows = [(number, row) for number, row in read(path, mtime) if source in row and target in row]
+    rows = [(number, row) for number, row in read(path) if source in row and target in row]
     lines = [_line(direction, row[source], row[target]) for _, row in rows]
     return lines, [number for number, _ in rows]
 

@@ -79,21 +79,22 @@ def own_adapter() -> dict[int, int]:
     return {number: place for place, number in enumerate(direction_ids().values())}
 
 
-@functools.lru_cache(maxsize=3)
-def read(path: Path, mtime: int = 0) -> list[tuple[int, dict[str, str]]]:
-    """Lines of a multi-parallel file and their numbers: {"en": "Press any key.", "de": ..., "set": ...}.
+def read(path: Path) -> list[tuple[int, dict[str, str]]]:
+    """Lines of a multi-parallel file, {"en": "Press any key.", "de": ..., "set": ...}, and their numbers.
 
-    `mtime` makes the cache see a file that has changed. Raises ValueError, in one line, for a bad file or line.
+    Raises ValueError, in one line, for a bad file or line.
     """
-    found: list[tuple[int, dict[str, str]]] = []
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    found.append((number, _texts(line, f"{path}:{number}")))
+        return _read(path, path.stat().st_mtime_ns)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: cannot read ({error})") from None
-    return found
+
+
+@functools.lru_cache(maxsize=3)
+def _read(path: Path, mtime: int) -> list[tuple[int, dict[str, str]]]:
+    """`mtime` makes the cache see a file that has changed."""
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        return [(n, _texts(line, f"{path}:{n}")) for n, line in enumerate(file, 1) if line.strip()]
 
 
 def _texts(line: bytes, place: str) -> dict[str, str]:

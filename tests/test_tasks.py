@@ -116,14 +116,14 @@ def test_a_data_set_may_be_a_task_of_its_own(tmp_path, capsys):
     rows = [row("a b"), row("c d", source_set="two"), row("e f", source_set="two"), {**row("g h"), "source_set": None}]
     write(tmp_path / "train.jsonl", rows)
     correction.register_jsonl_task("test_by_set", "asr", tmp_path)
-    ids = {"asr": 9, "asr/two": 40}
+    ids = {"asr": 15, "asr/two": 40}
     settings: dict[str, Any] = {"mixture": "test_by_set", "tokeniser": main.shipped("tokeniser.model"), "passes": 1}
     prepare.prepare(str(tmp_path / "p"), ids=ids, **settings)
     prepare.prepare(str(tmp_path / "p"), ids=ids, **settings)  # what is there is what was asked for
     prepared = Prepared.open(tmp_path / "p")
     assert prepared.meta["families"] == FAMILIES | ids
     assert {name: tally["examples"] for name, tally in prepared.meta["tasks"].items()} == {"asr": 2, "asr/two": 2}
-    assert set(prepared.columns["tasks"][prepared.columns["segments"] > 0].tolist()) == {9, 40}
+    assert set(prepared.columns["tasks"][prepared.columns["segments"] > 0].tolist()) == {15, 40}
     assert "asr/two            2  50.0%       ?" in " ".join(capsys.readouterr().err.split("\n"))
     refused("was prepared with ids=", prepare.prepare, str(tmp_path / "p"), **settings)
     assert {text_of(e): e.task for e in drawn("test_by_set")} == dict.fromkeys(("a b", "c d", "e f", "g h"), 1)
@@ -132,10 +132,10 @@ def test_a_data_set_may_be_a_task_of_its_own(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        ({"asl/one": 9}, "unknown task family 'asl'"),
+        ({"asl/one": 16}, "unknown task family 'asl'"),
         ({"asr": 0}, "give it one of 1 to"),
         ({"asr/one": MAX_FAMILIES}, "give it one of 1 to"),
-        ({"asr/one": 9.0}, "give it one of 1 to"),
+        ({"asr/one": 16.0}, "give it one of 1 to"),
         ({"asr/one": 2}, "'ocr' and 'asr/one' have the same id 2"),
     ],
 )

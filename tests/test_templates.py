@@ -118,7 +118,7 @@ def test_the_task_is_said_only_when_asked_for(pretrained):
 
     assert ids("chatml", "asr") == ids("chatml", None) == ids("chatml+task", None) == ids("chatml+task", "denoise")
     assert len({tuple(ids("chatml+task", family)) for family in templates.INSTRUCTIONS}) == len(templates.INSTRUCTIONS)
-    assert {*templates.INSTRUCTIONS} == {*FAMILIES} - {"denoise"}
+    assert {*templates.INSTRUCTIONS} == {*FAMILIES} - {"denoise", "translate"}
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,11 @@ def test_layouts_that_a_tokeniser_cannot_write_are_refused(pretrained):
         (pretrained, "aligned", "choose a template: instruct, chatml, alpaca, h2t"),
         (pretrained, "list", "own tokeniser"),
         (own(), "chatml", "no token <|im_start|>; choose instruct, alpaca, h2t"),
-        (own(), "instrukt", "unknown prompt layout 'instrukt'; known: aligned, list, and the templates instruct"),
+        (
+            own(),
+            "instrukt",
+            "unknown prompt layout 'instrukt'; known: aligned, list, tagged, and the templates instruct",
+        ),
         (own(), "instruct+tsk", r"each with \+task and \+pad"),
     ]:
         with pytest.raises(ValueError, match=message.replace("|", r"\|")) as error:
