@@ -26,6 +26,7 @@ from moe_jax.data import Pairs
 from moe_jax.metrics import language, translation
 from moe_jax.partfile import write_text
 from moe_jax.report.atlas import told_apart
+from moe_jax.report.heatmap import heat_maps
 from moe_jax.text.prompt import check_layout, encode_example
 from moe_jax.text.tokeniser import Tokeniser
 
@@ -147,7 +148,8 @@ def evaluate(
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Translates test sentences, and writes into the run folder: scores.json, scores.md, translations.jsonl, and
-    routing.json (which experts, and adapters, each direction uses on `valid_data`). Returns the rows of the scores.
+    routing.json and routing.svg (which experts, and adapters, each direction uses on `valid_data`). Returns the rows of
+    the scores.
 
     Args:
       test: direction -> sentences and references, of which the first `lines` are taken (None: all).
@@ -173,7 +175,10 @@ def evaluate(
     write_text(folder / "translations.jsonl", "".join(kept))
     write_text(folder / "scores.json", json.dumps({"rows": rows, "meta": meta}, indent=1))
     write_text(folder / "scores.md", to_markdown(rows))
-    write_text(folder / "routing.json", json.dumps(usage(pipeline, valid_data)))
+    used = usage(pipeline, valid_data)
+    write_text(folder / "routing.json", json.dumps(used))
+    if used:
+        write_text(folder / "routing.svg", heat_maps(used))
     print(to_markdown(rows))
     return rows
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from moe_jax.layers.param import Rngs
 from moe_jax.models.translator import Translator
 from moe_jax.packing import Packable
 from moe_jax.tasks import translation
+from moe_jax.report.heatmap import heat_maps
 from moe_jax.text.tokeniser import Tokeniser
 from moe_jax.translate import Translate
 
@@ -139,3 +141,11 @@ def test_scores_and_usage_by_direction(shipped, tokeniser, tmp_path):
     assert [k[0] for k in kept] == ["en-de"] * 3 + ["de-en"] * 3
     assert [k[1] for k in kept[:3]] == [source for source, _ in test["en-de"][:3]]
     assert json.loads((run / "routing.json").read_text()) == {}
+
+
+def test_heat_maps_show_every_share_and_nothing_of_a_name_is_markup():
+    load = [[[0.25, 0.75], [1.0, 0.0]], [[0.5, 0.5], [0.0, 1.0]]]
+    drawn = heat_maps({"experts": {"tasks": ["en-de", "<b>"], "load": load, "told_apart": [0.1, 0.9]}})
+    root = ET.fromstring(drawn)
+    titles = [t.text for t in root.iter("{http://www.w3.org/2000/svg}title")]
+    assert len(titles) == 8 and "en-de, 1: 75.0 %" in titles and "<b>, 0: 100.0 %" in titles

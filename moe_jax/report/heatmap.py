@@ -1,0 +1,48 @@
+"""A drawing of who uses which experts: an SVG file of its own, a panel a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from markupsafe import Markup, escape
+
+CELL, GAP, NAMES, HEAD = 16, 24, 64, 56
+
+
+def heat_maps(parts: dict[str, dict[str, Any]]) -> str:
+    """SVG of `{"experts": {"tasks": [...], "load": shares_NxTxE, "told_apart": [...]}, ...}`: one row of panels a part,
+    in each a row a task and a column an expert, the darker the larger the share of the task's tokens. Hover for it."""
+    drawn, y, width = Markup(""), 0, 0
+    for part, found in parts.items():
+        x = NAMES
+        for layer, (load, apart) in enumerate(zip(found["load"], found["told_apart"], strict=True)):
+            names = found["tasks"] if layer == 0 else None
+            drawn += _panel(x, y, f"{part}, layer {layer}", apart, load, names, found["tasks"])
+            x += CELL * len(load[0]) + GAP
+        width, y = max(width, x), y + HEAD + CELL * len(found["tasks"]) + GAP
+    return str(
+        Markup(
+            '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {0} {1}" width="{0}" height="{1}" '
+            'font-family="sans-serif" font-size="11"><rect width="{0}" height="{1}" fill="#fff"/>{2}</svg>\n'
+        ).format(width, max(y, 1), drawn)
+    )
+
+
+def _panel(
+    x: int, y: int, title: str, apart: float, load: Sequence[Sequence[float]], names: Sequence[str] | None, tasks: Any
+) -> Markup:
+    text = Markup('<text x="{}" y="{}" {}>{}</text>')
+    out = text.format(x, y + 16, "", title) + text.format(x, y + 30, Markup('fill="#666"'), f"told apart {apart:.2f}")
+    for e in range(len(load[0])):
+        out += text.format(x + CELL * e + CELL // 2, y + HEAD - 6, Markup('text-anchor="middle" fill="#666"'), e)
+    for row, (task, shares) in enumerate(zip(tasks, load, strict=True)):
+        top = y + HEAD + CELL * row
+        if names:
+            out += text.format(x - 6, top + 12, Markup('text-anchor="end"'), names[row])
+        for e, share in enumerate(shares):
+            out += Markup(
+                '<rect x="{}" y="{}" width="{}" height="{}" fill="#1f4e79" fill-opacity="{:.3f}" stroke="#ddd">'
+                "<title>{}</title></rect>"
+            ).format(x + CELL * e, top, CELL, CELL, share, escape(f"{task}, {e}: {100 * share:.1f} %"))
+    return out
