@@ -14,8 +14,8 @@ from moe_jax.data import write_prepared
 from moe_jax.layers.param import Rngs
 from moe_jax.models.translator import Translator
 from moe_jax.packing import Packable
-from moe_jax.tasks import translation
 from moe_jax.report.heatmap import heat_maps
+from moe_jax.tasks import translation
 from moe_jax.text.tokeniser import Tokeniser
 from moe_jax.translate import Translate
 
