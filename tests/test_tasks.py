@@ -206,6 +206,18 @@ def test_what_cannot_be_collected_leaves_nothing(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ["a.train.jsonl"]
 
 
+def test_a_full_disk_says_which_folder(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")  # a write knows no name
+
+    monkeypatch.setattr(gzip.GzipFile, "write", full)
+    files = write(tmp_path / "x.train.jsonl", [row("a")])
+    monkeypatch.setattr("sys.argv", ["collect", str(files), "--output", str(tmp_path / "corpus")])
+    with pytest.raises(SystemExit, match=rf"{tmp_path / 'corpus'}: No space left"):
+        collect.main()
+    assert not (tmp_path / "corpus").exists()
+
+
 def test_the_mixture_of_five_goes_without_families_that_have_no_file(tmp_path, monkeypatch):
     for family in ("asr", "ocr", "mt", "gec"):
         write(tmp_path / f"{family}.train.jsonl.gz", [row(f"{family} one", family)])
