@@ -1,5 +1,6 @@
 """Tasks of the user's own: other files, TFDS, ids by data set, files of many tasks, other tokenisers."""
 
+import errno
 import gzip
 import json
 from pathlib import Path
@@ -151,7 +152,7 @@ def test_ids_of_the_shipped_example_name_its_data_sets(tmp_path):
         'include "data/by_set.gin"\nmain.run.jobs = [@train_data/prepare.prepare]\n'
     )
     main.load([str(tmp_path / "x.gin")], [])
-    ids = gin.query_parameter("prepare.prepare.ids")
+    ids = gin.query_parameter("%IDS")
     with gzip.open(correction.PACKAGED / "asr.train.jsonl.gz", "rt", encoding="utf-8") as file:
         assert {f"asr/{json.loads(line)['source_set']}" for line in file} == set(ids)
     assert correction.task_ids(ids) == FAMILIES | ids
