@@ -8,7 +8,7 @@ against batches that end together (`--only ragged`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,20 +29,22 @@ def network(shape: peer.Shape) -> Corrector:
     return tree.unflatten(model, table | {"output": table["output"].at[:, : decode.EOS + 1].set(0.0)})
 
 
-def ours(shape: peer.Shape, prompts: np.ndarray, beams: int) -> Callable[[], list[list[int]]]:
-    model = network(shape)
+Writes = Callable[[], list[list[int]]]
+"""A call reads the prompts and writes after each."""
 
+
+def ours(model: Any, prompts: np.ndarray, beams: int, new: int, eos: Sequence[int]) -> Writes:
     def call() -> list[list[int]]:
         read = decode.prefill(model, prompts.tolist())
-        return [d.tokens for d in decode.search(model, read, beams=beams, max_new=NEW + 1, alpha=0.0)]
+        found = decode.search(model, read, beams=beams, max_new=new + 1, alpha=0.0, eos=eos)
+        return [d.tokens[:new] for d in found]
 
     return call
 
 
-def theirs(shape: peer.Shape, prompts: np.ndarray, beams: int) -> Callable[[], list[list[int]]]:
+def theirs(model: Any, prompts: np.ndarray, beams: int, new: int) -> Writes:
     import torch
 
-    model = peer.theirs(shape, network(shape))
     ids = torch.from_numpy(prompts)
 
     def call() -> list[list[int]]:
@@ -52,22 +54,30 @@ def theirs(shape: peer.Shape, prompts: np.ndarray, beams: int) -> Callable[[], l
                 attention_mask=torch.ones_like(ids),
                 do_sample=False,
                 num_beams=beams,
-                max_new_tokens=NEW,
-                min_new_tokens=NEW,
+                max_new_tokens=new,
+                min_new_tokens=new,
                 length_penalty=0.0,
             )
-        return out[:, PROMPT:].tolist()
+        return out[:, prompts.shape[1] :].tolist()
 
     return call
+
+
+def _ours(shape: peer.Shape, prompts: np.ndarray, beams: int) -> Writes:
+    return ours(network(shape), prompts, beams, NEW, (decode.EOS,))
+
+
+def _theirs(shape: peer.Shape, prompts: np.ndarray, beams: int) -> Writes:
+    return theirs(peer.theirs(shape, network(shape)), prompts, beams, NEW)
 
 
 def generate(shape: peer.Shape, batch: int, beams: int) -> Iterator[dict[str, Any]]:
     prompts = np.random.default_rng(0).integers(3, shape.vocab, (batch, PROMPT))
     model = network(shape)
     peer.agree(shape, model, peer.theirs(shape, model))
-    with apart(ours, shape, prompts, beams) as mine, apart(theirs, shape, prompts, beams) as other:
+    with apart(_ours, shape, prompts, beams) as mine, apart(_theirs, shape, prompts, beams) as other:
         first, second = mine(), other()
-        if beams == 1 and [t[:NEW] for t in first] != second:
+        if beams == 1 and first != second:
             raise ValueError("the two wrote different texts")
         times = interleaved({"ours": mine, "theirs": other}, rounds=5)
     more = {"unit": "ms", "tokens/s": batch * NEW / times["ours"], "theirs tokens/s": batch * NEW / times["theirs"]}

@@ -153,29 +153,33 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def main(
     doc: str,
-    cases: Mapping[str, Callable[[], Iterable[dict[str, Any]]]],
+    cases: Mapping[str, Callable[..., Iterable[dict[str, Any]]]],
     draw: Callable[[str, list[dict[str, Any]]], str] | None = None,
+    given: str | None = None,
 ) -> None:
     """The command line of a benchmark: `--only` some cases, `--json` a file; each case gives rows. With `draw`, (case,
-    rows) -> SVG, also `--plot` a folder.
+    rows) -> SVG, also `--plot` a folder. With `given`, what it is, also a path, which each case is called with.
     """
     launch.command()
     parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     parser.add_argument("--json", type=Path, help="write the rows there")
     parser.add_argument("--only", default="", help="cases whose name contains this")
+    if given:
+        parser.add_argument("path", help=given)
     if draw:
         parser.add_argument("--plot", type=Path, help="draw each case in this folder")
     args = parser.parse_args()
     chosen = {name: make for name, make in cases.items() if args.only in name}
     if not chosen:
         parser.error(f"no case contains {args.only!r}; there are: {', '.join(cases)}")
-    about, rows = machine(), []
+    about, rows, paths = machine(), [], [args.path] if given else []
     spec = sys.modules["__main__"].__spec__
     command = f"python -m {spec.name}" if spec else sys.argv[0]
+    command += "".join(f" {path}" for path in paths)
     command += f" --only {args.only!r}" if args.only else ""
     made = {"command": command, "date": f"{datetime.date.today()}", "machine": about}
     for name, make in tqdm(chosen.items(), unit="case"):
-        found = list(make())
+        found = list(make(*paths))
         if draw and args.plot:
             args.plot.mkdir(parents=True, exist_ok=True)
             partfile.write_text(args.plot / f"{name}.svg", draw(name, found))

@@ -29,13 +29,15 @@ TURN = 4 * 2048  # tokens
 EXPERTS = ("eager", "grouped_mm")  # "batched_mm" gathers a matrix for every token: out of memory at these sizes
 
 
-def ours(shape: peer.Shape, tokens: np.ndarray) -> Callable[[int], tuple[float, float]]:
-    """A call is so many steps; it gives the last loss, and the seconds for which that step held the host."""
+Steps = Callable[[int], tuple[float, float]]
+"""A call is so many steps; it gives the last loss, and the seconds for which that step held the host."""
+
+
+def ours(model: Any, tokens: np.ndarray) -> Steps:
     info = unpadded(*tokens.shape)
     weights = jnp.ones(tokens.shape).at[:, -1].set(0)
     batch = Batch(jnp.asarray(tokens), jnp.roll(jnp.asarray(tokens), -1, axis=1), weights, info)
     transform = optim.adamw(lambda step: RATE)
-    model = peer.ours(shape)
     step = train.make_step(model, transform, seed=0, micro=1, dtype="float32", max_targets=tokens.shape[1])
     params = tree.flatten(model)
     state = [params, transform.init(params)]
@@ -51,10 +53,10 @@ def ours(shape: peer.Shape, tokens: np.ndarray) -> Callable[[int], tuple[float, 
     return call
 
 
-def theirs(shape: peer.Shape, tokens: np.ndarray, experts: str) -> Callable[[int], tuple[float, float]]:
+def theirs(network: Any, tokens: np.ndarray) -> Steps:
     import torch
 
-    network = peer.theirs(shape, peer.ours(shape), experts).train()
+    network.train()
     ids = torch.from_numpy(tokens.astype(np.int64))
     optimizer = torch.optim.AdamW(network.parameters(), RATE, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
 
@@ -72,14 +74,22 @@ def theirs(shape: peer.Shape, tokens: np.ndarray, experts: str) -> Callable[[int
     return call
 
 
+def _ours(shape: peer.Shape, tokens: np.ndarray) -> Steps:
+    return ours(peer.ours(shape), tokens)
+
+
+def _theirs(shape: peer.Shape, tokens: np.ndarray, experts: str) -> Steps:
+    return theirs(peer.theirs(shape, peer.ours(shape), experts), tokens)
+
+
 def step(shape: peer.Shape, rows: int, length: int) -> Iterator[dict[str, Any]]:
     tokens = np.random.default_rng(0).integers(3, shape.vocab, (rows, length)).astype(np.int32)
     model = peer.ours(shape)
     peer.agree(shape, model, peer.theirs(shape, model))
     with contextlib.ExitStack() as processes:
         kinds = EXPERTS if shape.experts else ("dense",)
-        rivals = {kind: processes.enter_context(apart(theirs, shape, tokens, kind)) for kind in kinds}
-        rivals["ours"] = processes.enter_context(apart(ours, shape, tokens))
+        rivals = {kind: processes.enter_context(apart(_theirs, shape, tokens, kind)) for kind in kinds}
+        rivals["ours"] = processes.enter_context(apart(_ours, shape, tokens))
         first = {name: call(1) for name, call in rivals.items()}
         losses = {name: loss for name, (loss, _) in first.items()}
         if not np.allclose(list(losses.values()), losses["ours"], rtol=1e-4):

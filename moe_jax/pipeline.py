@@ -87,7 +87,7 @@ class Pipeline:
     Attributes:
       guard: when to keep the first pass.
       beams: width of the beam search (1 is greedy); with `sampling`, how many samples, of which the likeliest is taken.
-      sampling, seed: how to draw; what is drawn for a record depends on the seed and its line alone. None: search.
+      sampling, seed: how to draw; what is drawn for a record depends on the seed and its number alone. None: search.
       continuous: lanes that are done take the next prompt (`lanes`; one beam or sample); else batches end together.
       task: the family of everything that is corrected; None, the default, is unknown: routing is free anyway. (A
         template that says the task, "+task", then says what a record gives as its own.)
@@ -239,8 +239,8 @@ class Pipeline:
             if self.sampling is None:
                 found = decode.search(self.model, read, beams=self.beams, max_new=room, alpha=self.alpha, eos=eos)
             else:
-                lines = [*(r.line for r in records), *[0] * pad]
-                how: dict[str, Any] = dict(samples=self.beams, seed=self.seed, record=lines, max_new=room, eos=eos)
+                numbers = [*(r.number for r in records), *[0] * pad]
+                how: dict[str, Any] = dict(samples=self.beams, seed=self.seed, record=numbers, max_new=room, eos=eos)
                 drawn = decode.sample(self.model, read, self.sampling, **how)
                 found = [max(texts, key=lambda d: self._penalised(d)[1]) for texts in drawn]
             yield read, found[: len(records)]
@@ -251,7 +251,7 @@ class Pipeline:
         how: dict[str, Any] = dict(lanes=self.batch_size, seed=self.seed, eos=self.tokeniser.eos)
         how |= dict(room=decode.bucket(max(itertools.chain(*limits), default=1), decode.ROOMS))
         waiting = (
-            lanes.Waiting(self._read(prompts, prefix), limit, [r.line for r in records])
+            lanes.Waiting(self._read(prompts, prefix), limit, [r.number for r in records])
             for (records, prompts), limit in zip(batches, limits, strict=True)
         )
         for _, group in itertools.groupby(waiting, lambda batch: batch.read.slots):

@@ -23,20 +23,25 @@ FAMILIES = {
 }
 
 
-def family_id(name: str) -> int:
-    """The id of a family. Raises ValueError with the known names."""
-    if name not in FAMILIES:
-        raise ValueError(f"unknown task family {name!r}; known: {', '.join(FAMILIES)} (add it to tasks/families.py)")
-    return FAMILIES[name]
+def family_id(name: str, ids: Mapping[str, int] | None = None) -> int:
+    """The id of a family, or of what a run names besides by `ids`. Raises ValueError with the known names."""
+    known = FAMILIES | dict(ids or {})
+    if name not in known:
+        raise ValueError(f"unknown task family {name!r}; known: {', '.join(known)} (add it to tasks/families.py)")
+    return known[name]
 
 
 def task_map(
-    experts: Mapping[str | int, int | Sequence[int]] | None = None, *, num_experts: int
+    experts: Mapping[str | int, int | Sequence[int]] | None = None,
+    *,
+    num_experts: int,
+    ids: Mapping[str, int] | None = None,
 ) -> dict[int, tuple[int, ...]]:
     """What task routers take for names: {"asr": 0, "ocr": [1, 2]} -> {1: (0,), 2: (1, 2)}.
 
     Args:
-      experts: family, or id of a data set, -> expert or experts; None leaves all to the router's default.
+      experts: family, name in `ids`, or id -> expert or experts; None leaves all to the router's default.
+      ids: task ids as `prepare.prepare` has them, of single data sets too: {"asr/austen-whisper": 16}.
 
     Raises ValueError for an unknown family, an id or an expert out of range, or no mapping at all.
     """
@@ -44,7 +49,7 @@ def task_map(
         raise ValueError(f'task map: {experts!r} maps no tasks to experts; write {{"asr": 0, "ocr": [1, 2]}}')
     found = {}
     for task, given in (experts or {}).items():
-        number = family_id(task) if isinstance(task, str) else task
+        number = family_id(task, ids) if isinstance(task, str) else task
         if not 1 <= number < MAX_FAMILIES:
             raise ValueError(f"task map: task id {task} is outside 1..{MAX_FAMILIES - 1}")
         found[number] = tuple(given) if isinstance(given, Sequence) else (given,)

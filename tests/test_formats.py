@@ -230,6 +230,11 @@ def test_keys(tmp_path, value, hypotheses, reference, sources, task):
             '{"text": "\\ud800"}',
             "x.jsonl:1: a lone surrogate escape such as \\ud800 is not text; write",
         ),
+        (
+            "x.json",
+            '[{"input": ["a"], "output": "\\udfff"}]',
+            "x.json:1: record 1: a lone surrogate escape such as \\ud800 is not text; write",
+        ),
         ("x.jsonl", "[1]\n", 'x.jsonl:1: expected a JSON object, found a list; write {"hypotheses": [...]}'),
         (
             "x.jsonl",

@@ -111,6 +111,15 @@ def test_a_task_map_may_come_from_the_command_line():
         task_map(["runs/quickstart.gin"], ['MAP={"asrr": 3}'])
 
 
+def test_a_task_map_may_name_data_sets():
+    files = ["runs/quickstart.gin", "data/by_set.gin"]
+    task_map(files, ['MAP={"asr/web-whisper": 3, "ocr": 1}'])
+    model = jax.eval_shape(lambda: configured_model()(vocab=64, rngs=Rngs(params=0)))
+    assert [model.ffn.router.experts[i] for i in (2, 19)] == [(1,), (3,)]
+    with pytest.raises(ValueError, match="unknown task family 'asr/web-whisper'"):
+        task_map(files[:1], ['MAP={"asr/web-whisper": 3}'])
+
+
 def test_a_task_map_may_be_random():
     files = ["runs/quickstart.gin", "routers/task_mapped_random.gin"]
     drawn = [families.random_map(seed, num_experts=4) for seed in (1, 2)]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_jax import checkpoint, cli, decode, describe, evaluate, main, tree
+from moe_jax import checkpoint, cli, decode, describe, evaluate, formats, main, tree
 from moe_jax.data import write_prepared
 from moe_jax.formats import Record
 from moe_jax.layers.ffn import DenseFfn
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def record(*hypotheses: str, task: str | None = None) -> Record:
-    return Record(line=1, hypotheses=hypotheses, sources=(), task=task, reference=None, raw="")
+    return Record(line=1, hypotheses=hypotheses, sources=(), task=task, reference=None, raw="", number=1)
 
 
 @pytest.fixture(scope="module")
@@ -142,11 +142,14 @@ def test_what_all_prompts_begin_with_is_read_once(pipeline, monkeypatch):
 
 @pytest.mark.usefixtures("unguarded")
 @pytest.mark.parametrize("options", [{"beams": 2}, {"continuous": True}], ids=str)
-def test_samples_do_not_depend_on_the_batch(pipeline, options):
+def test_samples_depend_on_the_record_and_not_on_the_batch(pipeline, options, tmp_path):
     drawing = dataclasses.replace(pipeline, sampling=Sampling(1.3), seed=4, rescore=False, **options)
-    records = [dataclasses.replace(r, line=i) for i, r in enumerate(SENTENCES[:6])]
+    lines = [{"hypotheses": [r.hypotheses[0]]} for r in (*SENTENCES[:5], SENTENCES[4])]
+    (tmp_path / "x.json").write_text(json.dumps(lines))  # all in one line
+    records = list(formats.read(tmp_path / "x.json"))
     together = drawing.propose(records)
     assert told(together[4:]) == told(drawing.propose(records[4:]))
+    assert told(together[4:5]) != told(together[5:])  # one text, two records
     assert told(together) != told(dataclasses.replace(drawing, seed=5).propose(records))
 
 

@@ -324,6 +324,8 @@ def test_families_and_task_tables_agree():
 def test_a_map_by_names():
     assert families.task_map({"asr": 0, "ocr": [1, 2], 17: 3}, num_experts=4) == {1: (0,), 2: (1, 2), 17: (3,)}
     assert families.task_map(None, num_experts=4) == {}
+    by_set = families.task_map({"asr/own": 3, "ocr": 1}, num_experts=4, ids={"asr/own": 16})
+    assert by_set == {16: (3,), 2: (1,)}
 
 
 @pytest.mark.parametrize(

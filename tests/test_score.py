@@ -123,7 +123,7 @@ def test_intervals_hold_the_value_and_a_clear_change_is_starred():
 
 
 def line(reference: str, *hypotheses: str) -> score.Record:
-    return score.Record(1, hypotheses, (), None, reference, "")
+    return score.Record(1, hypotheses, (), None, reference, "", 1)
 
 
 def test_seeds_share_a_column():

@@ -267,7 +267,7 @@ def test_users_files_may_be_those_of_other_tools(tmp_path):
         ('{"hypotheses": []}', "train.jsonl:3: no hypotheses"),
         ('{"hypotheses": ["a", 1], "reference": "a"}', "train.jsonl:3: hypothesis 2"),
         ('{"hypotheses": ["a"]}', "train.jsonl:3: no reference"),
-        ('{"hypotheses": ["a"], "reference": "\\ud800"}', "train.jsonl:3: not valid Unicode"),
+        ('{"hypotheses": ["a"], "reference": "\\ud800"}', "train.jsonl:3: a lone surrogate"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, line, message):

@@ -1,5 +1,6 @@
 """Tasks of the user's own: other files, TFDS, ids by data set, files of many tasks, other tokenisers."""
 
+import errno
 import gzip
 import json
 from pathlib import Path
@@ -151,7 +152,7 @@ def test_ids_of_the_shipped_example_name_its_data_sets(tmp_path):
         'include "data/by_set.gin"\nmain.run.jobs = [@train_data/prepare.prepare]\n'
     )
     main.load([str(tmp_path / "x.gin")], [])
-    ids = gin.query_parameter("prepare.prepare.ids")
+    ids = gin.query_parameter("%IDS")
     with gzip.open(correction.PACKAGED / "asr.train.jsonl.gz", "rt", encoding="utf-8") as file:
         assert {f"asr/{json.loads(line)['source_set']}" for line in file} == set(ids)
     assert correction.task_ids(ids) == FAMILIES | ids
@@ -204,6 +205,18 @@ def test_what_cannot_be_collected_leaves_nothing(tmp_path):
         refused(message, collect.collect, [good, write(tmp_path / name, [value])], tmp_path / "corpus")
         (tmp_path / name).unlink()
         assert [path.name for path in tmp_path.iterdir()] == ["a.train.jsonl"]
+
+
+def test_a_full_disk_says_which_folder(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")  # a write knows no name
+
+    monkeypatch.setattr(gzip.GzipFile, "write", full)
+    files = write(tmp_path / "x.train.jsonl", [row("a")])
+    monkeypatch.setattr("sys.argv", ["collect", str(files), "--output", str(tmp_path / "corpus")])
+    with pytest.raises(SystemExit, match=rf"{tmp_path / 'corpus'}: No space left"):
+        collect.main()
+    assert not (tmp_path / "corpus").exists()
 
 
 def test_the_mixture_of_five_goes_without_families_that_have_no_file(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ def read_text(stream: TextIO, path: object, field: str | None) -> Iterator[Part]
     def parse(body: str, place: Place) -> Part:
         if body.isspace():
             return body
-        return _checked(Record(place.line, (body,), (), None, None, body), place)
+        return _checked(Record(place.line, (body,), (), None, None, body, place.line), place)
 
     return _read(stream, path, parse, "")
 
@@ -124,4 +124,4 @@ def _row(body: str, names: list[str], place: Place) -> Record | Bad:
     rest = dict(columns)
     task, reference = rest.get("task") or None, rest.get("reference") or None
     raw = body + "\t" * (len(names) - len(cells))
-    return _checked(Record(place.line, tuple(hypotheses), sources, task, reference, raw), place)
+    return _checked(Record(place.line, tuple(hypotheses), sources, task, reference, raw, place.line), place)

@@ -97,10 +97,10 @@ def _record(value: dict, raw: str, place: Place) -> Record:
     if not isinstance(task, str | None):
         raise place.error(f'"task" is {kind(task)}', "give the name of a task family, or leave it out")
     sources = _sources(value.get("sources"), place)
-    for text in (*hypotheses, *sources):
+    for text in (*hypotheses, *sources, reference or ""):
         if not _encodable(text):
             raise place.error("a lone surrogate escape such as \\ud800 is not text", "write the character itself")
-    return Record(place.line, tuple(hypotheses), sources, task, reference, raw)
+    return Record(place.line, tuple(hypotheses), sources, task, reference, raw, place.number or place.line)
 
 
 def _hypotheses(given: object, key: str, place: Place) -> list[str]:

@@ -37,6 +37,7 @@ class Record:
       task: the name of a task family as the file gives it, or None.
       reference: the right text where the file holds it, else None. Correction never reads it.
       raw: the record as the file writes it; writers splice into it, so that unknown fields stay as given.
+      number: which record of its file it is, from 1, where a line may hold several; else its line.
     """
 
     line: int
@@ -45,6 +46,7 @@ class Record:
     task: str | None
     reference: str | None
     raw: str
+    number: int
 
 
 @dataclasses.dataclass(frozen=True)

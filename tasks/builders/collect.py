@@ -109,7 +109,7 @@ def main() -> None:
     except ValueError as error:
         sys.exit(str(error))
     except OSError as error:
-        sys.exit(f"{error.filename}: {error.strerror}")
+        sys.exit(f"{error.filename or args.output}: {error.strerror}")
 
 
 if __name__ == "__main__":
