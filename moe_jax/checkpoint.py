@@ -28,7 +28,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 Table = dict[str, Any]
 
@@ -172,17 +171,11 @@ def enumerate_leaves(tree: Any) -> list[tuple[str, Any]]:
 
 
 def write_safetensors(path: Path | str, params: Table, meta: Mapping[str, Any], dtype: Any = None) -> None:
-    """One file: arrays by path and JSON metadata; written aside, then renamed."""
-    path = Path(path)
-    arrays = {p: np.asarray(x if dtype is None else jnp.asarray(x, dtype), order="C") for p, x in params.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        # Not save_file: its files can be read by their owner alone.
-        aside.write_bytes(save(arrays, metadata={"moe_jax": json.dumps(dict(meta))}))
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    """One file: arrays by path and JSON metadata; an array at a time, written aside, then renamed."""
+    dtypes = {name: jnp.dtype(dtype or x.dtype) for name, x in params.items()}
+    arrays = (np.asarray(x).astype(dtypes[name], copy=False) for name, x in params.items())
+    shapes = {name: tuple(x.shape) for name, x in params.items()}
+    stream_safetensors(path, shapes, dtypes, arrays, {"moe_jax": json.dumps(dict(meta))})
 
 
 class Source(Mapping[str, jax.Array]):
@@ -234,7 +227,15 @@ class Source(Mapping[str, jax.Array]):
         return len(self._names)
 
 
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64", "I32": "int32", "I64": "int64"}
+DTYPES = {
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F64": "float64",
+    "I32": "int32",
+    "I64": "int64",
+    "I8": "int8",
+}
 
 
 def dtypes(file: Any) -> dict[str, np.dtype]:
