@@ -146,6 +146,8 @@ def _statistics(args: argparse.Namespace) -> int:
 def _subnetwork(args: argparse.Namespace) -> int:
     from moe_jax import checkpoint, subnetwork, tree
 
+    if Path(args.output).exists():
+        raise ValueError(f"{args.output}: is there already; remove it, or give another --output")
     table, meta = checkpoint.read_safetensors(args.checkpoint)
     small, about = subnetwork.extract(table, meta, args.task)
     checkpoint.write_safetensors(args.output, small, about)

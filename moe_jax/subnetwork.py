@@ -32,7 +32,8 @@ def extract(
     """(table, metadata) of the model with the experts alone that routers by task (`TaskLevel`, `ByTask`, also within
     `Grouped`) give `task`. It computes for every task what the whole computes for this one.
 
-    Raises CheckpointError for a task that the model does not know, or where no router goes by tasks.
+    Raises CheckpointError for a task that the model does not know, where no router goes by tasks, or where a weight
+    depends on experts that would be left out.
     """
     if task not in meta["families"]:
         raise CheckpointError(f"unknown task {task!r}; the model knows {', '.join(meta['families'])}")
@@ -63,6 +64,8 @@ def _cut(out: dict[str, np.ndarray], prefix: str, mixture: Mapping[str, Any], ta
         router, inner = router["args"]["router"], f"{inner}/router"
     layers = len(out[f"{prefix}/experts/down"])
     if router["class"] == "TaskLevel":
+        if router["args"].get("weights") == "full":
+            raise CheckpointError(f"{prefix}: weights='full' depend on the experts that a task does not reach, too")
         gate_NxTxE = out.pop(f"{inner}/gate")
         k = router["args"]["k"]
         order_NxK = np.argsort(-gate_NxTxE[:, task], axis=-1, kind="stable")[:, :k]

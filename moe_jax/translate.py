@@ -104,7 +104,7 @@ class Translate:
         out: list[list[str]] = [[] for _ in texts]
         for i, (line, _) in enumerate(pieces):
             out[line].append(written[i])
-        return [" ".join(filter(None, parts)) for parts in out]
+        return [" ".join(" ".join(parts).split()) for parts in out]  # what is written may hold a line break
 
     def _prompts(self, text: str, task: str) -> list[list[int]]:
         """Of the text, or of parts of it that fit: halves at the end of a sentence, else between words."""
@@ -241,8 +241,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Raises ValueError, in one line, before anything is translated, for what cannot be."""
-    if args.output and Path(args.output).exists() and not args.overwrite:
-        raise ValueError(f"{args.output}: is there already; pass --overwrite to replace it")
+    if args.beam < 1:
+        raise ValueError(f"--beam is {args.beam}, it must be 1 or more")
+    output = Path(args.output) if args.output else None
+    if output and output.exists() and not args.overwrite:
+        raise ValueError(f"{output}: is there already; pass --overwrite to replace it")
+    if output and (output.is_dir() or not output.parent.is_dir()):
+        raise ValueError(f"{output}: is a folder, or in none; give a file in a folder that is there")
     lines = _lines(args.input)
     references = _lines(args.reference) if args.reference else None
     if references is not None and len(references) != len(lines):
@@ -251,11 +256,11 @@ def main(args: argparse.Namespace) -> int:
     direction = f"{args.source_lang}-{args.target_lang}"
     written = pipeline(lines, direction, split=args.long == "split", progress=True)
     text = "".join(f"{line}\n" for line in written)
-    if args.output:
-        write_text(Path(args.output), text)
+    if output:
+        write_text(output, text)
     else:
         sys.stdout.write(text)
-    if references is not None:
+    if references:
         for metric in (translation.bleu(), translation.chrf()):
             value, signature = metric.corpus(written, references)
             print(f"{metric.name} {100 * value:.2f} ({signature})", file=sys.stderr)
@@ -266,7 +271,7 @@ def _lines(path: str | None) -> list[str]:
     name = path or "standard input"
     try:
         data = Path(path).read_bytes() if path else sys.stdin.buffer.read()
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")
     except OSError as error:
         raise ValueError(f"{name}: cannot read ({error.strerror})") from None
     except UnicodeDecodeError as error:

@@ -69,6 +69,15 @@ def test_what_is_too_long_is_translated_in_pieces_and_nothing_is_lost(echo):
         echo([long], "en-de", split=False)
 
 
+def test_what_the_model_writes_is_one_line(pipeline):
+    class Breaks(Translate):
+        def _written(self, prompts, task):
+            return ["one\ntwo\r"] * len(prompts)
+
+    own = Breaks(pipeline.model, pipeline.tokeniser, pipeline.tasks, pipeline.layout, pipeline.length)
+    assert own(["Yes.", "", "No."], "en-de") == ["one two", "", "one two"]
+
+
 def test_it_writes_text_the_same_in_any_batch(pipeline):
     lines = ["Press any key.", "Yes.", "The window closes when you leave it."]
     found = pipeline(lines, "en-de")
@@ -100,6 +109,13 @@ def test_the_command(shipped, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Yes.\n\nNo.\n")))
     assert cli.entry(["translate", *where]) == 0
     assert capsys.readouterr().out == out
+    (tmp_path / "in.txt").write_bytes("\ufeffYes.\r\n\r\nNo.\r\n".encode())
+    assert cli.entry(["translate", *where, "--input", str(tmp_path / "in.txt")]) == 0
+    assert capsys.readouterr().out == out
+    (tmp_path / "in.txt").write_bytes(b"")
+    empty = ["--input", str(tmp_path / "in.txt"), "--reference", str(tmp_path / "in.txt")]
+    assert cli.entry(["translate", *where, *empty]) == 0
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
@@ -110,6 +126,8 @@ def test_the_command(shipped, tmp_path, capsys, monkeypatch):
         (["--input", "latin.txt"], "line 2 is not UTF-8"),
         (["--input", "nowhere.txt"], "cannot read"),
         (["--checkpoint", "nowhere"], "cannot be read as safetensors"),
+        (["--beam", "0"], "--beam is 0, it must be 1 or more"),
+        (["--output", "nowhere/out.txt"], "is a folder, or in none"),
     ],
 )
 def test_what_cannot_be_translated_is_one_line(shipped, tmp_path, monkeypatch, capsys, change, said):
@@ -118,8 +136,9 @@ def test_what_cannot_be_translated_is_one_line(shipped, tmp_path, monkeypatch, c
     (tmp_path / "short.txt").write_text("Ja.\n")
     (tmp_path / "latin.txt").write_bytes("Yes.\nä\n".encode("latin-1"))
     given = {"--checkpoint": shipped, "--source-lang": "en", "--target-lang": "de", "--input": "in.txt"}
-    given |= dict(zip(change[::2], change[1::2], strict=True))
-    assert cli.entry(["translate", "--output", "out.txt", *(x for pair in given.items() for x in pair)]) == 2
+    given |= {"--output": "out.txt"} | dict(zip(change[::2], change[1::2], strict=True))
+    monkeypatch.setattr(translate.decode, "prefill", lambda *_, **__: pytest.fail("nothing is to be translated"))
+    assert cli.entry(["translate", *(x for pair in given.items() for x in pair)]) == 2
     error = capsys.readouterr().err.strip()
     assert said in error.splitlines()[-1]
     assert not (tmp_path / "out.txt").exists()

@@ -11,7 +11,7 @@ import optax
 import pytest
 import tiny
 
-from moe_jax import data, decode, describe, optim, subnetwork, train, tree
+from moe_jax import checkpoint, cli, data, decode, describe, optim, subnetwork, train, tree
 from moe_jax.adapters import Adapters
 from moe_jax.layers.attention import Attention, CrossAttention
 from moe_jax.layers.ffn import DenseFfn
@@ -323,6 +323,30 @@ def test_the_part_that_a_task_needs_computes_what_the_whole_does(name):
         np.testing.assert_allclose(per_token(part, mine), per_token(whole, mine), atol=1e-4)
     with pytest.raises(ValueError, match="unknown task"):
         subnetwork.extract(table, meta, "translate/9")
+
+
+def test_a_part_whose_weights_depend_on_the_rest_is_refused():
+    network = model("top-k", ffn=moe(partial(task_routers.TaskLevel, k=2, weights="full")))
+    meta = {"model": describe.describe(network), "families": {"translate/1": 1}}
+    with pytest.raises(ValueError, match="depend on the experts that a task does not reach"):
+        subnetwork.extract(tree.flatten(network), meta, "translate/1")
+
+
+def test_a_part_replaces_no_file(tmp_path, capsys):
+    network = model("task-level by target")
+    meta = {"model": describe.describe(network), "families": {"translate/1": 1}}
+    path = tmp_path / "m.safetensors"
+    checkpoint.write_safetensors(path, tree.flatten(network), json.loads(json.dumps(meta)))
+    whole = path.read_bytes()
+    command = ["subnetwork", "--checkpoint", str(path), "--task", "translate/1", "--output", str(path)]
+    assert cli.entry(command) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert path.read_bytes() == whole
+
+
+def test_a_subset_of_a_task_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="task id 999 is outside"):
+        task_routers.Subset(8, 4, experts={999: [0, 1]}, rngs=Rngs(params=0))
 
 
 def test_where_no_router_goes_by_tasks_there_is_no_part():

@@ -207,8 +207,8 @@ class Subset(Router):
         rngs: Rngs,
     ):
         super().__init__(d, num_experts, k=k, weights=weights, jitter=jitter, rngs=rngs)
-        named = experts if isinstance(experts, Mapping) else dict(enumerate(experts or ()))
-        self.experts = task_table({task: named.get(task, ()) for task in range(1, MAX_TASKS)}, num_experts)
+        named = experts if isinstance(experts, Mapping) else dict(list(enumerate(experts or ()))[1:])
+        self.experts = task_table(dict.fromkeys(range(1, MAX_TASKS), ()) | dict(named), num_experts)
         if few := [task for task, found in enumerate(self.experts) if 0 < len(found) < k]:
             raise ValueError(f"task {few[0]} has experts {self.experts[few[0]]}, and k={k} are to be chosen")
 
