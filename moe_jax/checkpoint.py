@@ -249,7 +249,8 @@ def dtypes(file: Any) -> dict[str, np.dtype]:
 
 def slice_of(file: Any, name: str, index: tuple[int, ...]) -> np.ndarray:
     """Part `index` (of the leading dims) of an array of an opened safetensors file."""
-    return np.asarray(file.get_slice(name)[index] if index else file.get_tensor(name))
+    with jax.enable_x64(True):  # else integers of 64 bits become 32
+        return np.asarray(file.get_slice(name)[index] if index else file.get_tensor(name))
 
 
 def stream_safetensors(

@@ -4,7 +4,9 @@ import base64
 import hashlib
 import importlib.util
 import json
+import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import hf_models
@@ -18,9 +20,11 @@ from safetensors.numpy import load_file, save_file
 from moe_jax import checkpoint, cli, describe, main, tree
 from moe_jax.data import Prepared, write_prepared
 from moe_jax.layers.param import Rngs
-from moe_jax.merging import experts, merge, methods, recipe, search, statistics
+from moe_jax.merging import align, experts, merge, methods, recipe, search, statistics
 from moe_jax.merging.methods import METHODS, method
-from moe_jax.merging.models import MergeError
+from moe_jax.merging.models import MergeError, open_model
+from moe_jax.models.translator import Translator
+from moe_jax.moe import task_routers
 from moe_jax.packing import Packable
 from moe_jax.pipeline import Pipeline
 from moe_jax.text.tokeniser import Tokeniser
@@ -54,6 +58,17 @@ def taken(name: str) -> list:
 @pytest.mark.parametrize("name", METHODS)
 def test_scale_zero_is_the_base(name):
     np.testing.assert_array_equal(merged(name, taken(name), scale=0.0), 0)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_without_any_weight_it_is_the_base(name):
+    np.testing.assert_array_equal(merged(name, taken(name), weights=[0.0] * len(taken(name))), 0)
+
+
+def test_options_may_be_any_number_of_their_kind():
+    assert method("lors", {"rank": 2.0}).options()["rank"] == 2
+    given = deltas()
+    np.testing.assert_allclose(merged("dare", given, density=1), sum(given) / 3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -196,6 +211,7 @@ def test_fisher_and_regmean_follow_their_statistics():
         ("lors", {"depth": 1}, "no option 'depth'; it has scale, rank, density, svd_kind"),
         ("lors", {"density": 1.5}, "between 0 and 1"),
         ("lors", {"rank": 2.5}, "whole number"),
+        ("lors", {"rank": float("inf")}, "must be a number"),
         ("lors", {"scale": float("nan")}, "must be a number"),
         ("lors", {"svd_kind": "fast"}, "known: exact, randomised"),
     ],
@@ -236,9 +252,11 @@ def tokeniser() -> Tokeniser:
     return Tokeniser.load(main.shipped("tokeniser.model"))
 
 
-def written(path, tokeniser, *, shift: int = 0, ffn=tiny.dense, families=FAMILIES, change=None, dtype=None) -> str:
-    """A tiny corrector, `shift` telling tuned ones from their base (0)."""
-    model = tiny.configured(ffn)(vocab=tokeniser.vocab_size, rngs=Rngs(params=0))
+def written(
+    path, tokeniser, *, shift: int = 0, ffn=tiny.dense, families=FAMILIES, change=None, dtype=None, make=None
+) -> str:
+    """A tiny corrector (or what `make` makes), `shift` telling tuned ones from their base (0)."""
+    model = (make or tiny.configured(ffn))(vocab=tokeniser.vocab_size, rngs=Rngs(params=0))
     table = dict(tree.flatten(model))
     if shift:
         table = {
@@ -406,18 +424,66 @@ def test_hugging_face_folders_merge_to_one(tmp_path):
     cli.entry(["import", "--model", str(output), "--output", str(tmp_path / "ours.safetensors")])
 
 
+def test_depth_is_that_of_the_whole_stack(tmp_path, tokeniser):
+    """Dense layers between layers of experts lie in a stack of their own."""
+    both = {"ffn": tiny.moe(), "dense": tiny.dense}
+    corrector = open_model(written(tmp_path / "c", tokeniser, make=tiny.configured(**both, layers=3, dense_layers=[0])))
+    make = partial(Translator, d=16, encoder_layers=3, decoder_layers=2, every=2, **both)
+    translator = open_model(written(tmp_path / "t", tokeniser, make=make))
+    for model, name, depths in (
+        (corrector, "blocks/attention/q", [0.5, 1]),
+        (corrector, "dense_blocks/attention/q", [0]),
+        (translator, "encoder/blocks/attention/q", [0, 1]),
+        (translator, "encoder/dense_blocks/attention/q", [0.5]),
+        (translator, "decoder/blocks/cross/q", [1]),
+        (translator, "embedding", [None]),
+    ):
+        assert [site.depth for site in model.sites(name)] == depths, name
+    assert re.search(methods.LAYERS, "decoder/blocks/cross/q")  # its authors have those too
+
+
+TURN = jnp.array([2, 0, 3, 1])
+
+
+def permuted(table, meta):
+    turned = {n: x[:, TURN] if "/experts/" in n else x[..., TURN] if "/router/" in n else x for n, x in table.items()}
+    return turned, meta
+
+
+def test_statistics_follow_the_order_of_experts(tmp_path, tokeniser):
+    name = "blocks/ffn/experts/up"
+
+    def tuned(table, meta):
+        table, meta = permuted(table, meta)
+        return table | {name: table[name] + 0.01}, meta
+
+    ffn = tiny.moe()
+    base = written(tmp_path / "base", tokeniser, ffn=ffn)
+    models = {"a": base, "b": written(tmp_path / "b", tokeniser, ffn=ffn, change=tuned)}
+    shape = checkpoint.Source(base).shapes[name]
+    about = {"a": np.ones(shape), "b": np.arange(4.0)[:, None, None] * np.ones(shape)}
+    for model, x in about.items():
+        table = {name: x.astype(np.float32)}
+        checkpoint.write_safetensors(tmp_path / f"{model}.fisher", table, {"statistics": "fisher"})
+    parts = [{"path": path, "statistics": str(tmp_path / f"{n}.fisher")} for n, path in models.items()]
+    how = {"method": "fisher", "align": True, "progress": False}
+    merge.merge(str(tmp_path / "m"), base=base, models=parts, **how)
+    delta = checkpoint.Source(tmp_path / "m")[name] - checkpoint.Source(base)[name]
+    place = np.argsort(TURN)  # where each of the base's experts lies in b
+    expected = np.broadcast_to((0.01 * place / (1 + place))[:, None, None], shape)
+    np.testing.assert_allclose(delta, expected, atol=1e-6)
+
+
+def test_experts_that_a_task_knows_by_their_places_stay(tmp_path, tokeniser):
+    ffn = tiny.moe(task_routers.ByTask)
+    paths = [written(tmp_path / n, tokeniser, ffn=ffn, change=c) for n, c in (("base", None), ("a", permuted))]
+    assert align.orders(*map(open_model, paths)) == {}
+
+
 def test_experts_are_put_in_order_first(tmp_path, tokeniser):
     """A model whose experts were permuted is the same model: its mean with the other must be that model."""
     ffn = tiny.moe()
     base = written(tmp_path / "base", tokeniser, ffn=ffn)
-    turn = jnp.array([2, 0, 3, 1])
-
-    def permuted(table, meta):
-        turned = {
-            n: x[:, turn] if "/experts/" in n else x[..., turn] if "/router/" in n else x for n, x in table.items()
-        }
-        return turned, meta
-
     paths = {"base": base, "a": base, "b": written(tmp_path / "b", tokeniser, ffn=ffn, change=permuted)}
     aligned = merging(paths, tmp_path / "aligned", "ab", method="average", align=True)
     blind = merging(paths, tmp_path / "blind", "ab", method="average")
@@ -425,6 +491,49 @@ def test_experts_are_put_in_order_first(tmp_path, tokeniser):
     for name in table:
         np.testing.assert_allclose(aligned[name], table[name], atol=1e-6, err_msg=name)
     assert np.abs(blind["blocks/ffn/experts/up"] - table["blocks/ffn/experts/up"]).max() > 0.1
+
+
+def folders(tmp_path, base: dict, tuned: dict, config=None) -> dict[str, str]:
+    """Two Hugging Face folders of tables changed as told."""
+    for name, change in (("base", base), ("a", tuned)):
+        hf_models.write(tmp_path / name, "llama")
+        file = tmp_path / name / "model.safetensors"
+        save_file(
+            {n: change.get("all", lambda x: x)(x) for n, x in load_file(file).items()} | change.get("more", {}), file
+        )
+    if config:
+        about = json.loads((tmp_path / "a" / "config.json").read_text()) | config
+        (tmp_path / "a" / "config.json").write_text(json.dumps(about))
+    return {"base": str(tmp_path / "base"), "models": [str(tmp_path / "a")]}
+
+
+def test_whole_numbers_stay_as_they_are(tmp_path):
+    more = {"more": {"model.positions": np.arange(5) + (1 << 40)}}
+    merge.merge(str(tmp_path / "m"), **folders(tmp_path, more, more), method="average", progress=False)
+    made = load_file(tmp_path / "m" / "model.safetensors")["model.positions"]
+    np.testing.assert_array_equal(made, more["more"]["model.positions"])
+
+
+@pytest.mark.parametrize(
+    ("factor", "config", "said"),
+    [(1e4, None, "numbers beyond float16"), (1.0, {"eos_token_id": 77}, r"different 'eos_token_id' \(config.json\)")],
+)
+def test_folders_that_cannot_be_merged(factor, config, said, tmp_path):
+    half = {"all": lambda x: x.astype(np.float16)}
+    much = {"all": lambda x: (factor * x).astype(np.float16)}
+    with pytest.raises(MergeError, match=said):
+        how = {"method": "task_arithmetic", "options": {"scale": 100.0}, "progress": False}
+        merge.merge(str(tmp_path / "m"), **folders(tmp_path, half, much, config), **how)
+    assert {p.name for p in tmp_path.iterdir()} == {"base", "a"}
+
+
+def test_a_file_is_no_place_for_a_folder(tuned, tmp_path):
+    (tmp_path / "m").touch()
+    given = folders(tmp_path, {}, {})
+    with pytest.raises(MergeError, match="a folder is to be written"):
+        merge.merge(str(tmp_path / "m"), **given, overwrite=True, progress=False)
+    with pytest.raises(MergeError, match="import or export one of them"):
+        merge.merge(str(tmp_path / "n"), base=tuned["base"], models=given["models"], progress=False)
 
 
 def test_dense_models_become_experts(tuned, tmp_path):
@@ -462,6 +571,18 @@ def test_grams_are_of_the_inputs(tuned, prepared, tmp_path):
         assert np.linalg.eigvalsh(gram).min() > -1e-5
     np.testing.assert_allclose(table["blocks/ffn/gate"], table["blocks/ffn/up"])  # they read the same
     assert np.abs(table["blocks/attention/q"] - table["blocks/ffn/gate"]).max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", statistics.KINDS)
+def test_statistics_are_of_correctors(kind, prepared, tokeniser, tmp_path):
+    make = partial(Translator, d=16, encoder_layers=1, decoder_layers=1, ffn=tiny.dense)
+    path = written(tmp_path / "t", tokeniser, make=make)
+    for refused in (
+        lambda: statistics.gather(path, prepared, kind, str(tmp_path / "s"), progress=False),
+        lambda: search.Loss(prepared)(path),
+    ):
+        with pytest.raises(MergeError, match="is a Translator; searches and statistics are of correctors"):
+            refused()
 
 
 def test_fisher_is_the_mean_squared_gradient(tuned, prepared, tmp_path):
@@ -526,6 +647,45 @@ def test_a_search_over_ranges_is_the_same_when_it_was_stopped(tuned, prepared, t
     search.search(str(tmp_path / "parts"), trials=3, **given)
     assert search.search(str(tmp_path / "parts"), trials=6, **given).rows == whole.rows
     assert all(isinstance(row["options"]["rank"], int) for row in whole.rows)
+
+
+def test_a_range_is_of_numbers_but_for_ranks(tuned, prepared, tmp_path):
+    pytest.importorskip("optuna")
+    how = {"base": tuned["base"], "models": [tuned["a"]], "method": "task_arithmetic"}
+    loss = lambda path: json.loads(merge.card_path(path).read_text())["recipe"]["options"]["scale"]  # noqa: E731
+    given = dict(recipe=how, space={"scale": (0, 1)}, valid=prepared, loss=loss, progress=False)
+    found = search.search(str(tmp_path / "s"), trials=3, **given)
+    assert all(0 < row["options"]["scale"] < 1 for row in found.rows)
+
+
+def test_a_search_of_models_that_were_tuned_again_is_another(prepared, tmp_path, tokeniser):
+    paths = [written(tmp_path / n, tokeniser, shift=i) for i, n in enumerate(["base", "a"])]
+    how = {"base": paths[0], "models": paths[1:], "method": "task_arithmetic"}
+    given = dict(recipe=how, space={"scale": [0.5]}, valid=prepared, loss=lambda path: 1.0, progress=False)
+    search.search(str(tmp_path / "s"), **given)
+    search.search(str(tmp_path / "s"), **given)
+    written(tmp_path / "a", tokeniser, shift=9)
+    with pytest.raises(MergeError, match="holds another search"):
+        search.search(str(tmp_path / "s"), **given)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--valid", "nowhere"], "nowhere/meta.json: cannot read"),
+        (["--search", "rank=1"], "no option 'rank'"),
+        (["--output", "there"], "is there already"),
+    ],
+)
+def test_a_search_that_cannot_end_is_not_begun(tuned, prepared, tmp_path, monkeypatch, capsys, change, said):
+    monkeypatch.chdir(tmp_path)
+    Path("there").touch()
+    given = {"--search": "scale=0.1", "--valid": prepared, "--output": "m", "--method": "average"}
+    given |= dict([change])
+    command = ["merge", "--base", tuned["base"], "--models", tuned["a"], *(x for pair in given.items() for x in pair)]
+    assert cli.entry(command) == 2
+    assert said in capsys.readouterr().err.strip().splitlines()[-1]
+    assert [p.name for p in tmp_path.iterdir()] == ["there"]
 
 
 def test_the_loss_of_a_search_counts_families_alike(tuned, prepared):
@@ -600,6 +760,8 @@ def test_models_that_do_not_fit_are_refused(name, tuned, tokeniser, tmp_path, ca
         ({"rules": [{"match": "(", "method": "average"}]}, "no regular expression"),
         ({"rules": [{"match": "decoder", "method": "average"}]}, "'decoder' matches no path"),
         ({"seed": "a"}, "seed is a whole number"),
+        ({"seed": 1 << 70}, "must be from 0 to"),
+        ({"options": {1: 2}}, "a mapping of numbers by name"),
         ({"align": True}, "align is for mixtures of experts"),
         ({"method": "slerp"}, "slerp goes from one model to one other"),
     ],
@@ -609,6 +771,20 @@ def test_recipes_that_ask_for_what_is_not_there_are_refused(tuned, tmp_path, cha
     with pytest.raises(ValueError, match=said.replace("(", r"\(")):
         merge.merge(str(tmp_path / "m"), progress=False, **given)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("models: &a [{merge: {models: *a}}]", "a stage is within itself"),
+        ("models: [a]\noptions: [1]", "a mapping of numbers"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_one_line(text, said, tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text(f"base: b\n{text}\n")
+    command = ["merge", "--recipe", str(tmp_path / "r.yaml"), "--set", "rank=1", "--output", str(tmp_path / "m")]
+    assert cli.entry(command) == 2
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["- a\n", "base: [", "!!python/object/apply:os.system [ls]", "\x00"])

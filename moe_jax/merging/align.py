@@ -27,9 +27,10 @@ def orders(base: Model, model: Model) -> dict[str, np.ndarray]:
                 a, b = (np.asarray(m.slice(name, (layer,)), np.float32).reshape(experts, -1) for m in (base, model))
                 alike_NxExE[layer] += a @ b.T
         order_NxE = np.stack([linear_sum_assignment(alike, maximize=True)[1] for alike in alike_NxExE])
-        if (order_NxE == np.arange(experts)).all():
-            continue
         routed = [name for name in base.routed if name.startswith(f"{layer_of}/router/")]
         routed = [name for name in routed if base.shapes[name][-1] == experts]
+        # A router that learns nothing, such as by the task, knows experts by their places: there they stay.
+        if not routed or (order_NxE == np.arange(experts)).all():
+            continue
         found |= dict.fromkeys([*mine, *routed], order_NxE)
     return found

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     from moe_jax.merging import search
-    from moe_jax.merging.merge import card_path, merge
+    from moe_jax.merging.merge import card_path, check_free, merge
 
     if args.list:
         print(listed())
@@ -40,12 +40,14 @@ def main(args: argparse.Namespace) -> int:
     given |= {name: value for name, value in named.items() if value is not None}
     if args.method:  # another one's options are not its own
         given.pop("options", None)
+    given |= {"align": True} if args.align else {}
+    recipes.parse(given, args.recipe or "merge")
     options = dict(given.get("options") or {}) | dict(map(_option, args.set))
     given |= {"options": options} if options else {}
-    given |= {"align": True} if args.align else {}
     recipes.parse(given, args.recipe or "merge")
     if not args.output:
         raise MergeError("give --output, the file to write")
+    check_free(args.output, args.overwrite)  # before a search
     if args.search:
         if not args.valid:
             raise MergeError("--search needs --valid, a folder of prepared validation data")

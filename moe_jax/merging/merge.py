@@ -23,8 +23,8 @@ from moe_jax import __version__, checkpoint, sharding
 from moe_jax.merging import recipe as recipes
 from moe_jax.merging.align import orders
 from moe_jax.merging.methods import Method
-from moe_jax.merging.models import MergeError, Model, Site, check_alike, open_model
-from moe_jax.merging.recipe import Recipe, Stage
+from moe_jax.merging.models import HuggingFace, MergeError, Model, Site, check_alike, open_model
+from moe_jax.merging.recipe import Part, Recipe, Stage
 from moe_jax.partfile import write_text
 from moe_jax.types import Array
 
@@ -54,11 +54,10 @@ def merge(
     """
     given = {"base": base, "models": models, "method": method, "options": options, "rules": rules}
     parsed = recipes.parse({**given, "seed": seed, "align": align})
-    if Path(output).exists() and not overwrite:
-        raise MergeError(f"{output}: is there already; remove it, or give another output")
+    check_free(output, overwrite)
     run = Merge(parsed)
-    if Path(output).is_dir():
-        raise MergeError(f"{output}: is a folder, which is not overwritten; remove it")
+    if Path(output).exists() and isinstance(run.base, HuggingFace):
+        raise MergeError(f"{output}: is a file, and a folder is to be written; remove it")
     card = run.card(given | {"seed": seed, "align": align})
     run.base.write(
         Path(output), run.dtypes, run.parts(progress), {"method": method, "seed": seed, "models": card["models"]}
@@ -66,6 +65,14 @@ def merge(
     card["output"] = open_model(output).digest()
     write_text(card_path(output), json.dumps(card, indent=1) + "\n")
     return card
+
+
+def check_free(output: str, overwrite: bool) -> None:
+    """Raises MergeError where something is that may not be replaced."""
+    if Path(output).exists() and not overwrite:
+        raise MergeError(f"{output}: is there already; remove it, or give another output")
+    if Path(output).is_dir():
+        raise MergeError(f"{output}: is a folder, which is not overwritten; remove it")
 
 
 def card_path(output: str) -> Path:
@@ -130,20 +137,23 @@ class Merge:
             for name in self.base.shapes:
                 dtype = self.dtypes[name]
                 if not jnp.issubdtype(dtype, jnp.floating):
-                    yield from (self.base.slice(name, site.index) for site in self.base.sites(name))
+                    yield from (self.base.slice(name, s.index).astype(dtype) for s in self.base.sites(name))
                 else:
                     sites = list(self.base.sites(name))
                     for first in range(0, len(sites), devices):
-                        yield self._merged(sites[first : first + devices]).astype(dtype)
+                        yield self._merged(sites[first : first + devices], dtype)
                 bar.update()
         self._check_related()
 
-    def _merged(self, sites: Sequence[Site]) -> np.ndarray:
+    def _merged(self, sites: Sequence[Site], dtype: np.dtype) -> np.ndarray:
         """The arrays at sites of one leaf, side by side on the devices."""
         base_Sx = np.stack([self.base.read(site) for site in sites])
-        out = base_Sx + np.asarray(self._delta(self.recipe.stage, sites, base_Sx, ()))
+        with np.errstate(over="ignore"):  # of float16: it is said below
+            out = (base_Sx + np.asarray(self._delta(self.recipe.stage, sites, base_Sx, ()))).astype(dtype)
         if not np.isfinite(out).all():
-            raise MergeError(f"{sites[0].name}: merging made numbers that are not finite; lower the scale")
+            raise MergeError(
+                f"{sites[0].name}: merging made numbers beyond {dtype}; lower the scale, or look at weights"
+            )
         return out
 
     def _delta(
@@ -160,7 +170,7 @@ class Merge:
                 deltas.append(np.asarray(self._delta(part.source, sites, base_Sx, (*at, i))))
             else:
                 deltas.append(self._read(part.source, sites, base_Sx))
-            if fits and chosen.statistics and (about := self._statistic(part.statistics, sites)) is not None:
+            if fits and chosen.statistics and (about := self._statistic(part, sites)) is not None:
                 statistics.append(about)
         weight_SxM = np.array([[part.weight.at(site) for part in stage.models] for site in sites], np.float32)
         keys = jnp.stack([jnp.stack([self._key(p.source, site, at) for p in stage.models]) for site in sites])
@@ -183,11 +193,12 @@ class Merge:
                     "it was not tuned from that base; name the base that it was tuned from"
                 )
 
-    def _statistic(self, path: str | None, sites: Sequence[Site]) -> np.ndarray | None:
-        if path is None or sites[0].name not in self.statistics[path].shapes:
+    def _statistic(self, part: Part, sites: Sequence[Site]) -> np.ndarray | None:
+        if part.statistics is None or sites[0].name not in self.statistics[part.statistics].shapes:
             return None
-        source = self.statistics[path]
-        return np.stack([np.asarray(source.slice(sites[0].name, site.index), np.float32) for site in sites])
+        source = self.statistics[part.statistics]
+        model = self.models[part.source] if isinstance(part.source, str) else self.base
+        return np.stack([model.ordered(source.slice, site) for site in sites])
 
     def _key(self, source: str | Stage, site: Site, at: tuple[int, ...]) -> Array:
         """Of the model itself, not of its place in the list: in another order it merges to the same."""

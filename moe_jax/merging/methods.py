@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -131,7 +132,8 @@ def total(deltas_Mx: Array, weight_M: Array, base: Array, statistics: Statistics
 
 
 def mean(deltas_Mx: Array, weight_M: Array, base: Array, statistics: Statistics = None) -> Array:
-    return total(deltas_Mx, weight_M / weight_M.sum(), base)
+    """The weighted mean; where no model has a weight, nothing."""
+    return total(deltas_Mx, jnp.where((weight_M == 0).all(), 0, weight_M / weight_M.sum()), base)
 
 
 def disjoint_mean(deltas_Mx: Array, weight_M: Array, base: Array, statistics: Statistics = None) -> Array:
@@ -152,7 +154,8 @@ def slerp(deltas_Mx: Array, weight_M: Array, base: Array, statistics: Statistics
     straight = (norms == 0) | (jnp.abs(cosine) > 0.9995)  # where sines vanish, as is usual
     sine = jnp.where(straight, 1, jnp.sin(angle))
     turned = (jnp.sin((1 - t) * angle) * a + jnp.sin(t * angle) * b) / sine
-    return jnp.where(straight, (1 - t) * a + t * b, turned) - base
+    between = jnp.where(straight, (1 - t) * a + t * b, turned) - base
+    return jnp.where((weight_M == 0).all(), 0, between)
 
 
 def orthogonalised(deltas_MxIxO: Array, weight_M: Array, base: Array, statistics: Statistics = None) -> Array:
@@ -190,8 +193,9 @@ def regmean(
     deltas_MxIxO: Array, weight_M: Array, base: Array, statistics: Statistics = None, *, off_diagonal: float
 ) -> Array:
     """The matrix whose outputs are nearest, in least squares, to each model's on its own inputs, known by their Gram
-    matrices G_IxI, whose entries off the diagonal are multiplied by `off_diagonal`. Without statistics the mean, as in
-    the paper for what is no linear layer."""
+    matrices G_IxI, whose entries off the diagonal are multiplied by `off_diagonal`. Each G is scaled to a trace of 1:
+    models count alike however large their inputs (ours). Without statistics the mean, as in the paper for what is no
+    linear layer."""
     if statistics is None:
         return mean(deltas_MxIxO, weight_M, base)
     grams = [w * g / jnp.maximum(jnp.trace(g), 1e-30) for w, g in zip(weight_M, statistics, strict=True)]
@@ -202,7 +206,9 @@ def regmean(
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
-LAYERS = r"(attn|attention|mlp|ffn|experts)"  # what of a path is attention or MLP: ours, Hugging Face's, Whisper's
+LAYERS = (
+    r"(attn|attention|cross|mlp|ffn|experts)"  # what of a path is attention or MLP: ours, Hugging Face's, Whisper's
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,7 +247,7 @@ class Method:
         for name, value in options.items():
             if name not in known:
                 raise ValueError(f"this method has no option {name!r}; it has {', '.join(known)}")
-            _check(name, value)
+            options[name] = _checked(name, value)
         changed: dict[str, Any] = {"scale": options.get("scale", self.scale)}
         for name in ("sparsify", "consensus", "combine"):
             step = getattr(self, name)
@@ -280,17 +286,24 @@ def _options(step: Callable | None) -> dict[str, Any]:
     return {p.name: p.default for p in inspect.signature(step).parameters.values() if p.kind is p.KEYWORD_ONLY}
 
 
-def _check(name: str, value: Any) -> None:
+WHOLE = ("rank", "agree")  # options that are whole numbers
+
+
+def _checked(name: str, value: Any) -> Any:
+    """The value of an option, as the kind of number that its step takes."""
     if name == "svd_kind":
         if value not in ("exact", "randomised"):
             raise ValueError(f"svd_kind is {value!r}; known: exact, randomised")
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"{name} is {value!r}, it must be a number")
     if name in ("density", "outliers", "spread", "off_diagonal") and not 0 <= value <= 1:
         raise ValueError(f"{name} is {value:g}, it must be between 0 and 1")
-    if name in ("rank", "agree") and (value != int(value) or value < 0):
+    if name not in WHOLE:
+        return float(value)
+    if value != int(value) or value < 0:
         raise ValueError(f"{name} is {value!r}, it must be a whole number")
+    return int(value)
 
 
 _AUTHORS = "Zhao et al. 2025, arXiv 2502.17380, and the authors' code"
@@ -307,16 +320,13 @@ METHODS: dict[str, Method] = {
         paper="Yadav et al. 2023, TIES-Merging",
         theirs=("density", "scale"),
     ),
-    "dare": Method(
-        total, partial(dare, density=0.1), paper="Yu et al. 2024, Language models are super Mario", theirs=("density",)
-    ),
+    "dare": Method(total, partial(dare, density=0.1), paper="Yu et al. 2024, Language models are super Mario"),
     "dare_ties": Method(
         disjoint_mean,
         partial(dare, density=0.1),
         elect_sign,
         scale=1.0,
         paper="Yu et al. 2024, with TIES",
-        theirs=("density",),
     ),
     "della": Method(
         disjoint_mean,

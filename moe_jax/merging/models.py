@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +77,19 @@ class Model:
 
     def read(self, site: Site) -> np.ndarray:
         """float32. Raises MergeError for what is not finite."""
+        x = self.ordered(self.slice, site)
+        if not np.isfinite(x).all():
+            raise MergeError(f"{self.path}: {site.name} holds a number that is not finite; that model cannot be merged")
+        return x
+
+    def ordered(self, slice_of: Callable[[str, tuple[int, ...]], np.ndarray], site: Site) -> np.ndarray:
+        """What `slice_of` has for a site, such as this model's weights, in the order of the base's experts; float32."""
         index = site.index
         if (order := self.order.get(site.name)) is not None and len(index) > 1:
             index = (index[0], int(order[index[0]][index[1]]), *index[2:])
-        x = np.asarray(self.slice(site.name, index), np.float32)
+        x = np.asarray(slice_of(site.name, index), np.float32)
         if order is not None and len(site.index) == 1:  # a router's column for each expert
             x = x[..., order[site.index[0]]]
-        if not np.isfinite(x).all():
-            raise MergeError(f"{self.path}: {site.name} holds a number that is not finite; that model cannot be merged")
         return x
 
     def sites(self, name: str) -> Iterator[Site]:
@@ -116,7 +121,7 @@ class Ours(Model):
             self.families: dict[str, int] = dict(self.meta["families"])
         except (KeyError, TypeError, ValueError) as error:
             raise MergeError(f"{path}: its description is incomplete or wrong ({error}); export it again") from None
-        self.about = about
+        self.about, self._model = about, model
         self.shapes, self.dtypes = self._source.shapes, self._source.dtypes
         self.words = {n: tuple(w for w in words.get(n, ()) if w != "expert") for n in self.shapes}
         self.moe = {n for n, w in words.items() if "expert" in w}
@@ -132,9 +137,11 @@ class Ours(Model):
         return len(self.shapes[name]) - len(self.words[name])
 
     def depth(self, name: str, index: tuple[int, ...]) -> float | None:
-        if not index or not re.search(r"(^|/)(dense_)?blocks/", name):
+        if not index or not (found := re.match(r"(?:(.*)/)?(dense_)?blocks/", name)):
             return None
-        return index[0] / max(self.shapes[name][0] - 1, 1)
+        side: Any = getattr(self._model, found[1]) if found[1] else self._model  # an encoder's and a decoder's each
+        numbers = [n for n in range(side.layers) if (n in side.dense_layers) == bool(found[2])]
+        return numbers[index[0]] / max(side.layers - 1, 1)
 
     def write(self, output: Path, dtypes: Dtypes, arrays: Iterator[np.ndarray], note: Mapping[str, Any]) -> None:
         meta = {k: v for k, v in self.meta.items() if k not in ("guard", "step")}
@@ -153,7 +160,7 @@ class HuggingFace(Model):
         config = huggingface.read_json(Path(path) / "config.json")
         for name in ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"):
             config.pop(name, None)
-        self.about = {"configurations (config.json)": config}
+        self.about = {f"{name!r} (config.json)": value for name, value in config.items()}
         for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"):
             if (Path(path) / name).is_file():
                 self.about[f"tokenisers ({name})"] = hashlib.sha256((Path(path) / name).read_bytes()).hexdigest()
@@ -203,8 +210,17 @@ def _is_theirs(path: str) -> bool:
     return "model_type" in huggingface.read_json(Path(path) / "config.json")
 
 
+def check_corrector(path: str, meta: Mapping[str, Any]) -> None:
+    """Raises MergeError for another model: what reads prepared rows here, reads them as a corrector does."""
+    if (name := (meta.get("model") or {}).get("class")) != "Corrector":
+        raise MergeError(f"{path}: is a {name}; searches and statistics are of correctors so far")
+
+
 def check_alike(first: Model, other: Model) -> None:
     """Raises MergeError where the two are not of one architecture, vocabulary and tokeniser."""
+    if type(first) is not type(other):
+        said = "one is a Hugging Face folder, the other a checkpoint of moe_jax"
+        raise MergeError(f"{first.path} and {other.path}: {said}; import or export one of them")
     for what in sorted(first.about.keys() | other.about.keys()):
         if first.about.get(what) != other.about.get(what):
             raise MergeError(f"{first.path} and {other.path} have different {what}: merge models tuned from one base")

@@ -129,9 +129,13 @@ def parse(recipe: Mapping[str, Any], where: str = "recipe") -> Recipe:
         raise MergeError(f"{where}: base is missing: the checkpoint from which the models were tuned")
     if isinstance(seed, bool) or not isinstance(seed, int) or not isinstance(align, bool):
         raise MergeError(f"{where}: seed is a whole number, align true or false; not {seed!r}, {align!r}")
-    return Recipe(
-        base, _stage({k: v for k, v in recipe.items() if k not in ("base", "seed", "align")}, where), seed, align
-    )
+    if not 0 <= seed < 1 << 32:
+        raise MergeError(f"{where}: seed is {seed}, it must be from 0 to {(1 << 32) - 1}")
+    try:
+        stage = _stage({k: v for k, v in recipe.items() if k not in ("base", "seed", "align")}, where)
+    except RecursionError:  # YAML can say it of itself
+        raise MergeError(f"{where}: a stage is within itself; write its models out") from None
+    return Recipe(base, stage, seed, align)
 
 
 def _stage(given: Any, where: str) -> Stage:
@@ -161,8 +165,12 @@ def _rule(given: Any, where: str) -> Rule:
 def _method(name: Any, options: Any, where: str) -> Method | None:
     if name == BASE and not options:
         return None
-    if not isinstance(name, str) or not isinstance(options or {}, Mapping):
-        raise MergeError(f"{where}: method is {name!r}, options {options!r}: a name, and a mapping of numbers")
+    if (
+        not isinstance(name, str)
+        or not isinstance(options or {}, Mapping)
+        or not all(isinstance(option, str) for option in options or {})
+    ):
+        raise MergeError(f"{where}: method is {name!r}, options {options!r}: a name, and a mapping of numbers by name")
     try:
         return method(name, options)
     except ValueError as error:

@@ -18,7 +18,9 @@ from tqdm import tqdm
 from moe_jax import checkpoint, describe, tree, xla
 from moe_jax.data import Prepared
 from moe_jax.merging import merge as merging
-from moe_jax.merging.models import MergeError
+from moe_jax.merging import recipe as recipes
+from moe_jax.merging.methods import WHOLE, method
+from moe_jax.merging.models import MergeError, check_corrector, open_model
 from moe_jax.moe.routers import MAX_TASKS
 from moe_jax.partfile import write_text
 
@@ -60,13 +62,17 @@ def search(
     ranges = [isinstance(values, tuple) for values in space.values()]
     if any(ranges) and not all(ranges):
         raise MergeError("a search has lists of values, or ranges, not both")
+    parsed = recipes.parse(dict(recipe))
+    for options in itertools.product(*space.values()):
+        method(recipe.get("method", "lors"), dict(zip(space, options, strict=True)))
+    loss = loss or Loss(valid, rows)
     where = Path(folder)
     where.mkdir(parents=True, exist_ok=True)
     asked = {"recipe": recipe, "space": space, "valid": valid, "rows": rows, "seed": seed}
+    asked["models"] = {path: open_model(path).digest() for path in (parsed.base, *parsed.stage.paths())}
     about = json.loads(json.dumps(asked, default=dict))
     _same_search(where / "search.json", about)
     done = [json.loads(line) for line in _lines(where / "trials.jsonl")]
-    loss = loss or Loss(valid, rows)
     if all(ranges):
         proposals = _searched(space, done, trials or 20, seed)
         size = trials or 20
@@ -101,8 +107,10 @@ class Loss:
         return float(np.mean(list(self.by_family(path).values())))
 
     def by_family(self, path: str) -> dict[str, float]:
-        """family -> nll a token. Raises MergeError for a checkpoint with another tokeniser than the data."""
+        """family -> nll a token. Raises MergeError for a checkpoint with another tokeniser than the data's, and for
+        what is no corrector."""
         params, meta = checkpoint.read_safetensors(path)
+        check_corrector(path, meta)
         if meta.get("tokeniser") != self.prepared.meta["tokeniser"]:
             raise MergeError(f"{self.prepared.folder}: was prepared with another tokeniser than {path} has")
         empty = describe.abstract(meta["model"])
@@ -131,10 +139,7 @@ def _searched(space: Space, done: Sequence[Mapping[str, Any]], trials: int, seed
         raise ModuleNotFoundError("a search over ranges needs Optuna: pip install 'moe_jax[search]'") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     kinds: dict[bool, Any] = {True: optuna.distributions.IntDistribution, False: optuna.distributions.FloatDistribution}
-    axes = {
-        name: kinds[all(isinstance(bound, int) for bound in ends)](low=min(ends), high=max(ends))
-        for name, ends in space.items()
-    }
+    axes = {name: kinds[name in WHOLE](low=min(ends), high=max(ends)) for name, ends in space.items()}
     while len(done) < trials:
         sampler = optuna.samplers.TPESampler(seed=seed + len(done))
         study = optuna.create_study(sampler=sampler)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from moe_jax import checkpoint, describe, tree
 from moe_jax.data import Prepared
-from moe_jax.merging.models import MergeError
+from moe_jax.merging.models import MergeError, check_corrector
 from moe_jax.types import Array, Batch
 
 KINDS = ("fisher", "gram")
@@ -25,21 +25,22 @@ def gather(
     """Writes a safetensors file with what is known of the leaves of the checkpoint `model`; returns its table.
 
     fisher: the diagonal of the empirical Fisher information, the mean over rows of the squared gradient of a row's
-      log-likelihood. (Matena & Raffel take the expectation over the model's own labels; the data's are the usual
-      approximation.) Packed rows hold several examples, whose gradients are squared together.
+      log-likelihood a token. (Matena & Raffel take the expectation over the model's own labels; the data's are the
+      usual approximation.) Packed rows hold several examples, whose gradients are squared together.
     gram: G_IxI = the mean over positions of x x^T of the inputs of each matrix, for leaves that are used by a product
       with the whole matrix; experts, embeddings and norms have none.
 
     Args:
       data: prepared rows (`data.Prepared`), of which the first `rows` are read.
 
-    Raises MergeError for another kind, or where nothing was found.
+    Raises MergeError for another kind, for what is no corrector, or where nothing was found.
     """
     if kind not in KINDS:
         raise MergeError(f"unknown statistics {kind!r}; known: {', '.join(KINDS)}")
     if Path(output).exists():
         raise MergeError(f"{output}: is there already; remove it, or give another output")
     params, meta = checkpoint.read_safetensors(model)
+    check_corrector(model, meta)
     empty = describe.abstract(meta["model"])
     prepared = Prepared.open(data)
     if prepared.meta.get("tokeniser") != meta.get("tokeniser"):
@@ -121,7 +122,7 @@ class _Same:
 
 
 def _grams(empty: Any, params: dict[str, Array], batches) -> dict[str, Array]:
-    """Padding is no input: layers make it 0, and the scale of a Gram matrix does not matter to RegMean."""
+    """Padding is no input: layers make it 0, and `methods.regmean` does not look at the scale of a Gram matrix."""
     words = tree.axes(empty)
     total: dict[str, Any] = defaultdict(float)
     for batch in batches:
