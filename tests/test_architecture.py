@@ -28,7 +28,7 @@ models
 programs sampling quantise
 describe decode profile
 lanes
-pipeline interop
+pipeline interop speech
 train evaluate merging seqio_data
 branches
 prepare main
