@@ -16,20 +16,24 @@ from typing import Any
 import jax
 
 from moe_jax.checkpoint import Source
-from moe_jax.layers import attention
+from moe_jax.layers import attention, spec_augment
 from moe_jax.layers import ffn as ffns
 from moe_jax.layers.param import Module, Rngs
-from moe_jax.models import corrector
+from moe_jax.models import conformer, corrector
 from moe_jax.moe import dispatch, experts, grouped, layer, routers, task_routers
 
 KNOWN: dict[str, Callable] = {
     cls.__name__: cls
     for cls in (
         corrector.Corrector,
+        conformer.Conformer,
+        spec_augment.spec_augment,
         attention.Attention,
         ffns.DenseFfn,
+        ffns.PlainFfn,
         layer.MoeFfn,
         experts.Gated,
+        experts.Plain,
         routers.Router,
         routers.Switch,
         routers.BiasBalanced,
