@@ -28,7 +28,7 @@ models
 programs sampling quantise
 describe decode profile
 lanes
-pipeline interop subnetwork
+pipeline interop speech subnetwork
 train evaluate merging seqio_data translate
 branches
 prepare main

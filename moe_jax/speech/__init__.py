@@ -1,0 +1,1 @@
+"""Speech: audio -> features -> prepared folders -> recognition, whole or as it is spoken."""

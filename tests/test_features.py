@@ -1,0 +1,140 @@
+"""Audio -> features: Kaldi's numbers, and one line for every file that is not as it should be."""
+
+import warnings
+
+import numpy as np
+import pytest
+
+from moe_jax.speech import features
+
+sf = pytest.importorskip("soundfile", reason="reading audio needs soundfile (pip install '.[speech]')")
+
+
+def noise(seconds: float, rate: int = 16_000, seed: int = 0) -> np.ndarray:
+    """A tone that sweeps, and noise, as loud as speech."""
+    rng = np.random.default_rng(seed)
+    t = np.arange(round(seconds * rate)) / rate
+    return (3000 * np.sin(2 * np.pi * (200 + 300 * t) * t) + 300 * rng.normal(size=len(t))).astype(np.float32)
+
+
+@pytest.mark.parametrize(("rate", "mels"), [(16_000, 80), (8_000, 80), (16_000, 23), (11_025, 40)])
+def test_features_are_those_of_kaldi(rate, mels):
+    knf = pytest.importorskip("kaldi_native_fbank", reason="the reference, kaldi-native-fbank, is not installed")
+    options = knf.FbankOptions()
+    options.frame_opts.samp_freq = rate
+    options.frame_opts.dither = 0
+    options.mel_opts.num_bins = mels
+    samples = noise(1.3, rate)
+    theirs = knf.OnlineFbank(options)
+    theirs.accept_waveform(rate, samples.tolist())
+    theirs.input_finished()
+    expected = np.stack([theirs.get_frame(i) for i in range(theirs.num_frames_ready)])
+    found = features.fbank(samples, rate, mels)
+    assert found.shape == expected.shape == (features.num_frames(len(samples), rate), mels)
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+def test_silence_is_finite_and_a_snip_gives_nothing():
+    assert np.isfinite(features.fbank(np.zeros(1600), 16_000)).all()
+    assert features.fbank(np.zeros(399), 16_000).shape == (0, 80)
+    assert features.fbank(np.zeros(400), 16_000).shape == (1, 80)
+
+
+def test_frames_are_the_same_in_blocks_and_piece_by_piece(monkeypatch):
+    samples = noise(1.0)
+    whole = features.fbank(samples, 16_000)
+    monkeypatch.setattr(features, "BLOCK", 7)
+    np.testing.assert_array_equal(features.fbank(samples, 16_000), whole)
+    later = features.fbank(samples[20 * 160 :], 16_000)
+    np.testing.assert_array_equal(later, whole[20:])
+
+
+def test_speed_changes_length_and_pitch():
+    rate = 16_000
+    tone = np.sin(2 * np.pi * 1000 * np.arange(rate) / rate).astype(np.float32)
+    for factor in (0.9, 1.0, 1.1):
+        fast = features.speed(tone, factor)
+        assert abs(len(fast) - rate / factor) <= 1
+        hertz = np.abs(np.fft.rfft(fast)).argmax() * rate / len(fast)
+        assert abs(hertz - 1000 * factor) < 2
+
+
+def test_global_mean_and_variance():
+    rng = np.random.default_rng(0)
+    parts = [rng.normal(3, 2, size=(n, 5)).astype(np.float32) for n in (4, 100, 31)]
+    for part in parts:
+        part[:, 4] = 7
+    moments = features.Moments()
+    for part in parts:
+        moments.add(part)
+    mean, scale = moments.mean_and_scale()
+    x = (np.concatenate(parts) - mean) * scale
+    np.testing.assert_allclose(x.mean(0), 0, atol=1e-6)
+    np.testing.assert_allclose(x.std(0), [1, 1, 1, 1, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg"])
+def test_reading_a_file_or_a_part_of_it(tmp_path, name):
+    samples = noise(0.5)
+    sf.write(tmp_path / name, samples / features.SCALE, 16_000)
+    found = features.read(tmp_path / name, 16_000)
+    assert len(found) == len(samples) and found.dtype == np.float32
+    assert np.corrcoef(found, samples)[0, 1] > 0.99
+    part = features.read(tmp_path / name, 16_000, start=1000, frames=2000)
+    np.testing.assert_allclose(part, found[1000:3000], atol=1)
+
+
+def test_blocks_are_the_file(tmp_path):
+    sf.write(tmp_path / "a.wav", noise(0.5) / features.SCALE, 16_000)
+    for rate in (16_000, 8_000):
+        whole = features.read(tmp_path / "a.wav", rate)
+        pieces = list(features.blocks(tmp_path / "a.wav", rate, 0.03))
+        assert {len(p) for p in pieces[:-1]} == {round(0.03 * rate)}
+        np.testing.assert_array_equal(np.concatenate(pieces), whole)
+
+
+def test_channels_are_mixed_and_rates_brought_together_with_one_word(tmp_path):
+    one = noise(0.5, 44_100)
+    sf.write(tmp_path / "two.wav", np.stack([one, -one, one], 1) / features.SCALE, 44_100)
+    sf.write(tmp_path / "one.wav", one / 3 / features.SCALE, 44_100)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        two = features.read(tmp_path / "two.wav", 16_000)
+        single = features.read(tmp_path / "one.wav", 16_000)
+    assert [str(w.message) for w in said] == ["audio of 44100 Hz is resampled to 16000 Hz"]
+    assert len(two) == 8_000
+    np.testing.assert_allclose(two, single, atol=2)
+
+
+def damaged(tmp_path) -> dict:
+    sf.write(tmp_path / "whole.wav", noise(0.5) / features.SCALE, 16_000)
+    sf.write(tmp_path / "whole.flac", noise(0.5) / features.SCALE, 16_000)
+    for name in ("torn.wav", "torn.flac"):
+        data = (tmp_path / name.replace("torn", "whole")).read_bytes()
+        (tmp_path / name).write_bytes(data[: len(data) // 2])
+    sf.write(tmp_path / "empty.wav", np.zeros(0), 16_000)
+    (tmp_path / "nothing.wav").write_bytes(b"")
+    (tmp_path / "text.wav").write_text("not audio")
+    (tmp_path / "raw.raw").write_bytes(bytes(100))
+    sf.write(tmp_path / "nan.wav", np.array([0.0, np.nan] * 400), 16_000, subtype="FLOAT")
+    (tmp_path / "folder.wav").mkdir()
+    return {
+        "torn.wav": "torn",
+        "torn.flac": "torn",
+        "empty.wav": "no samples",
+        "nothing.wav": "not audio that can be read",
+        "text.wav": "not audio that can be read",
+        "raw.raw": "not audio that can be read",
+        "nan.wav": "not finite",
+        "folder.wav": "no such file",
+        "absent.wav": "no such file",
+    }
+
+
+def test_what_cannot_be_read_is_one_line(tmp_path):
+    for name, said in damaged(tmp_path).items():
+        with pytest.raises(features.AudioError, match=said) as error:
+            features.read(tmp_path / name, 16_000)
+        assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(features.AudioError, match="8000 samples, not 7000 to 9000"):
+        features.read(tmp_path / "whole.wav", 16_000, start=7000, frames=2000)
