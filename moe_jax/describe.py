@@ -16,10 +16,10 @@ from typing import Any
 import jax
 
 from moe_jax.checkpoint import Source
-from moe_jax.layers import attention
+from moe_jax.layers import attention, spec_augment
 from moe_jax.layers import ffn as ffns
 from moe_jax.layers.param import Module, Rngs
-from moe_jax.models import corrector, translator
+from moe_jax.models import conformer, corrector, translator
 from moe_jax.moe import dispatch, experts, grouped, layer, routers, task_routers
 
 KNOWN: dict[str, Callable] = {
@@ -27,12 +27,16 @@ KNOWN: dict[str, Callable] = {
     for cls in (
         corrector.Corrector,
         translator.Translator,
+        conformer.Conformer,
+        spec_augment.spec_augment,
         attention.Attention,
         attention.CrossAttention,
         ffns.DenseFfn,
+        ffns.PlainFfn,
         layer.MoeFfn,
         experts.Gated,
         experts.Bottleneck,
+        experts.Plain,
         routers.Router,
         routers.Switch,
         routers.BiasBalanced,

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import optax
+from jax.scipy.special import xlogy
 
 from moe_jax.types import Array, RouterStats
 
@@ -25,6 +27,27 @@ def smoothed(nll_BxL: Array, logits_BxLxV: Array, vocab: int, share: float) -> A
     logits = logits_BxLxV[..., :vocab].astype(jnp.float32)
     even = jax.nn.logsumexp(logits, axis=-1) - logits.mean(-1)
     return (1 - share) * nll_BxL + share * even
+
+
+def smoothed_xent(logits_BxLxV: Array, targets_BxL: Array, smoothing: float) -> Array:
+    """kl_BxL: from the target with probability 1 - smoothing, the others sharing the rest evenly, float32, in nats
+    (label smoothing, Szegedy et al. 2016, as ESPnet and WeNet have it; 0 where the model says just that)."""
+    V = logits_BxLxV.shape[-1]
+    logp = jax.nn.log_softmax(logits_BxLxV.astype(jnp.float32), axis=-1)
+    chosen = jnp.take_along_axis(logp, targets_BxL[..., None], axis=-1)[..., 0]
+    each = smoothing / (V - 1)
+    entropy = xlogy(1 - smoothing, 1 - smoothing) + xlogy(smoothing, each)
+    return entropy - (1 - smoothing) * chosen - each * (logp.sum(-1) - chosen)
+
+
+def ctc(logits_BxLxV: Array, valid_BxL: Array, tokens_BxU: Array, wanted_BxU: Array) -> Array:
+    """nll_B of the tokens under all their alignments (Graves et al. 2006); id 0 is the blank. Valid frames and wanted
+    tokens lie at the beginning of their rows. A row whose tokens do not fit into its frames counts 0, and so does its
+    gradient."""
+    logits = jnp.where(valid_BxL[..., None], logits_BxLxV.astype(jnp.float32), 0)
+    nll_B = optax.ctc_loss(logits, ~valid_BxL * 1.0, tokens_BxU, ~wanted_BxU * 1.0)
+    again_B = (wanted_BxU[:, 1:] & (tokens_BxU[:, 1:] == tokens_BxU[:, :-1])).sum(1)
+    return jnp.where(valid_BxL.sum(1) >= wanted_BxU.sum(1) + again_B, nll_B, 0)
 
 
 def load_balance(stats: RouterStats) -> Array:

@@ -49,7 +49,7 @@ def muon_adam(
     embeddings, norms, convolutions, router gates and LoRA's factors, at `adam_scale` times the learning rate."""
 
     def matrices(table):
-        is_matrix = re.compile(r"(^|/)(dense_)?blocks/.*/(q|k|v|o|gate|up|down)$")
+        is_matrix = re.compile(r"(^|/)(dense_)?blocks/.*/(q|k|v|p|o|gate|up|down)$")
         return {
             p: MuonDimensionNumbers((x.ndim - 2,), (x.ndim - 1,))
             if is_matrix.search(p) and "router" not in p and x.ndim >= 2

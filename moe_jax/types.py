@@ -12,6 +12,7 @@ import dataclasses
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
+import jax.numpy as jnp
 
 Array = jax.Array
 T = TypeVar("T")
@@ -71,6 +72,32 @@ class Batch:
     weights_BxL: Array
     info: TokenInfo
     source: Source | None = None
+
+
+@value
+class Utterances:
+    """One step's data for a recogniser of speech.
+
+    Attributes:
+      features_BxTxC: log-mel frames; what lies behind `frames_B` is padding.
+      frames_B: int32.
+      tokens_BxU: int32, what was said; 0 at padding (and, in CTC, the blank).
+      task_B: int32, the family.
+    """
+
+    features_BxTxC: Array
+    frames_B: Array
+    tokens_BxU: Array
+    task_B: Array
+
+    @property
+    def valid_BxT(self) -> Array:
+        return jnp.arange(self.features_BxTxC.shape[1]) < self.frames_B[:, None]
+
+    @property
+    def weights_BxL(self) -> Array:
+        """[B, 1]: an utterance weighs 1, whatever its length."""
+        return jnp.ones((self.frames_B.shape[0], 1))
 
 
 @value

@@ -80,7 +80,7 @@ def test_reading_a_file_or_a_part_of_it(tmp_path, name):
     found = features.read(tmp_path / name, 16_000)
     assert len(found) == len(samples) and found.dtype == np.float32
     assert np.corrcoef(found, samples)[0, 1] > 0.99
-    part = features.read(tmp_path / name, 16_000, start=1000, frames=2000)
+    part = features.read(tmp_path / name, 16_000, start=1000, length=2000)
     np.testing.assert_allclose(part, found[1000:3000], atol=1)
 
 
@@ -137,4 +137,4 @@ def test_what_cannot_be_read_is_one_line(tmp_path):
             features.read(tmp_path / name, 16_000)
         assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(features.AudioError, match="8000 samples, not 7000 to 9000"):
-        features.read(tmp_path / "whole.wav", 16_000, start=7000, frames=2000)
+        features.read(tmp_path / "whole.wav", 16_000, start=7000, length=2000)

@@ -1,4 +1,5 @@
-"""The dense gated feed-forward layer (SwiGLU and its kin, Shazeer 2020), with the interface of the MoE layer."""
+"""Dense feed-forward layers with the interface of the MoE layer: gated (SwiGLU and its kin, Shazeer 2020), and the
+plain one of Transformers and Conformers."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from moe_jax.layers.param import Module, Rngs, fan_in, linear, param
 from moe_jax.sharding import constrain
 from moe_jax.types import Array, TokenInfo
 
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True), "relu": jax.nn.relu}
 
 
 def activation(name: str) -> Callable[[Array], Array]:
@@ -40,3 +41,25 @@ class DenseFfn(Module):
         gate_BxLxF = activation(self.activation)(linear(x_BxLxD, self.gate[...]))
         h_BxLxF = gate_BxLxF * linear(x_BxLxD, self.up[...])
         return linear(constrain(h_BxLxF, "batch", None, "mlp"), self.down[...]), None
+
+
+class PlainFfn(Module):
+    """Two matrices with biases.
+
+    Args:
+      hidden: F, units.
+      activation: between them (`ACTIVATIONS`); "silu" is the Conformer's swish.
+    """
+
+    def __init__(self, d: int, *, hidden: int, activation: str = "silu", rngs: Rngs):
+        self.hidden, self.activation = hidden, activation
+        zeros = jax.nn.initializers.zeros
+        self.up = param(rngs, (d, hidden), ("embed", "mlp"), fan_in())
+        self.up_bias = param(rngs, (hidden,), ("mlp",), zeros)
+        self.down = param(rngs, (hidden, d), ("mlp", "embed"), fan_in())
+        self.down_bias = param(rngs, (d,), (None,), zeros)
+
+    def __call__(self, x_BxLxD: Array, info: TokenInfo, key: Array | None = None) -> tuple[Array, None]:
+        x_BxLxD = jnp.where(info.valid_BxL[..., None], x_BxLxD, 0)
+        h_BxLxF = activation(self.activation)(linear(x_BxLxD, self.up[...], self.up_bias[...]))
+        return linear(constrain(h_BxLxF, "batch", None, "mlp"), self.down[...], self.down_bias[...]), None

@@ -45,6 +45,21 @@ def linear(x: Array, w_IxO: Array, bias_O: Array | None = None) -> Array:
     return y if bias_O is None else y + bias_O
 
 
+class LayerNorm(Module):
+    """Layer norm with a scale and a bias (Ba et al. 2016), computed in float32."""
+
+    def __init__(self, d: int, *, eps: float = 1e-5, rngs: Rngs):
+        self.scale = param(rngs, (d,), (None,), jax.nn.initializers.ones)
+        self.bias = param(rngs, (d,), (None,), jax.nn.initializers.zeros)
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        h = x.astype(jnp.float32)
+        h = h - jnp.mean(h, axis=-1, keepdims=True)
+        h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + self.eps)
+        return (h * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
 class RMSNorm(Module):
     """Root-mean-square norm (Zhang & Sennrich 2019), computed in float32."""
 

@@ -6,6 +6,8 @@ The dispatch brings the product, so an expert knows nothing of routing.
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
+from jax.nn.initializers import zeros
 
 from moe_jax.layers import ffn
 from moe_jax.layers.param import Module, Rngs, fan_in, param
@@ -44,3 +46,26 @@ class Bottleneck(Module):
 
     def second(self, kept: tuple[Array, ...], matmul: Matmul) -> Array:
         return matmul(jax.nn.relu(kept[0]), self.up[...])
+
+
+class Plain(Module):
+    """Experts that are `layers.ffn.PlainFfn`s (WeNet's, arXiv 2404.16407). A bias is a matrix of one row, which each of
+    its expert's rows is multiplied with: a dispatch knows no other way to reach an expert's own arrays."""
+
+    def __init__(self, d: int, num_experts: int, *, hidden: int, activation: str = "silu", rngs: Rngs):
+        self.hidden, self.activation = hidden, activation
+        self.up = param(rngs, (num_experts, d, hidden), ("expert", "embed", "mlp"), fan_in(1))
+        self.up_bias = param(rngs, (num_experts, 1, hidden), ("expert", None, "mlp"), zeros)
+        self.down = param(rngs, (num_experts, hidden, d), ("expert", "mlp", "embed"), fan_in(1))
+        self.down_bias = param(rngs, (num_experts, 1, d), ("expert", None, None), zeros)
+
+    def first(self, rows: Array, matmul: Matmul) -> tuple[Array, ...]:
+        return (matmul(rows, self.up[...]) + _own(self.up_bias[...], rows, matmul),)
+
+    def second(self, kept: tuple[Array, ...], matmul: Matmul) -> Array:
+        rows = ffn.activation(self.activation)(kept[0])
+        return matmul(rows, self.down[...]) + _own(self.down_bias[...], rows, matmul)
+
+
+def _own(bias_Ex1xO: Array, rows: Array, matmul: Matmul) -> Array:
+    return matmul(jnp.ones((*rows.shape[:-1], 1), rows.dtype), bias_Ex1xO)

@@ -87,22 +87,28 @@ def speed(samples_S: np.ndarray, factor: float) -> np.ndarray:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def read(path: str | os.PathLike, rate: int, *, start: int = 0, frames: int | None = None) -> np.ndarray:
+def read(
+    path: str | os.PathLike, rate: int, *, start: int | float = 0, length: int | float | None = None
+) -> np.ndarray:
     """Samples [S] of an audio file (what libsndfile reads: wav, flac, ogg, opus, mp3, ...), channels mixed to one.
 
     Args:
       rate: samples a second that are wanted; a file of another rate is resampled, and a warning says so once.
-      start, frames: a part of the file, counted at its own rate (default: to its end).
+      start, length: a part of the file (default: to its end), in samples at its own rate if integers, else in seconds,
+        which may end a little behind it.
 
     Raises AudioError for a file that is missing, empty, torn, not audio, or whose samples are not finite.
     """
     with _opened(path) as file:
-        wanted = file.frames - start if frames is None else frames
-        if not 0 <= start < start + wanted <= file.frames:
-            said = "no samples" if not file.frames else f"{file.frames} samples, not {start} to {start + wanted}"
+        first = round(start * file.samplerate) if isinstance(start, float) else start
+        wanted = left = int(file.frames - first)
+        if length is not None:
+            wanted = min(round(length * file.samplerate), left) if isinstance(length, float) else length
+        if not 0 <= first < first + wanted <= file.frames:
+            said = "no samples" if not file.frames else f"{file.frames} samples, not {first} to {first + wanted}"
             raise AudioError(f"{path}: {said}")
         own_rate = file.samplerate
-        found = _samples(file, path, start, wanted)
+        found = _samples(file, path, first, wanted)
     if len(found) < wanted:
         raise AudioError(f"{path}: torn: {len(found)} of {wanted} samples can be read")
     return _resampled(found, own_rate, rate)

@@ -71,6 +71,10 @@ class Tokeniser(abc.ABC):
             from moe_jax.text import pretrained
 
             return pretrained.Pretrained(model, name)
+        from moe_jax.text import symbols
+
+        if model.startswith(symbols.MAGIC):
+            return symbols.Symbols(model, name)
         return Unigram(model, name)
 
     @staticmethod

@@ -1,0 +1,119 @@
+"""Lists of utterances: lines of JSON (ours and NeMo's), and Kaldi's folders.
+
+    {"audio": "a.flac", "text": "one two", "start": 0, "frames": 8000, "split": "train"}    start and frames in samples
+    {"audio_filepath": "a.wav", "text": "one two", "offset": 0.0, "duration": 1.5}          NeMo, in seconds
+    folder/wav.scp, folder/text, folder/segments if there are any                           Kaldi
+
+Paths are relative to the list's own folder. Nothing in a list is run: an entry of wav.scp that is a command is skipped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+PIPE = "a command, which is not run: write its audio to a file"
+
+
+@dataclasses.dataclass(frozen=True)
+class Utterance:
+    """Attributes:
+    where: the list and the line, or the list and the id.
+    start, length: of the part of the file, as `features.read` takes them.
+    """
+
+    where: str
+    audio: Path
+    text: str
+    start: int | float = 0
+    length: int | float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """What cannot be used, where it stands, and why."""
+
+    where: str
+    reason: str
+
+
+def read(path: str | os.PathLike, split: str | None = None) -> Iterator[Utterance | Skipped]:
+    """The utterances of a list, in order.
+
+    Args:
+      path: a file of JSON lines, or a Kaldi folder.
+      split: those alone whose "split" is this.
+
+    Raises ValueError, in one line, if there is no such list.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            yield from _kaldi(path)
+        else:
+            with path.open(encoding="utf-8") as file:
+                yield from _json_lines(path, file, split)
+    except OSError as error:
+        raise ValueError(f"{error.filename or path}: cannot read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8 text") from None
+
+
+def _json_lines(path: Path, lines: Iterator[str], split: str | None) -> Iterator[Utterance | Skipped]:
+    for number, line in enumerate(lines, 1):
+        where = f"{path}:{number}"
+        if not line.strip():
+            continue
+        try:
+            said = json.loads(line)
+        except (ValueError, RecursionError):
+            yield Skipped(where, "not JSON")
+            continue
+        if not isinstance(said, dict):
+            yield Skipped(where, "not a JSON object")
+        elif split is None or said.get("split") == split:
+            yield _of_object(path, where, said)
+
+
+def _of_object(path: Path, where: str, said: dict[str, Any]) -> Utterance | Skipped:
+    audio, text = said.get("audio", said.get("audio_filepath")), said.get("text")
+    if not isinstance(audio, str) or not isinstance(text, str):
+        return Skipped(where, 'no "audio" (or "audio_filepath") and "text" that are strings')
+    in_samples = "start" in said or "frames" in said
+    keys, kinds = (("start", "frames"), (int,)) if in_samples else (("offset", "duration"), (int, float))
+    start, length = said.get(keys[0], 0), said.get(keys[1])
+    if type(start) not in kinds or (length is not None and type(length) not in kinds):
+        return Skipped(where, f"its {keys[0]} and {keys[1]} are not numbers{' of samples' if in_samples else ''}")
+    if not in_samples:
+        start, length = float(start), None if length is None else float(length)
+    return Utterance(where, path.parent / audio, text.strip(), start, length)
+
+
+def _kaldi(folder: Path) -> Iterator[Utterance | Skipped]:
+    audio, texts = _table(folder / "wav.scp"), _table(folder / "text")
+    segments = _table(folder / "segments") if (folder / "segments").exists() else None
+    for key, text in texts.items():
+        where, part = f"{folder}/text: {key}", (0, None)
+        recording = key
+        if segments is not None:
+            try:
+                recording, begin, end = segments[key].split()
+                part = (float(begin), float(end) - float(begin))
+            except (KeyError, ValueError):
+                yield Skipped(where, "no segment of a recording with two times in segments")
+                continue
+        if recording not in audio:
+            yield Skipped(where, f"{recording} is not in wav.scp")
+        elif audio[recording].endswith("|"):
+            yield Skipped(where, PIPE)
+        else:
+            yield Utterance(where, folder / audio[recording], text, *part)
+
+
+def _table(path: Path) -> dict[str, str]:
+    lines = path.read_text("utf-8").splitlines()
+    return {key: value.strip() for key, _, value in (line.strip().partition(" ") for line in lines) if key}

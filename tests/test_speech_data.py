@@ -1,0 +1,251 @@
+"""Lists of utterances -> prepared folders -> batches: nothing silently dropped, and the same rows for the same step."""
+
+import json
+
+import numpy as np
+import pytest
+
+from moe_jax.speech import features, manifest
+from moe_jax.speech.data import Speech, frontend, prepare
+from moe_jax.text.symbols import Symbols
+from moe_jax.text.tokeniser import Tokeniser
+
+sf = pytest.importorskip("soundfile", reason="reading audio needs soundfile (pip install '.[speech]')")
+RATE = 8000
+WORDS = ["one", "two", "three", "four", "five", "six"]
+
+
+def write(folder, name: str, seconds: float, seed: int = 0) -> str:
+    samples = np.random.default_rng(seed).normal(0, 0.1, round(seconds * RATE))
+    sf.write(folder / name, samples, RATE)
+    return name
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    lines = [
+        {"audio": write(folder, f"{i}.wav", 0.2 + 0.02 * i, i), "text": WORDS[i % 6], "split": "train"}
+        for i in range(24)
+    ]
+    lines.append({"audio": "0.wav", "text": "two", "split": "valid"})
+    (folder / "all.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(corpus):
+    prepare(
+        str(corpus / "prepared"),
+        manifest=str(corpus / "all.jsonl"),
+        split="train",
+        rate=RATE,
+        mels=20,
+        speeds=(0.9, 1.0, 1.1),
+        lengths=3,
+    )
+    return Speech.open(corpus / "prepared")
+
+
+def said(batch, tokeniser) -> list[str]:
+    return [tokeniser.decode(row) for row in batch.tokens_BxU]
+
+
+# --- lists --------------------------------------------------------------------------------------------------
+
+
+def test_lines_of_ours_and_of_nemo(tmp_path):
+    lines = [
+        {"audio": "a.wav", "text": " one "},
+        {"audio": "b/c.flac", "text": "two", "start": 80, "frames": 800},
+        {"audio_filepath": "/d.wav", "text": "three", "offset": 1, "duration": 0.5},
+        {"audio_filepath": "e.wav", "duration": 2.0, "text": "four"},
+    ]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = list(manifest.read(tmp_path / "m.jsonl"))
+    assert all(isinstance(u, manifest.Utterance) for u in found)
+    assert [(u.audio, u.text, u.start, u.length) for u in found] == [
+        (tmp_path / "a.wav", "one", 0.0, None),
+        (tmp_path / "b/c.flac", "two", 80, 800),
+        (tmp_path.joinpath("/d.wav"), "three", 1.0, 0.5),
+        (tmp_path / "e.wav", "four", 0.0, 2.0),
+    ]
+    assert found[1].where == f"{tmp_path}/m.jsonl:2"
+
+
+def test_kaldis_folders(tmp_path):
+    (tmp_path / "wav.scp").write_text("r1 r1.wav\nr2 sox r2.wav -t wav - |\n")
+    (tmp_path / "text").write_text("u1 one two\nu2 three\nu3 four\nu4 five\n")
+    (tmp_path / "segments").write_text("u1 r1 0.5 1.25\nu2 r2 0 1\nu3 r1 zero one\n")
+    found = list(manifest.read(tmp_path))
+    assert found[0] == manifest.Utterance(f"{tmp_path}/text: u1", tmp_path / "r1.wav", "one two", 0.5, 0.75)
+    bad = "no segment of a recording with two times in segments"
+    assert [s.reason for s in found[1:]] == [manifest.PIPE, bad, bad]
+    (tmp_path / "segments").unlink()
+    assert [s.reason for s in manifest.read(tmp_path)] == [f"u{i} is not in wav.scp" for i in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "not a JSON object"),
+        ('{"audio": "a.wav"}', "that are strings"),
+        ('{"audio": 3, "text": "a"}', "that are strings"),
+        ('{"audio": "a.wav", "text": "a", "start": "0", "frames": 3}', "are not numbers"),
+        ('{"audio": "a.wav", "text": "a", "start": true}', "are not numbers"),
+        ('{"audio": "a.wav", "text": "a", "duration": "long"}', "are not numbers"),
+        ("[" * 100_000, "not JSON"),
+    ],
+)
+def test_lines_that_cannot_be_used(tmp_path, line, reason):
+    (tmp_path / "m.jsonl").write_text(line)
+    (only,) = manifest.read(tmp_path / "m.jsonl")
+    assert isinstance(only, manifest.Skipped) and reason in only.reason
+
+
+def test_a_list_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match=r"none\.jsonl: cannot read"):
+        list(manifest.read(tmp_path / "none.jsonl"))
+    with pytest.raises(ValueError, match=r"wav\.scp: cannot read"):
+        list(manifest.read(tmp_path))
+
+
+# --- vocabularies -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("units", ["characters", "words"])
+def test_symbols_travel_as_every_tokeniser_does(units):
+    symbols = Symbols.of(["zwei", "eins ü"], units)
+    assert symbols.symbols == ((*" einswzü",) if units == "characters" else ("eins", "zwei", "ü"))
+    for again in (Tokeniser.load(symbols.model), Tokeniser.of_meta(symbols.meta())):
+        assert isinstance(again, Symbols) and again.vocab_size == 3 + len(symbols.symbols)
+        ids = again.encode("zwei ü")
+        assert again.decode([1, 0, *ids, 2]) == "zwei ü" and min(ids) >= 3
+    with pytest.raises(ValueError, match=f"is not among the {len(symbols.symbols)} {units}"):
+        symbols.encode("zwei k")
+
+
+@pytest.mark.parametrize(
+    "said",
+    ['{"units": "words", "symbols": ["a b"]}', '{"units": "words", "symbols": ["a", "a"]}', "{", "[]", "\xff", "[" * 9999],
+)
+def test_damaged_symbols(said):
+    with pytest.raises(ValueError, match="damaged vocabulary"):
+        Tokeniser.load(b"moe_jax symbols\n" + said.encode("latin-1"))
+
+
+# --- folders ------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_has_the_features_of_its_audio(corpus, prepared):
+    assert prepared.rows == 24 and prepared.meta["skipped"] == {}
+    for row in (0, 7, 23):
+        samples = features.read(corpus / f"{row}.wav", RATE)
+        for version, factor in enumerate((0.9, 1.0, 1.1)):
+            start, frames = prepared.index_RxVx2[row, version]
+            expected = features.fbank(features.speed(samples, factor), RATE, 20)
+            np.testing.assert_allclose(prepared.features_FxC[start : start + frames], expected, atol=0.01)
+        ids = prepared.tokens_RxU[row]
+        assert prepared.tokeniser.decode(ids[ids > 0]) == WORDS[row % 6]
+    about = frontend(str(corpus / "prepared"))
+    assert about["rate"] == RATE and about["mels"] == 20
+    normal = (prepared.features_FxC.astype(np.float64) - about["mean"]) * about["scale"]
+    np.testing.assert_allclose((normal.mean(0), normal.std(0)), ([0] * 20, [1] * 20), atol=0.01)
+
+
+def test_an_epoch_has_every_utterance_in_few_lengths(prepared):
+    for seed in (0, 1):
+        batches = [prepared.batch(step, seed=seed, batch_size=4) for step in range(6)]
+        assert {b.features_BxTxC.shape[1] for b in batches} == set(prepared.meta["lengths"])
+        assert len(prepared.meta["lengths"]) == 3
+        assert sorted(t for b in batches for t in said(b, prepared.tokeniser)) == sorted(WORDS * 4)
+        for b in batches:
+            beyond = np.arange(b.features_BxTxC.shape[1]) >= np.asarray(b.frames_B)[:, None]
+            assert not b.features_BxTxC[beyond].any() and b.features_BxTxC[~beyond].any(-1).all()
+    later = [prepared.batch(step, seed=0, batch_size=4) for step in range(6, 12)]
+    assert [said(b, prepared.tokeniser) for b in later] != [said(b, prepared.tokeniser) for b in batches]
+
+
+def test_batches_are_functions_of_seed_and_step(corpus, prepared):
+    again = Speech.open(corpus / "prepared")
+    for step in (0, 5, 17):
+        one, two = (d.batch(step, seed=3, batch_size=4) for d in (prepared, again))
+        np.testing.assert_array_equal(one.features_BxTxC, two.features_BxTxC)
+        halves = [prepared.batch(step, seed=3, batch_size=4, process_index=i, process_count=2) for i in (0, 1)]
+        np.testing.assert_array_equal(np.concatenate([h.features_BxTxC for h in halves]), one.features_BxTxC)
+    frames = {int(n) for s in range(60) for n in prepared.batch(s, seed=0, batch_size=4).frames_B}
+    assert len(frames) > 40  # most of the 24 utterances at three speeds
+
+
+def test_few_rows_fill_a_large_batch(prepared):
+    batch = prepared.batch(0, seed=0, batch_size=20)
+    assert len(batch.frames_B) == 20 and len(set(map(tuple, batch.tokens_BxU))) <= 8
+
+
+def test_what_cannot_be_used_is_counted_and_listed(corpus, tmp_path, capsys):
+    (corpus / "torn.wav").write_bytes((corpus / "9.wav").read_bytes()[:600])
+    write(corpus, "short.wav", 0.08)
+    write(corpus, "long_enough.wav", 0.0851)
+    lines = [
+        {"audio": "1.wav", "text": "one"},
+        {"audio": "long_enough.wav", "text": "one"},
+        {"audio": "absent.wav", "text": "one"},
+        {"audio": "torn.wav", "text": "one"},
+        {"audio": "short.wav", "text": "one"},
+        {"audio": "1.wav", "text": "one!"},
+        {"audio": "1.wav", "text": " "},
+        {"audio": "1.wav", "text": "one", "start": 0, "frames": 10**9},
+    ]
+    (corpus / "some.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines) + "{\n")
+    args = {"manifest": str(corpus / "some.jsonl"), "tokeniser": str(corpus / "prepared/tokeniser.model")}
+    assert (corpus / "prepared").exists()
+    prepare(str(tmp_path / "p"), **args, rate=RATE, mels=20)
+    made = Speech.open(tmp_path / "p")
+    assert made.rows == 2 and sum(made.meta["skipped"].values()) == 7
+    assert made.meta["skipped"]["audio that cannot be read"] == 3
+    listed = [json.loads(line) for line in (tmp_path / "p/skipped.jsonl").read_text().splitlines()]
+    assert [s["where"].rpartition(":")[2] for s in listed] == list("3456789")
+    assert "skipped 1: too short for one subsampled frame" in capsys.readouterr().out
+    (corpus / "none.jsonl").write_text(json.dumps(lines[2]))
+    with pytest.raises(ValueError, match=r"none of 1 utterances can be used: .*none.jsonl:1: .*no such file"):
+        prepare(str(tmp_path / "none"), manifest=str(corpus / "none.jsonl"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["p"]
+
+
+def test_preparing_again(corpus, prepared):
+    folder, args = str(corpus / "prepared"), {"manifest": str(corpus / "all.jsonl"), "split": "train"}
+    same = {"rate": RATE, "mels": 20, "speeds": (0.9, 1.0, 1.1), "lengths": 3}
+    before = (corpus / "prepared/meta.json").stat().st_mtime_ns
+    prepare(folder, **args, **same)
+    assert (corpus / "prepared/meta.json").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="prepared with another asked: remove it"):
+        prepare(folder, **args, **same | {"mels": 40})
+    with pytest.raises(ValueError, match="prepared with another manifest"):
+        prepare(folder, manifest=args["manifest"], split="valid", **same)
+
+
+def test_pieces_of_words(corpus, tmp_path):
+    prepare(str(tmp_path / "p"), manifest=str(corpus / "all.jsonl"), split="train", rate=RATE, mels=20, units=281)
+    made = Speech.open(tmp_path / "p")
+    assert made.tokeniser.vocab_size == 281
+    assert all(t in WORDS for t in said(made.batch(0, seed=0, batch_size=8), made.tokeniser))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("meta.json", b"{", "not JSON"),
+        ("meta.json", b"[]", "not format 1 of prepared speech"),
+        ("index.npy", b"", "damaged"),
+        ("features.npy", b"\x93NUMPY", "features.npy"),
+        ("tokeniser.model", b"", "not a SentencePiece model"),
+    ],
+)
+def test_damaged_folders_are_one_line(corpus, prepared, tmp_path, name, data, message):
+    for file in (corpus / "prepared").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=message) as error:
+        Speech.open(tmp_path)
+    assert "\n" not in str(error.value)
