@@ -11,6 +11,7 @@ from pathlib import Path
 from moe_jax import __version__, correct, launch, main, score, translate
 from moe_jax.formats import Record
 from moe_jax.merging import command
+from moe_jax.speech import transcribe
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -25,6 +26,9 @@ def entry(argv: Sequence[str] | None = None) -> int:
         commands.add_parser("correct", help="correct a file of hypotheses", description=correct.__doc__)
     )
     score.add_arguments(commands.add_parser("score", help="score test sets, ours beside other systems"))
+    transcribe.add_arguments(
+        commands.add_parser("transcribe", help="recognise speech: audio files to n-best lists for correct")
+    )
     main.add_arguments(commands.add_parser("run", help="run the jobs of a gin file: prepare, train, evaluate"))
     export = commands.add_parser(
         "export", help="write a run's best checkpoint, or a safetensors file, as another dtype, or with adapters merged"
@@ -61,8 +65,9 @@ def entry(argv: Sequence[str] | None = None) -> int:
             return correct.main(args, _load)
         if args.command == "score":
             return score.main(args, scored)
-        if args.command in ("merge", "translate"):
-            return {"merge": command.main, "translate": translate.main}[args.command](args)
+        if args.command in ("merge", "transcribe", "translate"):
+            mains = {"merge": command.main, "transcribe": transcribe.main, "translate": translate.main}
+            return mains[args.command](args)
         others = {"export": _export, "import": _import, "statistics": _statistics, "subnetwork": _subnetwork}
         return others[args.command](args)
     except KeyboardInterrupt:

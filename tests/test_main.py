@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from moe_jax.tasks import families
 GIN = Path(main.GIN)
 RUNS = sorted(str(p.relative_to(GIN)) for folder in ("runs", "experiments") for p in (GIN / folder).rglob("*.gin"))
 PRETRAINED = [r for r in RUNS if r.startswith("experiments/smollm2/")]
-PARTS = ("runs/finetune.gin", "runs/branches.gin", "runs/translate.gin")  # which others include
+PARTS = ("runs/finetune.gin", "runs/branches.gin", "runs/digits.gin", "runs/translate.gin")  # which others include
 COMPLETE = [r for r in RUNS if r not in (*PARTS, *PRETRAINED)]
 GIVEN = {"runs/own.gin": ["FOLDER=/data/mine", "FAMILY=asr"], "runs/base_again.gin": ["BASE=runs/base"]}
 GIVEN |= {f"experiments/task_moe/new_{kind}.gin": ["BASE=runs/x"] for kind in ("static", "dynamic", "full")}
@@ -48,10 +49,18 @@ def shapes(files: list[str], bindings: Sequence[str] = ()) -> str:
     return "".join(f"{path} {'x'.join(map(str, leaf.shape))}\n" for path, leaf in sorted(built.items()))
 
 
+def speech(folder: Path) -> list[str]:
+    """A folder that says what prepared speech says to a model."""
+    frontend = {"rate": 8000, "mels": 80, "mean": [0.0] * 80, "scale": [1.0] * 80}
+    meta = {"format": 1, "rows": 1, "frames": 9, "lengths": [9], "max_targets": 1, "speeds": [1.0], "tokeniser": "x"}
+    (folder / "meta.json").write_text(json.dumps(meta | {"frontend": frontend, "sha256": {"index": "x"}}))
+    return ["MANIFEST=list.jsonl", f"DATA={folder}"]
+
+
 @pytest.mark.parametrize("name", COMPLETE)
-def test_every_run_parses_and_builds_the_parameters_of_its_golden_file(name):
+def test_every_run_parses_and_builds_the_parameters_of_its_golden_file(name, tmp_path):
     golden = GOLDEN / (name.replace("/", "-").removesuffix(".gin") + ".txt")
-    table = shapes([name], GIVEN.get(name, ()))
+    table = shapes([name], GIVEN.get(name, ()) if "u2pp" not in name else speech(tmp_path))
     replaces_jobs = name.startswith(("experiments/merging/", "experiments/neko/single.gin"))  # of what it includes
     if name not in GIVEN and not replaces_jobs:
         main._check_all_used(gin.config._CONFIG)

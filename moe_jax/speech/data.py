@@ -136,7 +136,8 @@ def prepare(
 
     Args:
       manifest, split: a list of utterances, and which of them (`speech.manifest`).
-      tokeniser: the file of one, such as that of the training folder. Default: made of the texts.
+      tokeniser: the file of one, or a folder of prepared speech that holds it: that of training, for validation.
+        Default: made of the texts.
       units: then what of: "characters", "words", or a number of SentencePiece pieces (265 of which are fixed).
       rate, mels: of the features.
       speeds: each utterance is there at all of them; a batch takes one.
@@ -150,6 +151,8 @@ def prepare(
         "manifest": [str(path.absolute()), stamp, split],
         "asked": {"units": units, "rate": rate, "mels": mels, "speeds": list(speeds), "lengths": lengths},
     }
+    if tokeniser and Path(tokeniser).is_dir():
+        tokeniser = str(Path(tokeniser) / "tokeniser.model")
     if target.exists():
         there = _meta(target)
         differs = next((key for key, value in wanted.items() if there.get(key) != value), None)
@@ -256,9 +259,21 @@ def _featured(
 
 
 def _lengths(frames_R: np.ndarray, number: int) -> list[int]:
-    """Each fits the next part of the utterances, all parts as many."""
-    edges = np.quantile(frames_R, np.arange(1, number + 1) / number, method="inverted_cdf")
-    return sorted(set(edges.astype(int).tolist()))
+    """Those that leave the least padding, found among 200 quantiles by dynamic programming."""
+    edges = np.unique(np.quantile(frames_R, np.linspace(0, 1, 201), method="inverted_cdf")).astype(int)
+    upto = np.r_[0, np.searchsorted(np.sort(frames_R), edges, side="right")]
+    # work_ij: of batches of utterances i to j, all as long as the longest
+    work = (upto - upto[:, None]) * np.r_[0, edges]
+    work = np.where(np.triu(np.ones(work.shape, bool), 1), work, np.inf)
+    best, ways = np.r_[0, np.full(len(edges), np.inf)], []
+    for _ in range(min(number, len(edges))):
+        total = best[:, None] + work
+        best, ways = total.min(0), [*ways, total.argmin(0)]
+    found, end = [], len(edges)
+    for way in reversed(ways):
+        found.append(int(edges[end - 1]))
+        end = way[end]
+    return found[::-1]
 
 
 class _Growing:

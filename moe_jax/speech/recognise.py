@@ -1,0 +1,261 @@
+"""A trained Conformer at work: whole recordings in two passes, or audio as it comes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax import checkpoint, describe, tree, xla
+from moe_jax.layers import subsample
+from moe_jax.layers.relative import Chunks
+from moe_jax.speech import decode, features
+from moe_jax.speech.decode import Hypothesis, PrefixBeam
+from moe_jax.text.tokeniser import Tokeniser
+from moe_jax.types import Array
+
+FRAME = subsample.RATE * features.SHIFT  # seconds from one of the model's frames to the next
+SHORTEST = 64  # frames of features: lengths that programs are made for grow from here, by a quarter
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """One reading.
+
+    Attributes:
+      times: seconds at which each of its tokens is likeliest, from the beginning of the recording.
+    """
+
+    text: str
+    score: float
+    times: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """What a stream says after a piece of audio.
+
+    Attributes:
+      texts: the n-best since the last final; of a final, after rescoring.
+      final: the speaker paused, or went on for too long, or the audio ended: what comes later is a new text.
+      end: seconds of audio that were heard.
+      took: seconds of computing since the update before.
+    """
+
+    texts: list[Text]
+    final: bool
+    end: float
+    took: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Recogniser:
+    """Args:
+    model, tokeniser: of a checkpoint (`load`).
+    beam: prefixes that are kept, and the most texts that come out.
+    ctc_weight, reverse_weight: of rescoring (WeNet's for AISHELL).
+    chunk: frames of 40 ms that are read at once: of a stream, and of whole recordings if it is not None.
+    left: chunks before it that they see; all since the last final, if negative.
+    pause, longest: a stream's text ends after so many seconds without a token behind one, or after so many in all.
+    """
+
+    model: Any
+    tokeniser: Tokeniser
+    beam: int = 10
+    ctc_weight: float = 0.3
+    reverse_weight: float = 0.5
+    chunk: int | None = None
+    left: int = -1
+    pause: float = 1.0
+    longest: float = 20.0
+
+    @classmethod
+    def load(cls, path: str | Path, **options: Any) -> Recogniser:
+        """From a run folder (its `model.safetensors`) or such a file.
+
+        Raises CheckpointError, in one line, for a checkpoint that is missing, torn or no Conformer.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / "model.safetensors"
+        if not path.exists():
+            raise checkpoint.CheckpointError(f"{path}: no such file; train a model there first")
+        params, meta = checkpoint.read_safetensors(path)
+        try:
+            if meta["model"]["class"] != "Conformer":
+                raise ValueError(f"it is a {meta['model']['class']}, not a Conformer")
+            tokeniser, empty = Tokeniser.of_meta(meta), describe.abstract(meta["model"])
+            shapes = {name: leaf.shape for name, leaf in tree.flatten(empty).items()}
+            if {name: x.shape for name, x in params.items()} != shapes:
+                raise ValueError("its arrays are not those that it describes")
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+            raise checkpoint.CheckpointError(f"{path}: cannot recognise speech with it ({error})") from error
+        return cls(tree.unflatten(empty, params), tokeniser, **options)
+
+    @property
+    def rate(self) -> int:
+        """Of the audio, in samples a second."""
+        return int(dict(self.model.frontend)["rate"])
+
+    @property
+    def mels(self) -> int:
+        return int(dict(self.model.frontend)["mels"])
+
+    # --- whole recordings -------------------------------------------------------------------------------------------
+
+    def __call__(self, samples_S: np.ndarray, *, rescore: bool = True) -> list[Text]:
+        """The n-best of a recording, the best first; [] where it is too short for a frame.
+
+        Without `rescore` they are those of CTC, the first pass.
+        """
+        x_LxD, logp_LxV = self.heard(samples_S)
+        if not len(logp_LxV):
+            return []
+        search = PrefixBeam(self.beam)
+        search.advance(logp_LxV)
+        found = search.nbest()
+        return self._texts(self.rescored(found, x_LxD) if rescore else found)
+
+    def heard(self, samples_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(what the encoder made of it [L, D], log probabilities of CTC [L, V])."""
+        frames_TxC = features.fbank(samples_S, self.rate, self.mels)
+        x_TxC = _padded(frames_TxC, _bucket(len(frames_TxC)))
+        chunks = None if self.chunk is None else Chunks(self.chunk, self.left)
+        x, logp = _program(_whole)(self.model, x_TxC[None], np.arange(len(x_TxC))[None] < len(frames_TxC), chunks)
+        L = subsample.length(len(frames_TxC))
+        return np.asarray(x[0, :L]), np.asarray(logp[0, :L])
+
+    def rescored(self, hypotheses: Sequence[Hypothesis], x_LxD: np.ndarray) -> list[Hypothesis]:
+        """By both decoders, all hypotheses at once."""
+        longest = max(len(h.tokens) for h in hypotheses)
+        tokens = np.zeros((self.beam, _bucket(longest, 8)), np.int32)
+        for row, h in zip(tokens, hypotheses, strict=False):
+            row[: len(h.tokens)] = h.tokens
+        size = _bucket(len(x_LxD), SHORTEST // subsample.RATE)
+        seen = np.arange(size)[None] < len(x_LxD)
+        left, right = _program(_score)(self.model, tokens, _padded(x_LxD, size)[None], seen)
+        number = len(hypotheses)
+        weights = dict(ctc_weight=self.ctc_weight, reverse_weight=self.reverse_weight)
+        return decode.rescored(hypotheses, left[:number].tolist(), right[:number].tolist(), **weights)
+
+    def _texts(self, hypotheses: Iterable[Hypothesis], start: float = 0.0) -> list[Text]:
+        """Each text once, with its best score: pieces may spell one in several ways."""
+        found: dict[str, Text] = {}
+        for h in hypotheses:
+            text = self.tokeniser.decode(h.tokens)
+            times = tuple(start + frame * FRAME for frame in h.frames)
+            found.setdefault(text, Text(text, h.score, times))
+        return list(found.values())
+
+    # --- streams ----------------------------------------------------------------------------------------------------
+
+    def stream(self, pcm: Iterable[np.ndarray]) -> Iterator[Update]:
+        """What is known after each portion of audio (samples [S] at `rate`, of any size), however long it goes on: the
+        memory that it takes does not grow."""
+        chunk = self.chunk or 16
+        step, window = subsample.RATE * chunk, subsample.RATE * (chunk - 1) + subsample.WINDOW
+        shift = features.sizes(self.rate)[1]
+        samples, frames = np.zeros(0, np.float32), np.zeros((0, self.mels), np.float32)
+        heard, segment = 0, _Segment(self, chunk, 0.0)
+        for block in itertools.chain(pcm, [None]):
+            began = time.perf_counter()
+            if block is not None:
+                heard += len(block)
+                samples = np.concatenate([samples, block])
+                new = features.fbank(samples, self.rate, self.mels)
+                samples, frames = samples[len(new) * shift :], np.concatenate([frames, new])
+            while len(frames) >= (window if block is not None else subsample.WINDOW):
+                segment.read(frames[:window], window)
+                frames = frames[step:]
+                if segment.over:
+                    yield Update(segment.final(), True, heard / self.rate, time.perf_counter() - began)
+                    began = time.perf_counter()
+                    segment = _Segment(self, chunk, segment.end)
+            if block is None:
+                yield Update(segment.final(), True, heard / self.rate, time.perf_counter() - began)
+            else:
+                yield Update(segment.texts(), False, heard / self.rate, time.perf_counter() - began)
+
+
+class _Segment:
+    """What is said until a pause: the encoder's caches and outputs, and the search over them."""
+
+    def __init__(self, by: Recogniser, chunk: int, start: float):
+        self.by, self.start = by, start
+        self.most = max(1, round(by.longest / FRAME / chunk)) * chunk
+        held = self.most if by.left < 0 else by.left * chunk
+        self.state, self.chunks = by.model.state(1, held), Chunks(chunk, by.left)
+        self.search, self.outputs, self.silent = PrefixBeam(by.beam), [], 0
+
+    def read(self, frames_TxC: np.ndarray, window: int) -> None:
+        valid = np.arange(window)[None] < len(frames_TxC)
+        x, logp, self.state = _program(_chunk)(
+            self.by.model, _padded(frames_TxC, window)[None], valid, self.state, self.chunks
+        )
+        L = subsample.length(len(frames_TxC))
+        logp_LxV = np.asarray(logp[0, :L])
+        self.outputs.append(np.asarray(x[0, :L]))
+        self.search.advance(logp_LxV)
+        for token in logp_LxV.argmax(1):
+            self.silent = self.silent + 1 if token == decode.BLANK else 0
+
+    @property
+    def length(self) -> int:
+        return sum(map(len, self.outputs))
+
+    @property
+    def end(self) -> float:
+        return self.start + self.length * FRAME
+
+    @property
+    def over(self) -> bool:
+        spoken = bool(self.search.nbest(1)[0].tokens)
+        return self.length >= self.most or (spoken and self.silent * FRAME >= self.by.pause)
+
+    def texts(self) -> list[Text]:
+        return self.by._texts(self.search.nbest(), self.start)
+
+    def final(self) -> list[Text]:
+        if not self.outputs:
+            return []
+        found = self.by.rescored(self.search.nbest(), np.concatenate(self.outputs))
+        return self.by._texts(found, self.start)
+
+
+@functools.cache
+def _program(function: Any) -> Any:
+    return jax.jit(function, compiler_options=xla.options())
+
+
+def _whole(model: Any, x_BxTxC: Array, valid_BxT: Array, chunks: Chunks | None) -> tuple[Array, Array]:
+    x, _, _, _ = model.encode(x_BxTxC, valid_BxT, chunks=chunks)
+    return x, jax.nn.log_softmax(model.ctc_logits(x))
+
+
+def _chunk(model: Any, x_BxTxC: Array, valid_BxT: Array, state: Any, chunks: Chunks) -> tuple[Array, Array, Any]:
+    x, _, state, _ = model.encode(x_BxTxC, valid_BxT, state, chunks=chunks)
+    return x, jax.nn.log_softmax(model.ctc_logits(x)), state
+
+
+def _score(model: Any, tokens_KxU: Array, x_1xLxD: Array, seen_1xL: Array) -> tuple[Array, Array]:
+    memory, seen = (jnp.broadcast_to(a, (len(tokens_KxU), *a.shape[1:])) for a in (x_1xLxD, seen_1xL))
+    return model.score(tokens_KxU, memory, seen)
+
+
+def _bucket(length: int, shortest: int = SHORTEST) -> int:
+    size = shortest
+    while size < length:
+        size = -(-size * 5 // 4)
+    return size
+
+
+def _padded(x_LxD: np.ndarray, length: int) -> np.ndarray:
+    return np.pad(x_LxD, ((0, length - len(x_LxD)), (0, 0)))

@@ -1,0 +1,259 @@
+"""Decoding: CTC's sums by brute force, two passes, and streams that say what the whole says."""
+
+import itertools
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_jax import cli, describe, formats, pipeline, tree
+from moe_jax.checkpoint import CheckpointError, write_safetensors
+from moe_jax.layers.ffn import PlainFfn
+from moe_jax.layers.param import Rngs
+from moe_jax.layers.subsample import length
+from moe_jax.models.conformer import Conformer
+from moe_jax.speech import features, transcribe
+from moe_jax.speech.decode import Hypothesis, PrefixBeam, greedy, rescored
+from moe_jax.speech.recognise import Recogniser
+from moe_jax.text.symbols import Symbols
+
+RATE, MELS = 8000, 20
+SYMBOLS = Symbols.of(["abcdef"], "characters")
+
+
+def logp(L: int, V: int, seed: int = 0) -> np.ndarray:
+    return np.asarray(jax.nn.log_softmax(2 * np.random.default_rng(seed).normal(size=(L, V))))
+
+
+def by_brute_force(logp_LxV) -> dict[tuple[int, ...], tuple[float, float]]:
+    """tokens -> (sum over all paths, best path)."""
+    found: dict = {}
+    L, V = logp_LxV.shape
+    for path in itertools.product(range(V), repeat=L):
+        tokens = tuple(k for k, _ in itertools.groupby(path) if k)
+        p = sum(logp_LxV[l, k] for l, k in enumerate(path))
+        total, best = found.get(tokens, (-np.inf, -np.inf))
+        found[tokens] = (np.logaddexp(total, p), max(best, p))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_prefix_beam_search_sums_all_paths(seed):
+    scores = logp(5, 4, seed)
+    expected = by_brute_force(scores)
+    search = PrefixBeam(10_000)
+    search.advance(scores)
+    found = {h.tokens: h.score for h in search.nbest()}
+    assert set(found) == set(expected)
+    for tokens, score in found.items():
+        np.testing.assert_allclose(score, expected[tokens][0], atol=1e-6)
+        np.testing.assert_allclose(search.paths[tokens].best[0], expected[tokens][1], atol=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 12), st.integers(2, 7), st.integers(1, 6))
+def test_an_n_best_is_sorted_and_without_doubles(seed, L, V, beam):
+    scores = logp(L, V, seed)
+    search = PrefixBeam(beam)
+    for part in np.array_split(scores, [L // 3, L // 2]):  # in portions
+        search.advance(part)
+    found = search.nbest()
+    once = PrefixBeam(beam)
+    once.advance(scores)
+    assert found == once.nbest()
+    assert 1 <= len(found) <= beam and len({h.tokens for h in found}) == len(found)
+    assert [h.score for h in found] == sorted((h.score for h in found), reverse=True)
+    for h in found:
+        assert len(h.frames) == len(h.tokens) and list(h.frames) == sorted(set(h.frames))
+        assert all(0 <= frame < L for frame in h.frames)
+
+
+def test_tokens_are_where_they_are_likeliest():
+    scores = np.full((8, 3), -9.0)
+    likely = [(0, -0.1), (1, -0.5), (1, -0.1), (1, -0.7), (0, -0.1), (1, -0.2), (2, -0.3), (2, -0.1)]
+    for l, (k, p) in enumerate(likely):
+        scores[l, k] = p
+    search = PrefixBeam(5)
+    search.advance(scores)
+    for h in (greedy(scores), search.nbest()[0]):
+        assert h.tokens == (1, 1, 2) and h.frames == (2, 5, 7)
+
+
+def test_rescoring_is_a_weighted_sum():
+    first = [Hypothesis((3,), -1.0, (0,)), Hypothesis((4,), -2.0, (0,))]
+    found = rescored(first, [-5.0, -1.0], [-2.0, -2.0], ctc_weight=0.3, reverse_weight=0.5)
+    assert [h.tokens for h in found] == [(4,), (3,)]
+    np.testing.assert_allclose([h.score for h in found], [-0.5 - 1.0 - 0.6, -2.5 - 1.0 - 0.3])
+
+
+# --- a model at work ----------------------------------------------------------------------------------------
+
+
+def model() -> Conformer:
+    frontend = {"rate": RATE, "mels": MELS, "mean": [12.0] * MELS, "scale": [0.5] * MELS}
+    args = {"d": 16, "layers": 2, "decoder_layers": 1, "heads": 2, "width": 4, "ffn": partial(PlainFfn, hidden=24)}
+    made = Conformer(**args, frontend=frontend, vocab=SYMBOLS.vocab_size, rngs=Rngs(params=0))
+    table = tree.flatten(made)
+    table["ctc"] = 4 * table["ctc"]
+    table["ctc_bias"] = table["ctc_bias"].at[:3].set(jnp.array([1.5, -30, -30]))
+    return tree.unflatten(made, table)
+
+
+@pytest.fixture(scope="module")
+def made():
+    return model()
+
+
+def audio(seconds: float, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    t = np.arange(round(seconds * RATE))
+    loud = np.repeat(rng.uniform(100, 4000, len(t) // 400 + 1), 400)[: len(t)]
+    return (loud * rng.normal(size=len(t))).astype(np.float32)
+
+
+def portions(samples: np.ndarray, size: int):
+    return (samples[i : i + size] for i in range(0, len(samples), size))
+
+
+@pytest.mark.parametrize(("chunk", "left", "size"), [(4, -1, 1000), (4, 2, 333), (7, -1, 10**6)])
+def test_a_stream_ends_with_what_the_whole_says(made, chunk, left, size):
+    by = Recogniser(made, SYMBOLS, chunk=chunk, left=left, pause=100.0, beam=4)
+    samples = audio(2.1)
+    whole = by(samples)
+    updates = list(by.stream(portions(samples, size)))
+    assert [u.final for u in updates] == [False] * (len(updates) - 1) + [True]
+    assert updates[-1].end == pytest.approx(2.1) and len(updates) == -(-len(samples) // size) + 1
+    assert [t.text for t in updates[-1].texts] == [t.text for t in whole] and len(whole) > 1
+    np.testing.assert_allclose([t.score for t in updates[-1].texts], [t.score for t in whole], atol=1e-3)
+    assert updates[-1].texts[0].times == whole[0].times and len(whole[0].text) > 1
+    if len(updates) > 2:
+        assert {u.texts[0].text for u in updates} != {updates[-1].texts[0].text}, "partial results come and change"
+
+
+def test_two_passes_are_those_of_the_formula(made):
+    by, samples = Recogniser(made, SYMBOLS, beam=4), audio(1.0)
+    first, second = by(samples, rescore=False), by(samples)
+    assert {t.text for t in first} == {t.text for t in second}
+    x, _ = by.heard(samples)
+    score = jax.jit(lambda tokens: made.score(tokens, x[None], jnp.ones((1, len(x)), bool)))
+    for text in second:
+        ids = SYMBOLS.encode(text.text)
+        left, right = score(jnp.asarray([ids + [0] * (9 - len(ids))]))
+        ctc = next(t.score for t in first if t.text == text.text)
+        np.testing.assert_allclose(text.score, 0.5 * left[0] + 0.5 * right[0] + 0.3 * ctc, rtol=1e-4)
+
+
+def test_a_long_stream_is_cut_and_holds_no_more(made):
+    by = Recogniser(made, SYMBOLS, chunk=4, pause=100.0, longest=1.6, beam=2)
+    samples = audio(4.0)
+    updates = list(by.stream(portions(samples, 800)))
+    finals = [u for u in updates if u.final]
+    assert len(finals) == 3  # twice 40 frames of 40 ms, and what is left
+    times = [t for u in finals for t in u.texts[0].times]
+    assert times == sorted(times) and times[-1] > 3.0
+    one = Recogniser(made, SYMBOLS, chunk=4, beam=2)(samples[: 40 * 320 + 3 * 80 + 120])
+    assert finals[0].texts[0].text == one[0].text
+
+
+def test_a_pause_ends_a_text(made):
+    table = tree.flatten(made)
+    quiet = tree.unflatten(made, table | {"ctc_bias": table["ctc_bias"].at[0].set(-2.0)})
+    by = Recogniser(quiet, SYMBOLS, chunk=2, pause=0.0, beam=2)
+    finals = [u for u in by.stream(portions(audio(1.0), 400)) if u.final]
+    assert len(finals) > 3 and all(u.texts for u in finals[:-1])
+
+
+@pytest.mark.parametrize("samples", [0, 100, 679])
+def test_too_little_audio_says_nothing(made, samples):
+    by = Recogniser(made, SYMBOLS, chunk=4)
+    assert length(features.num_frames(samples, RATE)) == 0
+    assert by(np.zeros(samples, np.float32)) == []
+    assert [u.texts for u in by.stream([np.zeros(samples, np.float32)])][-1] == []
+
+
+def test_texts_that_pieces_spell_twice_come_once(made):
+    class Lower(Symbols):
+        def decode(self, ids):
+            return super().decode(ids).replace("b", "a")
+
+    by = Recogniser(made, Lower(SYMBOLS.model), beam=8)
+    texts = by(audio(1.0))
+    assert len({t.text for t in texts}) == len(texts) >= 1
+
+
+def test_a_checkpoint_says_how_to_hear(made, tmp_path):
+    meta = {"model": describe.describe(made), **SYMBOLS.meta(), "families": {"asr": 1}, "step": 1}
+    meta |= {"layout": "aligned", "length": 9}
+    pipeline.export(tmp_path / "model.safetensors", tree.flatten(made), json.loads(json.dumps(meta)))
+    by = Recogniser.load(tmp_path, beam=4)
+    assert (by.rate, by.mels, by.beam) == (RATE, MELS, 4)
+    samples = audio(1.0)
+    assert by(samples) == Recogniser(made, SYMBOLS, beam=4)(samples)
+    with pytest.raises(CheckpointError, match="no such file"):
+        Recogniser.load(tmp_path / "none")
+    other = tmp_path / "other.safetensors"
+    for change, said in (
+        ({"model": {"class": "Corrector", "args": {}}}, "it is a Corrector"),
+        ({"model": {"class": "Conformer", "args": {"d": 16}}}, "cannot recognise"),
+        ({"model": meta["model"] | {"args": meta["model"]["args"] | {"width": 5}}}, "arrays are not those"),
+    ):
+        write_safetensors(other, tree.flatten(made), meta | change)
+        with pytest.raises(CheckpointError, match=said):
+            Recogniser.load(other)
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(made, tmp_path_factory):
+    """A run folder, and beside it recordings and a list of them."""
+    sf = pytest.importorskip("soundfile", reason="reading audio needs soundfile (pip install '.[speech]')")
+    folder = tmp_path_factory.mktemp("run")
+    meta = {"model": describe.describe(made), **SYMBOLS.meta(), "families": {"asr": 1}, "layout": "aligned"}
+    pipeline.export(folder / "model.safetensors", tree.flatten(made), {**meta, "length": 9, "step": 1})
+    for i in range(3):
+        sf.write(folder / f"{i}.wav", audio(1.0, i) / features.SCALE, RATE, subtype="FLOAT")
+    lines = [{"audio": f"{i}.wav", "text": "abc", "split": "test"} for i in (0, 1, 7)]
+    (folder / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+@pytest.mark.parametrize("how", [[], ["--stream", "--chunk=16"]])
+def test_transcripts_are_what_correct_reads(run, tmp_path, capsys, how):
+    output = tmp_path / "hyps.json"
+    files = [str(run / f"{i}.wav") for i in range(2)]
+    assert cli.entry(["transcribe", *files, f"--checkpoint={run}", "--nbest=3", f"--output={output}", *how]) == 0
+    records = list(formats.read(output))
+    said = json.loads(output.read_text())
+    assert [r["audio"] for r in said] == files and len(records) == 2
+    for record, one in zip(records, said, strict=True):
+        assert list(record.hypotheses) == one["input"] and 1 <= len(set(one["input"])) == len(one["input"]) <= 3
+        assert one["scores"] == sorted(one["scores"], reverse=True) and len(one["times"]) == len(one["input"][0])
+    out = capsys.readouterr()
+    assert out.out.splitlines() == [one["input"][0] for one in said]
+    assert ("real-time factor" in out.err) == bool(how)
+
+
+def test_what_cannot_be_transcribed_is_one_line_and_nothing_is_written(run, tmp_path, capsys):
+    output = tmp_path / "hyps.json"
+    files = [str(run / "0.wav"), str(run / "list.jsonl")]
+    assert cli.entry(["transcribe", *files, f"--checkpoint={run}", f"--output={output}"]) == 2
+    assert "list.jsonl: not audio that can be read" in capsys.readouterr().err and not output.exists()
+    assert cli.entry(["transcribe", files[0], f"--checkpoint={run}", "--nbest=20"]) == 2
+    assert "--nbest 20 must be from 1 to --beam 10" in capsys.readouterr().err
+
+
+def test_a_run_is_scored(run):
+    transcribe.evaluate(str(run), manifest=str(run / "list.jsonl"), split="test", beam=3)
+    table = (run / "wer.md").read_text()
+    assert table.count("\n| ") == 4 and "2 utterances (1 could not be read)" in table
+    records = list(formats.read(run / "nbest.json"))
+    assert [r.reference for r in records] == ["abc", "abc"]
+    with pytest.raises(ValueError, match="no utterance of the split 'valid'"):
+        transcribe.evaluate(str(run), manifest=str(run / "list.jsonl"), split="valid")
