@@ -7,10 +7,12 @@ import sys
 from functools import partial
 from xml.etree import ElementTree
 
+import jax
 import numpy as np
 import pytest
 
-from benchmarks import exchange, gpu, input_pipeline, measure, moe_layer, peer, scaling, tpu_aot
+from benchmarks import exchange, gpu, input_pipeline, measure, moe_layer, peer, rtf, scaling, tpu_aot
+from moe_jax import tree
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.ffn import DenseFfn
 from moe_jax.layers.param import Rngs
@@ -278,3 +280,11 @@ def test_grouped_products_are_measured_beside_a_dense_one_and_the_layer_too():
         gpu.loads(32, 4, skew).sum() == 32 for skew in (True, False)
     )
     assert [r["case"] for r in gpu.layers(shape)] == ["forward", "both", "memory"]
+
+
+def test_rivals_of_equal_size():
+    made = jax.eval_shape(lambda: rtf.models(16, 1, 32, 12))
+    sizes = {name: tree.count(tree.flatten(m)) for name, m in made.items()}
+    assert sizes["moe top 1"] == sizes["moe top 2"] > 2 * sizes["dense"]
+    assert 0.95 < sizes["wide"] / sizes["moe top 2"] < 1.05
+    assert made["moe top 1"].ffn.router.k == 1 and made["moe top 2"].ffn.router.k == 2

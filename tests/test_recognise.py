@@ -19,7 +19,7 @@ from moe_jax.layers.subsample import length
 from moe_jax.models.conformer import Conformer
 from moe_jax.speech import features, transcribe
 from moe_jax.speech.decode import Hypothesis, PrefixBeam, greedy, rescored
-from moe_jax.speech.recognise import Recogniser
+from moe_jax.speech.recognise import Recogniser, Text
 from moe_jax.text.symbols import Symbols
 
 RATE, MELS = 8000, 20
@@ -247,6 +247,13 @@ def test_what_cannot_be_transcribed_is_one_line_and_nothing_is_written(run, tmp_
     assert "list.jsonl: not audio that can be read" in capsys.readouterr().err and not output.exists()
     assert cli.entry(["transcribe", files[0], f"--checkpoint={run}", "--nbest=20"]) == 2
     assert "--nbest 20 must be from 1 to --beam 10" in capsys.readouterr().err
+
+
+def test_texts_of_several_finals_are_joined_the_best_first():
+    finals = [[Text("a", -1.0, (0.1,)), Text("b", -3.0, (0.1,))], [Text("c", -1.0, (2.0,)), Text("", -1.5, ())]]
+    found = transcribe._joined(finals, 3)
+    assert [(t.text, t.score) for t in found] == [("a c", -2.0), ("a", -2.5), ("b c", -4.0)]
+    assert found[0].times == (0.1, 2.0) and transcribe._joined([], 3) == []
 
 
 def test_a_run_is_scored(run):

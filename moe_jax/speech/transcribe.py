@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from moe_jax import partfile
@@ -61,25 +62,26 @@ def record(texts: Sequence[Text], nbest: int) -> dict[str, Any]:
 
 
 def _streamed(by: Recogniser, path: str) -> list[Text]:
-    """Shows what is understood while it is heard. Of audio with several finals the texts of equal rank are joined."""
+    """Shows what is understood while it is heard."""
+    list(by.stream([np.zeros(by.rate, np.float32)]))  # compiles
     finals, took, end, slowest = [], 0.0, 0.0, 0.0
     for update in by.stream(features.blocks(path, by.rate, PORTION)):
         took, end, slowest = took + update.took, update.end, max(slowest, update.took)
         if update.texts and (update.final or sys.stderr.isatty()):
             print(f"\r{update.end:8.2f} s  {update.texts[0].text}", end="\n" if update.final else "", file=sys.stderr)
         finals += [update.texts] if update.final and update.texts else []
-    speed = f"real-time factor {took / max(end, 1e-9):.3f}, slowest portion {slowest:.3f} s (compiling included)"
+    speed = f"real-time factor {took / max(end, 1e-9):.3f}, slowest portion {slowest:.3f} s"
     print(f"{path}: {end:.1f} s, {speed}", file=sys.stderr)
-    return _joined(finals)
+    return _joined(finals, by.beam)
 
 
-def _joined(finals: Sequence[list[Text]]) -> list[Text]:
-    found = []
-    for rank in range(max(map(len, finals), default=0)):
-        parts = [texts[min(rank, len(texts) - 1)] for texts in finals]
-        times = tuple(time for part in parts for time in part.times)
-        found.append(Text(" ".join(p.text for p in parts if p.text), sum(p.score for p in parts), times))
-    return found
+def _joined(finals: Sequence[list[Text]], most: int) -> list[Text]:
+    """The best ways to choose one text of each final."""
+    found = [Text("", 0.0, ())]
+    for texts in finals:
+        ways = [Text(f"{a.text} {b.text}".strip(), a.score + b.score, a.times + b.times) for a in found for b in texts]
+        found = sorted({way.text: way for way in reversed(ways)}.values(), key=lambda way: -way.score)[:most]
+    return found if finals else []
 
 
 def evaluate(

@@ -1,0 +1,84 @@
+"""How fast a Conformer hears: its real-time factor with dense layers and with mixtures, of random weights.
+
+    python -m benchmarks.rtf --only d                 # the small shapes
+    python -m benchmarks.rtf --json rtf.json          # and one of the paper's size: 10 GB of weights
+
+Rivals: "moe" has 8 experts of the dense layer's units, of which a frame takes 2 (as the paper's: twice the active
+feed-forward work) or 1; "wide" is dense with as many parameters as they. All take turns in one process. "stream" is one
+chunk of 16 frames (640 ms) at batch 1 with its caches full, "batch" 8 recordings of 10 s at once; time is seconds of
+computing a second of audio, features and search not counted. Target: the mixture hardly slower than the dense one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.measure import interleaved, main, program, row
+from moe_jax import tree
+from moe_jax.layers import subsample
+from moe_jax.layers.ffn import PlainFfn
+from moe_jax.layers.param import Rngs
+from moe_jax.layers.relative import Chunks
+from moe_jax.models.conformer import Conformer
+from moe_jax.moe.experts import Plain
+from moe_jax.moe.layer import MoeFfn
+from moe_jax.moe.routers import TopK
+from moe_jax.speech.recognise import FRAME
+
+EXPERTS, CHUNK, LEFT = 8, 16, 4
+ROWS, SECONDS = 8, 10.0
+FRONTEND = {"rate": 16_000, "mels": 80, "mean": [0.0] * 80, "scale": [1.0] * 80}
+# (width, blocks, units, vocabulary); the paper's own shape is not known, one of 227 M and 1,080 M parameters is.
+SHAPES = {"d96": (96, 4, 384, 64), "d256": (256, 6, 1024, 512), "225M": (512, 26, 2048, 12_000)}
+
+
+def models(d: int, layers: int, hidden: int, vocab: int) -> dict[str, Conformer]:
+    def moe(k: int) -> Callable:
+        return partial(MoeFfn, num_experts=EXPERTS, hidden=hidden, router=partial(TopK, k=k), experts=Plain)
+
+    ffns = {"moe top 2": moe(2)}
+    ffns |= {name: partial(PlainFfn, hidden=units) for name, units in (("dense", hidden), ("wide", EXPERTS * hidden))}
+    make = partial(Conformer, d=d, layers=layers, heads=d // 64 or 1, vocab=vocab, frontend=FRONTEND)
+    made = {name: jax.jit(lambda ffn=ffn: make(ffn=ffn, rngs=Rngs(params=0)))() for name, ffn in ffns.items()}
+    top_1 = jax.eval_shape(lambda: make(ffn=moe(1), rngs=Rngs(params=0)))
+    return made | {"moe top 1": tree.unflatten(top_1, tree.flatten(made["moe top 2"]))}  # the same arrays
+
+
+def stream(model: Conformer, x: jax.Array, valid: jax.Array, state: Any) -> Any:
+    y, _, state, _ = model.encode(x, valid, state, chunks=Chunks(CHUNK, LEFT))
+    return jax.nn.log_softmax(model.ctc_logits(y)), state
+
+
+def whole(model: Conformer, x: jax.Array, valid: jax.Array) -> jax.Array:
+    y, _, _, _ = model.encode(x, valid)
+    return jax.nn.log_softmax(model.ctc_logits(y))
+
+
+def heard(d: int, layers: int, hidden: int, vocab: int) -> Iterator[dict[str, Any]]:
+    made = models(d, layers, hidden, vocab)
+    sizes = {name: tree.count(tree.flatten(m)) / 1e6 for name, m in made.items()}
+    rng = np.random.default_rng(0)
+    window = subsample.RATE * (CHUNK - 1) + subsample.WINDOW
+    cases = {
+        "stream": (stream, (1, window), CHUNK * FRAME, lambda m: (m.state(1, CHUNK * LEFT),)),
+        "batch": (whole, (ROWS, round(SECONDS * 100)), ROWS * SECONDS, lambda m: ()),
+    }
+    for name, (function, shape, seconds, more) in cases.items():
+        x, valid = jnp.asarray(rng.normal(size=(*shape, 80)), jnp.float32), jnp.ones(shape, bool)
+        ready = {n: program(function, m, x, valid, *more(m)) for n, m in made.items()}
+        times = interleaved({n: p.run for n, p in ready.items()})
+        for rival in ("moe top 2", "moe top 1", "wide"):
+            columns = {"unit": "RTF", "M": sizes[rival], "M dense": sizes["dense"]}
+            yield row(f"{name} {rival}", times[rival] / seconds, times["dense"] / seconds, None, **columns)
+
+
+CASES: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {name: partial(heard, *of) for name, of in SHAPES.items()}
+
+if __name__ == "__main__":
+    main(str(__doc__), CASES)
