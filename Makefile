@@ -10,8 +10,9 @@ ARGS ?=
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m moe_jax.main --gin_file=runs/quickstart.gin --gin.RUN_DIR=$(RUN_DIR) $(ARGS)
 
+# Workers must agree on the order of sets.
 test: $(VENV)/.installed-test lint
-	$(BIN)/python -m pytest tests $(ARGS)
+	PYTHONHASHSEED=0 $(BIN)/python -m pytest tests -n 2 $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
