@@ -10,7 +10,7 @@ import pytest
 from test_pipeline import shipped  # noqa: F401  a fixture: a tiny checkpoint with a guard of 2.5 nats
 
 from benchmarks import zero_shot
-from moe_jax import cli, evaluate, pipeline, score
+from moe_jax import cli, evaluate, formats, pipeline, score
 from moe_jax.metrics.normalisers import HYPO2TRANS, SPEECH
 
 # Word errors of the first pass, o_nb and o_cp: 1 1 0 of 2, 1 0 0 of 3, 2 1 1 of 5.
@@ -263,3 +263,29 @@ def test_zero_shot_corrects_a_set_once(one, two, tmp_path):
     table = zero_shot.table(sets, score.ours(("m", None), *made), "the command")
     assert {row["metric"] for row in table["rows"]} == {"wer", "mean_line_wer"}
     assert table["meta"]["command"] == "the command"
+
+
+def test_mixed_sets_are_grouped_sampled_by_a_hash_and_leave_out_what_was_trained(tmp_path):
+    def row(task, name, i):
+        return {"task": task, "source_set": name, "hypotheses": [f"a {i}"], "reference": f"b {i}"}
+
+    rows = [row("ocr", "old", i) for i in range(5)] + [row("gec", "new", i) for i in range(9)]
+    rows += [row("tn", f"nemo-{kind}", 0) for kind in ("date", "time")]
+    file, turned = tmp_path / "m.jsonl", tmp_path / "t.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    turned.write_text("".join(json.dumps(r) + "\n" for r in reversed(rows)))
+    sets = zero_shot.mixed([file], 4, known={("ocr", "old")})
+    assert {name: len(records) for name, records in sets.items()} == {"gec/new": 4, "tn/nemo": 2}
+    again = zero_shot.mixed([turned], 4, known={("ocr", "old")})
+    assert {r.reference for r in sets["gec/new"]} == {r.reference for r in again["gec/new"]}
+    systems = {("perfect", 0): {name: [str(r.reference) for r in records] for name, records in sets.items()}}
+    made = zero_shot.unseen(sets, systems, "the command")
+    perfect = [r for r in made["rows"] if r["arm"] == "perfect"]
+    assert {(r["task"], r["set"], r["value"]) for r in perfect} == {("gec", "gec/new", 0), ("tn", "tn/nemo", 0)}
+    file.write_text(json.dumps({"hypotheses": ["a"], "reference": "b", "task": "ocr"}) + "\n")
+    with pytest.raises(formats.FormatError, match=r"m\.jsonl:1.*source_set"):
+        zero_shot.mixed([file], 4, known=set())
+
+
+def test_shipped_sets_are_known():
+    assert {("asr", "austen-whisper"), ("ocr", "web"), ("gec", "codespell-web")} <= zero_shot.shipped()
