@@ -119,6 +119,7 @@ def like(
     *,
     vocab: int,
     ffn: Callable | None = None,
+    router: Callable | None = None,
     dense_layers: Sequence[int] = (),
     auxiliary: Mapping[str, float] | None = None,
     remat: str = "none",
@@ -130,10 +131,13 @@ def like(
     Args:
       vocab: what the tokeniser has; it must be the checkpoint's.
       ffn: in place of the dense layer there, with its units and activation (upcycling). None: as it is.
+      router: of a base that is a mixture of experts already, in place of its own, whose gate it goes on with (NeKo
+        from Mixtral). It must choose as many experts, and weigh them, as the base's does.
       dense_layers: numbers of the layers that keep the dense one.
       auxiliary, remat, unroll: of `Corrector`; none of them is the checkpoint's.
 
-    Raises ValueError where the tokeniser is another, or there is no dense layer to take the place of.
+    Raises ValueError where the tokeniser is another, there is no dense layer or no router to take the place of, or the
+    new router works otherwise than the old.
     """
     made = configured(Source(path).meta.get("model"))
     if getattr(made, "func", None) is not corrector.Corrector:
@@ -150,4 +154,17 @@ def like(
         changes["ffn"] = partial(ffn, hidden=dense.keywords["hidden"], experts=own)
         if dense_layers:
             changes |= {"dense": dense, "dense_layers": tuple(dense_layers)}
-    return made(**changes, rngs=rngs)
+    if router is None:
+        return made(**changes, rngs=rngs)
+    if ffn is not None or was["ffn"].func is not layer.MoeFfn:
+        raise ValueError(f"{path} has no router to take the place of: make it a mixture of experts by ffn alone")
+    model = made(**changes | {"ffn": partial(was["ffn"], router=router)}, rngs=rngs)
+    old = was["ffn"].keywords["router"].keywords
+    for name in ("k", "weights"):
+        mine, given = (
+            getattr(model.ffn.router, name),
+            old.get(name, _signature(routers.Router).parameters[name].default),
+        )
+        if mine != given:
+            raise ValueError(f"{path} routes with {name}={given!r}, the new router with {mine!r}: give it the base's")
+    return model

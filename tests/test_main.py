@@ -20,7 +20,7 @@ from moe_jax.tasks import families
 
 GIN = Path(main.GIN)
 RUNS = sorted(str(p.relative_to(GIN)) for folder in ("runs", "experiments") for p in (GIN / folder).rglob("*.gin"))
-PRETRAINED = [r for r in RUNS if r.startswith("experiments/smollm2/")]
+PRETRAINED = [r for r in RUNS if r.startswith("experiments/pretrained/")]
 # Which others include.
 PARTS = ("runs/finetune.gin", "runs/branches.gin", "runs/digits.gin", "runs/translate.gin")
 COMPLETE = [r for r in RUNS if r not in (*PARTS, *PRETRAINED)]
@@ -72,10 +72,11 @@ def test_every_run_parses_and_builds_the_parameters_of_its_golden_file(name, tmp
 
 @pytest.mark.parametrize("name", PRETRAINED)
 def test_every_run_from_a_pretrained_base_fills_its_model_with_it(name, tmp_path):
-    hf_models.write(tmp_path / "model", "llama")
+    mixture = name.endswith(("mixture.gin", "pod.gin"))
+    hf_models.write(tmp_path / "model", "mixtral" if mixture else "llama")
     base = str(tmp_path / "base.safetensors")
     checkpoint.write_safetensors(base, *bring.bring(tmp_path / "model"))
-    main.load([name], [f"BASE={base}"])
+    main.load([name], [f"BASE={base}", *(["EXPERTS=4"] if mixture else [])])
     bound = gin.config._CONFIG[("", "moe_jax.train.train")]
     rules = copy.deepcopy(bound.get("init_rules", ()))
     make = functools.partial(train.build, configured_model(), vocab=40, seed=0)
@@ -84,8 +85,30 @@ def test_every_run_from_a_pretrained_base_fills_its_model_with_it(name, tmp_path
     table, source = tree.flatten(model), checkpoint.Source(base)
     gate = table["blocks/ffn/experts/gate" if experts else "blocks/ffn/gate"]
     assert gate.shape == (3, *experts, 16, 24)
-    np.testing.assert_array_equal(gate[:, 1] if experts else gate, source["blocks/ffn/gate"])
+    if mixture:
+        assert type(model.ffn.router).__name__ == "TaskMapped"
+        for path in ("experts/gate", "router/gate"):
+            np.testing.assert_array_equal(table[f"blocks/ffn/{path}"], source[f"blocks/ffn/{path}"])
+    else:
+        np.testing.assert_array_equal(gate[:, 1] if experts else gate, source["blocks/ffn/gate"])
     np.testing.assert_array_equal(table["embedding"], source["embedding"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "bindings", "says"),
+    [
+        ("mixtral", ["K=1", "EXPERTS=4"], "routes with k=2, the new router with 1"),
+        ("qwen2_moe", ["EXPERTS=4"], "routes with weights='full', the new router with 'chosen'"),
+        ("llama", [], "has no router to take the place of"),
+    ],
+)
+def test_a_router_that_is_not_the_mixtures_own_kind_is_refused(kind, bindings, says, tmp_path):
+    hf_models.write(tmp_path / "model", kind)
+    base = str(tmp_path / "base.safetensors")
+    checkpoint.write_safetensors(base, *bring.bring(tmp_path / "model"))
+    main.load(["experiments/pretrained/mixture.gin"], [f"BASE={base}", *bindings])
+    with pytest.raises(ValueError, match=says):
+        train.build(configured_model(), vocab=40, seed=0)
 
 
 @pytest.mark.parametrize("router", ROUTERS)
