@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import subprocess
 import sys
@@ -21,9 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax import partfile
+from moe_jax import checkpoint, main, partfile
 from moe_jax.metrics import significance, translation
-from moe_jax.tasks.translation import ZERO_SHOT, languages
+from moe_jax.tasks.translation import NEW as NEW_DIRECTIONS
+from moe_jax.tasks.translation import TRAINED, ZERO_SHOT, denoises, languages
 
 ROOT = Path(__file__).resolve().parents[1]
 ARMS = ("dense", "top_k", "task_gated", "task_level", "static_adapters", "dynamic_adapters")
@@ -44,11 +46,23 @@ def run(arm: str, seed: int) -> Path:
     return ROOT / folder
 
 
-def group(direction: str) -> str:
+def groups(direction: str) -> list[str]:
+    """Those over which a direction's scores are averaged."""
     source, target = languages(direction)
     if direction in ZERO_SHOT:
-        return "zero-shot"
-    return "en-xx" if source == "en" else "xx-en" if target == "en" else "xx-yy"
+        return ["zero-shot"]
+    if direction in NEW_DIRECTIONS:
+        return ["new"]
+    kind = "en-xx" if source == "en" else "xx-en" if target == "en" else "xx-yy"
+    return [kind, "low-resource" if direction in low_resource() else "high-resource", "trained"]
+
+
+@functools.cache
+def low_resource() -> frozenset[str]:
+    """The half of the trained directions with the fewer sentences to learn from."""
+    trained = [d for d in TRAINED if not denoises(d)]
+    sentences = {d: len(pairs) for d, pairs in main.parallel("train", trained).items()}
+    return frozenset(sorted(sentences, key=lambda d: sentences[d])[: len(sentences) // 2])
 
 
 def rows_of(arm: str, seed: int, folder: Path) -> list[dict[str, Any]]:
@@ -58,10 +72,19 @@ def rows_of(arm: str, seed: int, folder: Path) -> list[dict[str, Any]]:
     about = {"arm": arm, "seed": seed, "set": "test"}
     rows = [{**about, "task": r["task"], "metric": r["metric"], "value": r["value"], **nothing} for r in found]
     for metric in ("bleu", "chrf", "off-target", "references off-target"):
-        mine = [(group(r["task"]), r["value"]) for r in found if r["metric"] == metric and r["value"] is not None]
+        mine = [
+            (name, r["value"])
+            for r in found
+            if r["metric"] == metric and r["value"] is not None
+            for name in groups(r["task"])
+        ]
         for name in dict.fromkeys(g for g, _ in mine):
             mean = float(np.mean([v for g, v in mine if g == name]))
             rows.append({**about, "task": name, "metric": metric, "value": mean, **nothing})
+    if arm in NEW:  # what moved, alone where something stood still
+        file = next(f for f in (folder / "adapters.safetensors", folder / "model.safetensors") if f.exists())
+        moved = sum(x.size for x in checkpoint.read_safetensors(str(file))[0].values())
+        rows.append({**about, "task": "new", "metric": "trained parameters", "value": moved, **nothing})
     return rows
 
 
@@ -95,7 +118,7 @@ def comparisons(folders: dict[tuple[str, int], Path], seeds: Sequence[int]) -> l
     return out
 
 
-def main() -> None:
+def run_all() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=[*ARMS, *NEW])
@@ -116,4 +139,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_all()
