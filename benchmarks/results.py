@@ -183,6 +183,61 @@ def task_moe(data: dict[str, Any]) -> str:
     return "\n".join(out) + "\n"
 
 
+U2PP = """Word and character error rates of held-out utterances, the mean over seeds ± their standard deviation; in
+brackets the 95 % bootstrap interval over utterances of the first seed. `moe` has 8 experts of which a frame takes 2 and
+`dense` as many active parameters, `wide` is dense with as many in all. Chunks are of 640 ms, all before them seen. The
+change is that of the first seed against `dense` on the same utterances, p its paired randomisation test.
+"""
+
+
+def u2pp(data: dict[str, Any]) -> str:
+    """Recognisers: a table a corpus, a line an arm and decoding; then the languages, where there are several."""
+    rows, meta = data["rows"], data["meta"]
+    out = [f"## {data['experiment']}\n", f"`{meta['command']}` · {meta['split']} · {meta['date']}\n", U2PP]
+
+    def of(corpus: str, arm: str, metric: str, decoding: str | None = None, name: str = "all") -> list[dict[str, Any]]:
+        key = (corpus, arm, metric, decoding, name)
+        return [r for r in rows if (r["task"], r["arm"], r["metric"], r.get("decoding"), r["set"]) == key]
+
+    def rate(found: list[dict[str, Any]]) -> str:
+        values = [100 * r["value"] for r in found]
+        return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
+
+    for corpus in unique(r["task"] for r in rows):
+        mine = [r for r in rows if r["task"] == corpus]
+        arms, decodings = unique(r["arm"] for r in mine), unique(r["decoding"] for r in mine if "decoding" in r)
+        sets = [name for name in unique(r["set"] for r in mine) if name != "all"]
+        lines = next(r["lines"] for r in mine if r["set"] == "all")
+        out.append(f"### {corpus}, {lines} utterances\n")
+        head = ("decoding", "arm", "parameters, M", "seeds", "WER % ↓", "95 %", "CER % ↓", "change of WER", "p")
+        table = []
+        for decoding in decodings:
+            for arm in arms:
+                found = of(corpus, arm, "wer", decoding)
+                low, high = found[0]["value_ci95"]
+                change, p = found[0]["relative_change"], found[0]["p_value"]
+                table.append(
+                    (
+                        decoding,
+                        arm,
+                        f"{of(corpus, arm, 'parameters')[0]['value'] / 1e6:.2f}",
+                        str(len(found)),
+                        rate(found),
+                        f"{100 * low:.2f} to {100 * high:.2f}",
+                        rate(of(corpus, arm, "cer", decoding)),
+                        "" if change is None else f"{100 * change:+.1f} %",
+                        "" if p is None else f"{p:.4f}",
+                    )
+                )
+        out.append(aligned([head, ("---", "---", *["--:"] * 7), *table]))
+        if len(sets) > 1:
+            decoding = "whole, rescored"
+            head = (f"WER %, {decoding}", *sets)
+            each = [(arm, *(rate(of(corpus, arm, "wer", decoding, name)) for name in sets)) for arm in arms]
+            out.append(aligned([head, ("---", *["--:"] * len(sets)), *each]))
+    return "\n".join(out) + "\n"
+
+
 EVALUATION_ONLY = """Evaluation only: nothing was trained or tuned on these sets. `average` is the plain mean of the
 sets, `all` their lines together, `distinct hypotheses: n` the lines whose list has so many. `hypo2trans` is how
 HyPoradise's authors score: punctuation and digits deleted, the mean of the lines' own rates.
@@ -257,7 +312,7 @@ def front_speed() -> str:
     return "\n".join(out)
 
 
-RENDERERS = {"zero_shot": zero_shot, "unseen": unseen, "merging": merging, "task_moe": task_moe}
+RENDERERS = {"zero_shot": zero_shot, "unseen": unseen, "merging": merging, "task_moe": task_moe, "u2pp": u2pp}
 
 
 def results() -> str:

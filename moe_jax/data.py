@@ -13,6 +13,7 @@ same rows.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import hashlib
@@ -36,43 +37,71 @@ FORMAT = 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A prepared folder, checked and memory-mapped: `columns` are [rows, length]."""
+class Dataset(abc.ABC):
+    """A prepared folder, whatever it holds: what training, evaluation and merging read.
+
+    Attributes:
+      meta: its meta.json; at least rows, length, max_targets, families and tokeniser (a SHA-256).
+      tokeniser: the one that made the ids.
+    """
 
     folder: Path
     meta: Mapping[str, Any]
-    columns: Rows
     tokeniser: Tokeniser
-
-    @classmethod
-    def open(cls, folder: str | os.PathLike) -> Prepared:
-        """Raises ValueError, in one line, if anything is missing, damaged or of another version."""
-        folder = Path(folder)
-        meta = _read_meta(folder)
-        tokeniser = Tokeniser.load(folder / "tokeniser.model")
-        if tokeniser.sha256 != meta["tokeniser"]:
-            raise ValueError(f"{folder}/tokeniser.model: not the tokeniser that wrote this folder")
-        shape = (meta["rows"], meta["length"])
-        columns = {
-            name: _read_column(folder, name, dtype, shape, meta["sha256"].get(name))
-            for name, dtype in _dtypes(tokeniser).items()
-        }
-        return cls(folder, meta, columns, tokeniser)
 
     @property
     def rows(self) -> int:
         return self.meta["rows"]
 
+    @abc.abstractmethod
+    def batch(self, step: int, *, seed: int, batch_size: int, process_index: int = 0, process_count: int = 1) -> Any:
+        """This process's slice of the batch of `step`, a function of these arguments and the folder alone.
+
+        Raises ValueError for a batch size that does not divide into the processes."""
+
+    def sample(self, rows: int, batch_size: int) -> list[Any]:
+        """The same batches at every call: of `rows` rows or of all there are, whole batches, at least one."""
+        return [self.batch(i, seed=0, batch_size=batch_size) for i in range(self.batches(rows, batch_size))]
+
+    def batches(self, rows: int, batch_size: int) -> int:
+        """How many batches `sample` has."""
+        return max(1, min(rows, self.rows) // batch_size)
+
+
+def share(batch_size: int, process_index: int, process_count: int) -> range:
+    """The places in a batch that are this process's. Raises ValueError where they do not divide."""
+    if batch_size % process_count:
+        raise ValueError(f"batch size {batch_size} does not divide into {process_count} processes")
+    own = batch_size // process_count
+    return range(process_index * own, (process_index + 1) * own)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared(Dataset):
+    """Packed rows of tokens, checked and memory-mapped: `columns` are [rows, length]."""
+
+    columns: Rows
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike) -> Prepared:
+        """Raises ValueError, in one line, if anything is missing, damaged or of another version."""
+        folder = Path(folder)
+        meta = read_meta(folder, "prepared data", FORMAT, KINDS)
+        tokeniser = read_tokeniser(folder, meta)
+        shape = (meta["rows"], meta["length"])
+        columns = {
+            name: read_array(folder, name, dtype, shape, meta["sha256"].get(name, ""))
+            for name, dtype in _dtypes(tokeniser).items()
+        }
+        return cls(folder, meta, tokeniser, columns)
+
     def batch(self, step: int, *, seed: int, batch_size: int, process_index: int = 0, process_count: int = 1) -> Batch:
-        """This process's slice of the batch of `step`: [batch_size / process_count, length] arrays.
+        """[batch_size / process_count, length] arrays.
 
         Steps walk through one permutation of the rows after another; a batch may span two of them.
         """
-        if batch_size % process_count:
-            raise ValueError(f"batch size {batch_size} does not divide into {process_count} processes")
-        share = batch_size // process_count
-        first = step * batch_size + process_index * share
-        places = [divmod(place, self.rows) for place in range(first, first + share)]
+        own = share(batch_size, process_index, process_count)
+        places = [divmod(step * batch_size + place, self.rows) for place in own]
         rows = [_permutation(self.rows, seed, epoch)[index] for epoch, index in places]
         return self.of({name: column[rows] for name, column in self.columns.items()})
 
@@ -145,7 +174,7 @@ def write_prepared(
             "tokeniser": tokeniser.sha256,
             "families": dict(families),
             "tasks": {name: dict(tally) for name, tally in tallies.items() if any(tally.values())},
-            "sha256": {name: _sha256(aside / f"{name}.npy") for name in COLUMNS},
+            "sha256": {name: sha256(aside / f"{name}.npy") for name in COLUMNS},
             **about,
         }
         (aside / "meta.json").write_text(json.dumps(meta, indent=2, ensure_ascii=False) + "\n", "utf-8")
@@ -205,7 +234,14 @@ def _write_columns(
     return count, max_targets
 
 
-def _read_meta(folder: Path) -> dict[str, Any]:
+KINDS = {"length": int, "rows": int, "max_targets": int, "tokeniser": str, "families": dict, "sha256": dict}
+
+
+def read_meta(folder: Path, what: str, version: int, kinds: Mapping[str, type]) -> dict[str, Any]:
+    """meta.json of a folder of `what`, which holds `kinds` (none of them 0 or empty).
+
+    Raises ValueError, in one line, for what is missing, damaged or of another version.
+    """
     path = folder / "meta.json"
     try:
         meta = json.loads(path.read_text("utf-8"))
@@ -213,39 +249,45 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: cannot read ({error.strerror}); is this a prepared folder?") from None
     except ValueError:
         raise ValueError(f"{path}: not JSON; prepare the folder again") from None
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise ValueError(f"{path}: not format {FORMAT} of prepared data; prepare the folder again")
-    kinds = {
-        "length": int,
-        "rows": int,
-        "max_targets": int,
-        "tokeniser": str,
-        "families": dict,
-        "sha256": dict,
-    }
+    if not isinstance(meta, dict) or meta.get("format") != version or meta.get("holds", what) != what:
+        raise ValueError(f"{path}: not format {version} of {what}; prepare the folder again")
     for key, kind in kinds.items():
-        if not isinstance(meta.get(key), kind) or (kind is int and meta[key] < 1):
-            raise ValueError(f"{path}: {key!r} is missing or wrong; prepare the folder again")
+        if not isinstance(meta.get(key), kind) or not meta[key] or (kind is int and meta[key] < 1):
+            raise ValueError(f"{path}: not {what}: {key!r} is missing or wrong; prepare the folder again")
     return meta
 
 
-def _read_column(
-    folder: Path, name: str, dtype: type[np.unsignedinteger], shape: tuple[int, int], sha256: str | None
+def read_tokeniser(folder: Path, meta: Mapping[str, Any]) -> Tokeniser:
+    """That of a folder. Raises ValueError where it is missing, or another one."""
+    tokeniser = Tokeniser.load(folder / "tokeniser.model")
+    if tokeniser.sha256 != meta["tokeniser"]:
+        raise ValueError(f"{folder}/tokeniser.model: not the tokeniser that wrote this folder")
+    return tokeniser
+
+
+def read_array(
+    folder: Path, name: str, dtype: type[np.generic], shape: tuple[int, ...], digest: str | None
 ) -> np.ndarray:
+    """A memory map of `<name>.npy`; `digest` is its SHA-256, None where its size is all that is checked.
+
+    Raises ValueError, in one line, for what cannot be read or is not what meta.json says.
+    """
     path = folder / f"{name}.npy"
     try:
-        if _sha256(path) != sha256:
+        if digest is not None and sha256(path) != digest:
             raise ValueError(f"{path}: damaged (not the checksum of meta.json); prepare the folder again")
         array = np.lib.format.open_memmap(path, mode="r")  # `.npy` alone: no archives, no pickles
     except OSError as error:
         raise ValueError(f"{path}: cannot read ({error.strerror})") from None
     except tokenize.TokenError:  # numpy lets it out for some broken headers
         raise ValueError(f"{path}: not a .npy file") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
     if array.shape != shape or array.dtype != dtype:
         raise ValueError(f"{path}: not {np.dtype(dtype)} {list(shape)} as meta.json says")
     return array
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -150,8 +150,22 @@ def search(
       alpha: length penalty.
       eos: the tokens that end a text, any of them.
     """
+    return [best for best, *_ in nbest(model, read, beams=beams, max_new=max_new, alpha=alpha, eos=eos)]
+
+
+def nbest(
+    model: Any,
+    read: Prefill,
+    *,
+    beams: int,
+    max_new: Sequence[int] | int,
+    alpha: float = 0.6,
+    eos: Sequence[int] = (EOS,),
+) -> list[list[Decoded]]:
+    """All that `search` ends with: `beams` continuations of each prompt, the best first. Where there are fewer texts
+    than beams, the last have a log-probability of minus infinity."""
     alive = jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf)  # all beams begin alike: only one is alive at the start
-    return [best for best, *_ in _texts(model, read, alive, None, None, max_new, alpha=alpha, eos=eos)]
+    return _texts(model, read, alive, None, None, max_new, alpha=alpha, eos=eos)
 
 
 def sample(

@@ -103,11 +103,10 @@ def atlas(pipeline: Pipeline, valid_data: str, batches: int = 16, batch_size: in
     router = getattr(model.ffn, "router", None)
     if isinstance(router, TaskMapped):
         router.inference = "free"  # of this copy: the rows say their task
-    batches = max(1, min(batches, data.rows // batch_size))
     step = jax.jit(lambda m, b: m(b.tokens_BxL, b.info)[2])
     total: Any = None
-    for i in range(batches):
-        stats = step(model, data.batch(i, seed=0, batch_size=batch_size))
+    for batch in data.sample(batches * batch_size, batch_size):
+        stats = step(model, batch)
         if stats is None:
             return None
         total = stats if total is None else jax.tree.map(jnp.add, total, stats)

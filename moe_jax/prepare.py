@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from moe_jax import formats
 from moe_jax.data import Prepared
+from moe_jax.speech.data import write
 from moe_jax.text.tokeniser import Tokeniser
 
 
@@ -70,6 +71,25 @@ def prepare(
     about: dict[str, Any] = {k: v for k, v in wanted.items() if k not in ("mixture", "tokeniser", "drawn")}
     Path(folder).parent.mkdir(parents=True, exist_ok=True)
     seqio_data.prepare(mixture, tokeniser, folder, examples=examples, passes=passes, **about)
+
+
+def speech(folder: str, *, task: str, split: str = "train", **options: Any) -> None:
+    """Makes a folder of prepared speech of a seqio task or mixture of speech (`tasks.speech`), unless it is there.
+
+    Args:
+      task: registered, such as "speech_prompts". Of a mixture every utterance of each task comes once.
+      options: of `speech.data.write`: tokeniser, units, rate, mels, speeds, lengths.
+
+    Raises ValueError where `folder` holds something else, or no utterance is left.
+    """
+
+    def utterances() -> Iterable[Any]:
+        from moe_jax import seqio_data
+
+        return seqio_data.utterances(task, split)
+
+    Path(folder).parent.mkdir(parents=True, exist_ok=True)
+    write(folder, utterances, f"{task}, split {split!r}", ["seqio", task, split], **options)
 
 
 def _state(home: Path, split: str) -> list[Any]:

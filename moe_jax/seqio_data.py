@@ -20,8 +20,9 @@ from absl import logging
 from tqdm import tqdm
 
 from moe_jax.data import write_prepared
+from moe_jax.formats.manifest import Recorded, Skipped
 from moe_jax.packing import COLUMNS, Packable, pack, to_batch
-from moe_jax.tasks import correction, mixtures  # noqa: F401  (registers the tasks)
+from moe_jax.tasks import correction, mixtures, speech  # noqa: F401  (registers the tasks)
 from moe_jax.tasks.preprocessors import UNFIT
 from moe_jax.tasks.quiet import seqio, tf
 from moe_jax.text.tokeniser import Tokeniser
@@ -55,6 +56,12 @@ def find(name: str | Mapping[str, float]) -> seqio.Task | seqio.Mixture:
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(f"unknown task or mixture {name!r}; {hint}known: {', '.join(known)}")
     return seqio.get_mixture_or_task(name)
+
+
+def utterances(task: str, split: str) -> Iterator[Recorded | Skipped]:
+    """Every utterance of a task or mixture of speech (`tasks.speech`), once."""
+    with _quiet():
+        yield from speech.utterances(task, split)
 
 
 class CorrectionConverter(seqio.FeatureConverter):

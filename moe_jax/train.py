@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from moe_jax import checkpoint, describe, losses, profile, sharding, tree, xla
 from moe_jax.adapters import EVERYTHING, Adapters, differentiated, factor_words, fingerprint, summary, trained
-from moe_jax.data import Prepared
+from moe_jax.data import Dataset, Prepared
 from moe_jax.layers.param import Rngs
 from moe_jax.logs import Logs
 from moe_jax.partfile import Signals, Stopped
@@ -227,7 +227,7 @@ def train(
     optimizer: Callable[[], optax.GradientTransformation],
     data: str,
     valid_data: str,
-    read: Callable[[str], Prepared] = Prepared.open,
+    read: Callable[[str], Dataset] = Prepared.open,
     mesh: Callable = sharding.make_mesh,
     steps: int = 1000,
     batch_size: int = 16,
@@ -444,7 +444,7 @@ def _loop(
                 )
 
 
-def _rows(data: Prepared, step: int, seed: int, batch_size: int) -> Batch:
+def _rows(data: Dataset, step: int, seed: int, batch_size: int) -> Batch:
     return data.batch(
         step,
         seed=seed,
@@ -454,13 +454,10 @@ def _rows(data: Prepared, step: int, seed: int, batch_size: int) -> Batch:
     )
 
 
-def _validate(
-    evaluate, data: Prepared, batch_size: int, batches: int, families, mesh, state: State
-) -> dict[str, float]:
+def _validate(evaluate, data: Dataset, batch_size: int, batches: int, families, mesh, state: State) -> dict[str, float]:
     """Mean nll over the first rows of the validation set: the same rows at every call."""
-    batches = max(1, min(batches, data.rows // batch_size))
     total: Metrics = {}
-    for i in range(batches):
+    for i in range(data.batches(batches * batch_size, batch_size)):
         metrics = evaluate(state.params, state.frozen, sharding.put_batch(_rows(data, i, 0, batch_size), mesh))
         total = metrics if not total else jax.tree.map(jnp.add, total, metrics)
     scalars = readable(total, families)
@@ -480,7 +477,7 @@ def _resume(store: checkpoint.Run, step: int, like: State, about: Mapping[str, A
     return State(store.params(step, abstract(like.params)), store.opt(step, abstract(like.opt)), step, like.frozen)
 
 
-def _announce(folder: Path, model: Any, state: State, steps: int, data: Prepared) -> None:
+def _announce(folder: Path, model: Any, state: State, steps: int, data: Dataset) -> None:
     sizes = tree.count(tree.flatten(model)), active_params(model)
     print(f"{'resuming' if state.step else 'training'} in {folder}: step {state.step} of {steps}")
     print(f"  {sizes[0] / 1e6:.2f} M parameters, {sizes[1] / 1e6:.2f} M active a token; devices: {jax.device_count()}")

@@ -208,8 +208,8 @@ def usage(pipeline: Translate, valid_data: str, batches: int = 16, batch_size: i
         return {"experts": of((read[0], stats)), "adapters": of((read[1], adapted))}
 
     total: Any = None
-    for i in range(max(1, min(batches, data.rows // batch_size))):
-        found = step(model, data.batch(i, seed=0, batch_size=batch_size))
+    for batch in data.sample(batches * batch_size, batch_size):
+        found = step(model, batch)
         total = found if total is None else jax.tree.map(jnp.add, total, found)
     names = {number: name.partition("/")[2] for name, number in data.meta["families"].items()}
     out = {}

@@ -62,6 +62,7 @@ ONLY = {
         "interop",
         "layers",
         "moe",
+        "speech",
         "xla",
     },
 }

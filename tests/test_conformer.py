@@ -138,7 +138,8 @@ def test_the_loss_is_wenets_sum():
         for decoder, order in ((m.left, text), (m.right, text[::-1])):
             read = jnp.asarray([[1, *order]])
             one = conformer._info(read > 0, None, jnp.arange(read.shape[1])[None])
-            said = decoder(read, one, x[b : b + 1], info.valid_BxL[b : b + 1])[0][0]
+            memory = conformer._info(info.valid_BxL[b : b + 1], None, jnp.arange(x.shape[1]))
+            said = decoder.logits(decoder.decode(read, one, (x[b : b + 1], memory))[0])[0]
             p = np.asarray(jax.nn.log_softmax(said))
             q = np.full_like(p, 0.1 / (VOCAB - 1))
             q[np.arange(len(p)), [*order, 1]] = 0.9

@@ -1,10 +1,12 @@
 """Audio -> features: Kaldi's numbers, and one line for every file that is not as it should be."""
 
+import io
 import warnings
 
 import numpy as np
 import pytest
 
+from moe_jax.formats import audio
 from moe_jax.speech import features
 
 sf = pytest.importorskip("soundfile", reason="reading audio needs soundfile (pip install '.[speech]')")
@@ -76,39 +78,50 @@ def test_global_mean_and_variance():
 @pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg"])
 def test_reading_a_file_or_a_part_of_it(tmp_path, name):
     samples = noise(0.5)
-    sf.write(tmp_path / name, samples / features.SCALE, 16_000)
-    found = features.read(tmp_path / name, 16_000)
+    sf.write(tmp_path / name, samples / audio.SCALE, 16_000)
+    found = audio.read(tmp_path / name, 16_000)
     assert len(found) == len(samples) and found.dtype == np.float32
     assert np.corrcoef(found, samples)[0, 1] > 0.99
-    part = features.read(tmp_path / name, 16_000, start=1000, length=2000)
+    part = audio.read(tmp_path / name, 16_000, start=1000, length=2000)
     np.testing.assert_allclose(part, found[1000:3000], atol=1)
 
 
-def test_blocks_are_the_file(tmp_path):
-    sf.write(tmp_path / "a.wav", noise(0.5) / features.SCALE, 16_000)
+@pytest.mark.parametrize("rate", [16_000, 8_000, 11_025, 44_100])
+@pytest.mark.parametrize("seconds", [0.03, 0.004, 9.0])
+def test_blocks_are_the_file_whatever_their_size_and_rate(tmp_path, rate, seconds):
+    sf.write(tmp_path / "a.wav", noise(0.5) / audio.SCALE, 16_000)
+    whole = audio.read(tmp_path / "a.wav", rate)
+    pieces = list(audio.blocks(tmp_path / "a.wav", rate, seconds))
+    assert {len(p) for p in pieces[:-1]} <= {round(seconds * rate)}
+    np.testing.assert_allclose(np.concatenate(pieces), whole, atol=0 if rate == 16_000 else 0.05)
+
+
+def test_standard_input_is_a_file_without_a_header():
+    samples = noise(0.2).astype(np.int16)
     for rate in (16_000, 8_000):
-        whole = features.read(tmp_path / "a.wav", rate)
-        pieces = list(features.blocks(tmp_path / "a.wav", rate, 0.03))
-        assert {len(p) for p in pieces[:-1]} == {round(0.03 * rate)}
-        np.testing.assert_array_equal(np.concatenate(pieces), whole)
+        pieces = list(audio.pcm(io.BytesIO(samples.tobytes()), 16_000, rate, 0.05))
+        expected = audio.resampled(samples.astype(np.float32), 16_000, rate)
+        np.testing.assert_allclose(np.concatenate(pieces), expected, atol=0.05)
+    with pytest.raises(audio.AudioError, match="half a sample"):
+        list(audio.pcm(io.BytesIO(samples.tobytes()[:-1]), 16_000, 16_000, 0.05))
 
 
 def test_channels_are_mixed_and_rates_brought_together_with_one_word(tmp_path):
     one = noise(0.5, 44_100)
-    sf.write(tmp_path / "two.wav", np.stack([one, -one, one], 1) / features.SCALE, 44_100)
-    sf.write(tmp_path / "one.wav", one / 3 / features.SCALE, 44_100)
+    sf.write(tmp_path / "two.wav", np.stack([one, -one, one], 1) / audio.SCALE, 44_100)
+    sf.write(tmp_path / "one.wav", one / 3 / audio.SCALE, 44_100)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("default")
-        two = features.read(tmp_path / "two.wav", 16_000)
-        single = features.read(tmp_path / "one.wav", 16_000)
+        two = audio.read(tmp_path / "two.wav", 16_000)
+        single = audio.read(tmp_path / "one.wav", 16_000)
     assert [str(w.message) for w in said] == ["audio of 44100 Hz is resampled to 16000 Hz"]
     assert len(two) == 8_000
     np.testing.assert_allclose(two, single, atol=2)
 
 
 def damaged(tmp_path) -> dict:
-    sf.write(tmp_path / "whole.wav", noise(0.5) / features.SCALE, 16_000)
-    sf.write(tmp_path / "whole.flac", noise(0.5) / features.SCALE, 16_000)
+    sf.write(tmp_path / "whole.wav", noise(0.5) / audio.SCALE, 16_000)
+    sf.write(tmp_path / "whole.flac", noise(0.5) / audio.SCALE, 16_000)
     for name in ("torn.wav", "torn.flac"):
         data = (tmp_path / name.replace("torn", "whole")).read_bytes()
         (tmp_path / name).write_bytes(data[: len(data) // 2])
@@ -133,8 +146,8 @@ def damaged(tmp_path) -> dict:
 
 def test_what_cannot_be_read_is_one_line(tmp_path):
     for name, said in damaged(tmp_path).items():
-        with pytest.raises(features.AudioError, match=said) as error:
-            features.read(tmp_path / name, 16_000)
+        with pytest.raises(audio.AudioError, match=said) as error:
+            audio.read(tmp_path / name, 16_000)
         assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(features.AudioError, match="8000 samples, not 7000 to 9000"):
-        features.read(tmp_path / "whole.wav", 16_000, start=7000, length=2000)
+    with pytest.raises(audio.AudioError, match="8000 samples, not 7000 to 9000"):
+        audio.read(tmp_path / "whole.wav", 16_000, start=7000, length=2000)

@@ -19,14 +19,17 @@ from safetensors.numpy import load_file, save_file
 
 from moe_jax import checkpoint, cli, describe, main, tree
 from moe_jax.data import Prepared, write_prepared
+from moe_jax.layers.ffn import PlainFfn
 from moe_jax.layers.param import Rngs
 from moe_jax.merging import align, experts, merge, methods, recipe, search, statistics
 from moe_jax.merging.methods import METHODS, method
 from moe_jax.merging.models import MergeError, open_model
+from moe_jax.models.conformer import Conformer
 from moe_jax.models.translator import Translator
 from moe_jax.moe import task_routers
 from moe_jax.packing import Packable
 from moe_jax.pipeline import Pipeline
+from moe_jax.speech import data as speech_data
 from moe_jax.text.tokeniser import Tokeniser
 
 TWO = {"slerp"}  # methods for two models
@@ -573,16 +576,54 @@ def test_grams_are_of_the_inputs(tuned, prepared, tmp_path):
     assert np.abs(table["blocks/attention/q"] - table["blocks/ffn/gate"]).max() > 1e-3
 
 
-@pytest.mark.parametrize("kind", statistics.KINDS)
-def test_statistics_are_of_correctors(kind, prepared, tokeniser, tmp_path):
-    make = partial(Translator, d=16, encoder_layers=1, decoder_layers=1, ffn=tiny.dense)
-    path = written(tmp_path / "t", tokeniser, make=make)
-    for refused in (
-        lambda: statistics.gather(path, prepared, kind, str(tmp_path / "s"), progress=False),
-        lambda: search.Loss(prepared)(path),
-    ):
-        with pytest.raises(MergeError, match="is a Translator; searches and statistics are of correctors"):
-            refused()
+def translators(tmp_path, tokeniser, prepared) -> tuple[list[str], str]:
+    make = partial(Translator, d=16, encoder_layers=1, decoder_layers=2, ffn=tiny.dense)
+    return [written(tmp_path / f"t{i}", tokeniser, make=make, shift=i) for i in range(3)], prepared
+
+
+def recognisers(tmp_path, tokeniser, prepared) -> tuple[list[str], str]:
+    """And noise that they learn from."""
+    sf = pytest.importorskip("soundfile", reason="reading audio needs soundfile (pip install '.[speech]')")
+    for i in range(4):
+        sf.write(tmp_path / f"{i}.wav", 0.1 * np.random.default_rng(i).standard_normal(4000), 8000)
+    lines = [{"audio": f"{i}.wav", "text": f"word{i}"} for i in range(4)]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    speech_data.prepare(str(tmp_path / "speech"), manifest=str(tmp_path / "list.jsonl"), rate=8000, mels=20, lengths=1)
+    frontend = speech_data.frontend(str(tmp_path / "speech"))
+    own = speech_data.Speech.open(tmp_path / "speech").tokeniser
+    args = {"d": 16, "layers": 2, "decoder_layers": 1, "heads": 2, "width": 4, "frontend": frontend}
+    make = partial(Conformer, **args, ffn=partial(PlainFfn, hidden=24))
+    return [written(tmp_path / f"s{i}", own, make=make, shift=i) for i in range(3)], str(tmp_path / "speech")
+
+
+@pytest.mark.parametrize("kind", [translators, recognisers])
+def test_translators_and_recognisers_have_statistics_and_searches(kind, prepared, tokeniser, tmp_path):
+    (base, *models), data = kind(tmp_path, tokeniser, prepared)
+    params, _ = checkpoint.read_safetensors(models[0])
+    for about in statistics.KINDS:
+        made = statistics.gather(models[0], data, about, str(tmp_path / about), rows=4, batch_size=2, progress=False)
+        assert made and all(np.isfinite(x).all() and np.abs(x).sum() > 0 for n, x in made.items() if "/k" not in n)
+        if about == "gram":
+            sides = {"encoder", "decoder"} if kind is translators else {"blocks", "left", "right"}
+            assert sides <= {name.partition("/")[0] for name in made}
+    recipe = {"base": base, "models": models, "method": "lors"}
+    found = search.search(
+        str(tmp_path / "x"), recipe=recipe, space={"scale": [0.0, 1.0]}, valid=data, rows=4, progress=False
+    )
+    assert len({row["loss"] for row in found.rows}) == 2
+    regmean = [{"path": models[0], "statistics": str(tmp_path / "gram")}] * 2
+    merge.merge(str(tmp_path / "r"), base=base, models=regmean, method="regmean", progress=False)
+    ours, _ = checkpoint.read_safetensors(tmp_path / "r")
+    for name, x in params.items():  # of one model alone, it is that model
+        np.testing.assert_allclose(ours[name], x, atol=2e-3, err_msg=name)
+
+
+def test_a_model_reads_its_own_kind_of_data(tuned, tmp_path, tokeniser, prepared):
+    (base, *_), data = recognisers(tmp_path, tokeniser, prepared)
+    with pytest.raises(ValueError, match="not format 1 of prepared data"):
+        search.Loss(data)(tuned["a"])
+    with pytest.raises(ValueError, match="not prepared speech: 'frames' is missing"):
+        search.Loss(prepared)(base)
 
 
 def test_fisher_is_the_mean_squared_gradient(tuned, prepared, tmp_path):

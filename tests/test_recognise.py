@@ -1,5 +1,6 @@
 """Decoding: CTC's sums by brute force, two passes, and streams that say what the whole says."""
 
+import dataclasses
 import itertools
 import json
 from functools import partial
@@ -13,13 +14,16 @@ from hypothesis import strategies as st
 
 from moe_jax import cli, describe, formats, pipeline, tree
 from moe_jax.checkpoint import CheckpointError, write_safetensors
+from moe_jax.formats.audio import SCALE
 from moe_jax.layers.ffn import PlainFfn
 from moe_jax.layers.param import Rngs
 from moe_jax.layers.subsample import length
+from moe_jax.metrics import errors
+from moe_jax.metrics.normalisers import family_normaliser
 from moe_jax.models.conformer import Conformer
-from moe_jax.speech import features, transcribe
+from moe_jax.speech import decode, evaluate, features, transcribe
 from moe_jax.speech.decode import Hypothesis, PrefixBeam, greedy, rescored
-from moe_jax.speech.recognise import Recogniser, Text
+from moe_jax.speech.recognise import WAYS, Recogniser, Text
 from moe_jax.text.symbols import Symbols
 
 RATE, MELS = 8000, 20
@@ -101,6 +105,7 @@ def model() -> Conformer:
     table = tree.flatten(made)
     table["ctc"] = 4 * table["ctc"]
     table["ctc_bias"] = table["ctc_bias"].at[:3].set(jnp.array([1.5, -30, -30]))
+    table["left/output_bias"] = table["left/output_bias"].at[:3].set(jnp.array([-30, 0, -30]))
     return tree.unflatten(made, table)
 
 
@@ -137,7 +142,7 @@ def test_a_stream_ends_with_what_the_whole_says(made, chunk, left, size):
 
 def test_two_passes_are_those_of_the_formula(made):
     by, samples = Recogniser(made, SYMBOLS, beam=4), audio(1.0)
-    first, second = by(samples, rescore=False), by(samples)
+    first, second = dataclasses.replace(by, way="ctc")(samples), by(samples)
     assert {t.text for t in first} == {t.text for t in second}
     x, _ = by.heard(samples)
     score = jax.jit(lambda tokens: made.score(tokens, x[None], jnp.ones((1, len(x)), bool)))
@@ -146,6 +151,38 @@ def test_two_passes_are_those_of_the_formula(made):
         left, right = score(jnp.asarray([ids + [0] * (9 - len(ids))]))
         ctc = next(t.score for t in first if t.text == text.text)
         np.testing.assert_allclose(text.score, 0.5 * left[0] + 0.5 * right[0] + 0.3 * ctc, rtol=1e-4)
+
+
+def test_the_decoder_searches_for_what_it_scores_highest(made):
+    """Attention alone: scores are the decoder's own, and no text of CTC's has a better one."""
+    by, samples = Recogniser(made, SYMBOLS, way="attention", beam=6), audio(0.5)
+    found = by(samples)
+    assert found and [t.score for t in found] == sorted((t.score for t in found), reverse=True)
+    x, _ = by.heard(samples)
+    others = [t.text for t in Recogniser(made, SYMBOLS, beam=6)(samples)]
+    texts = [t.text for t in found if len(t.text) < len(x)] + others
+    ids = np.zeros((len(texts), 16), np.int32)
+    for row, text in zip(ids, texts, strict=True):
+        row[: len(text)] = SYMBOLS.encode(text)
+    many = jnp.broadcast_to(x[None], (len(texts), *x.shape))
+    left, _ = made.score(jnp.asarray(ids), many, jnp.ones(many.shape[:2], bool))
+    scores = dict(zip(texts, left.tolist(), strict=True))
+    for one in found:
+        if len(one.text) < len(x):
+            assert one.score == pytest.approx(scores[one.text], abs=1e-3)
+    assert max(scores[text] for text in others) <= found[0].score + 1e-3
+
+
+def test_ways_to_decode(made):
+    samples = audio(1.0)
+    by = {way: Recogniser(made, SYMBOLS, way=way, beam=4) for way in WAYS}
+    _, logp = by["ctc"].heard(samples)
+    assert by["greedy"](samples)[0].text == SYMBOLS.decode(decode.greedy(logp).tokens)
+    assert {t.text for t in by["ctc"](samples)} == {t.text for t in by["rescored"](samples)}
+    with pytest.raises(ValueError, match="unknown way to decode 'best'; known: greedy, ctc, attention, rescored"):
+        Recogniser(made, SYMBOLS, way="best")
+    streamed = [list(by[way].stream([samples]))[-1].texts for way in ("ctc", "rescored")]
+    assert {t.text for t in streamed[0]} == {t.text for t in streamed[1]} and streamed[0] != streamed[1]
 
 
 def test_a_long_stream_is_cut_and_holds_no_more(made):
@@ -218,7 +255,7 @@ def run(made, tmp_path_factory):
     meta = {"model": describe.describe(made), **SYMBOLS.meta(), "families": {"asr": 1}, "layout": "aligned"}
     pipeline.export(folder / "model.safetensors", tree.flatten(made), {**meta, "length": 9, "step": 1})
     for i in range(3):
-        sf.write(folder / f"{i}.wav", audio(1.0, i) / features.SCALE, RATE, subtype="FLOAT")
+        sf.write(folder / f"{i}.wav", audio(1.0, i) / SCALE, RATE, subtype="FLOAT")
     lines = [{"audio": f"{i}.wav", "text": "abc", "split": "test"} for i in (0, 1, 7)]
     (folder / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return folder
@@ -257,10 +294,17 @@ def test_texts_of_several_finals_are_joined_the_best_first():
 
 
 def test_a_run_is_scored(run):
-    transcribe.evaluate(str(run), manifest=str(run / "list.jsonl"), split="test", beam=3)
+    evaluate.evaluate(str(run), manifest=str(run / "list.jsonl"), split="test", beam=3)
     table = (run / "wer.md").read_text()
-    assert table.count("\n| ") == 4 and "2 utterances (1 could not be read)" in table
+    assert table.count("\n| ") == 11 and "2 utterances (1 could not be read)" in table and "7.wav" in table
+    rows = {(r["decoding"], r["metric"]): r for r in json.loads((run / "scores.json").read_text())["rows"]}
+    said = [json.loads(line) for line in (run / "transcripts.jsonl").read_text().splitlines()]
+    by_hand = errors.cer(["abc"] * 2, [s["texts"]["whole, attention"] for s in said], family_normaliser("asr"))
+    assert rows["whole, attention", "cer"]["value"] == pytest.approx(by_hand.rate)
+    for name in ("whole", "chunks of 16"):
+        oracle = rows[f"{name}, oracle", "cer"]["value"]
+        assert oracle <= min(rows[f"{name}, {way}", "cer"]["value"] for way in ("ctc", "rescored"))
     records = list(formats.read(run / "nbest.json"))
     assert [r.reference for r in records] == ["abc", "abc"]
     with pytest.raises(ValueError, match="no utterance of the split 'valid'"):
-        transcribe.evaluate(str(run), manifest=str(run / "list.jsonl"), split="valid")
+        evaluate.evaluate(str(run), manifest=str(run / "list.jsonl"), split="valid")

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import arms, results, task_moe
+from benchmarks import arms, results, task_moe, u2pp
 from moe_jax import checkpoint
+from moe_jax.speech import evaluate
 
 ROOT = Path(__file__).parents[1]
 TABLES = sorted((ROOT / "results").glob("*/table.json"))
@@ -80,3 +81,40 @@ def test_translators_become_means_over_groups_and_a_table_of_a_new_language(tmp_
     assert "| new_static | 1 | 12 | 40.00 | 40.00 |" in text
     assert "| top_k | dense | +10.0 % | +0.0 to +20.0 | 0.0300 |" in text
     assert "| top_k | 1 | 30.00 |" in text.replace("±", "")
+
+
+def test_recognisers_are_compared_on_the_utterances_of_the_dense_arm(tmp_path):
+    def finish(arm: str, texts: list[str]) -> Path:
+        folder = tmp_path / arm
+        folder.mkdir()
+        said = [
+            {"reference": "a b", "lang": lang, "texts": {"whole, rescored": text}, "lists": {"whole": [text, "a b"]}}
+            for lang, text in zip(("en", "es", "es"), texts, strict=True)
+        ]
+        (folder / "transcripts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in said))
+        (folder / "scores.json").write_text(json.dumps({"rows": evaluate.rows(said)}))
+        checkpoint.write_safetensors(str(folder / "model.safetensors"), {"a": np.zeros((1000, 1000), np.float32)}, {})
+        return folder
+
+    dense, moe = finish("dense", ["a c", "a c", "a c"]), finish("moe", ["a b", "a b", "a c"])
+    rows = u2pp.rows_of("prompts", "dense", 0, dense, None) + u2pp.rows_of("prompts", "moe", 0, moe, dense)
+    found = {(r["set"], r.get("decoding"), r["metric"]): r for r in rows if r["arm"] == "moe"}
+    mine = found["all", "whole, rescored", "wer"]
+    assert mine["value"] == pytest.approx(1 / 6) and mine["relative_change"] == pytest.approx(1 / 3 - 1)
+    assert found["es", "whole, rescored", "wer"]["value"] == pytest.approx(1 / 4)
+    assert found["all", "whole, oracle", "wer"]["value"] == 0
+    text = results.u2pp({"experiment": "u2pp", "meta": {"command": "c", "split": "test", "date": "d"}, "rows": rows})
+    assert "| whole, rescored | moe | 1.00 | 1 | 16.67 |" in text and "-66.7 %" in text
+    assert "| WER %, whole, rescored | en | es |" in text and "| moe | 0.00 | 25.00 |" in text
+
+
+def test_a_speaker_that_is_held_out_is_in_no_other_split(tmp_path, monkeypatch):
+    monkeypatch.setattr(u2pp, "ROOT", tmp_path)
+    speakers, splits = ("ann", "bob", "eve"), ("train", "valid", "test")
+    rows = [{"audio": "x.wav", "text": "a", "speaker": who, "split": split} for who in speakers for split in splits]
+    (tmp_path / "l.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = [json.loads(line) for line in u2pp.hold_out("bob", tmp_path / "l.jsonl").read_text().splitlines()]
+    assert len(made) == len(rows) and {row["speaker"] for row in made if row["split"] == "test"} == {"bob"}
+    assert {row["speaker"] for row in made if row["split"] != "test"} == {"ann", "eve"}
+    with pytest.raises(ValueError, match="has no speaker 'joe'; it has ann, bob, eve"):
+        u2pp.hold_out("joe", tmp_path / "l.jsonl")

@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from moe_jax.speech import features, manifest
+from moe_jax.formats import audio, manifest
+from moe_jax.speech import features
 from moe_jax.speech.data import Speech, _lengths, frontend, prepare
 from moe_jax.text.symbols import Symbols
 from moe_jax.text.tokeniser import Tokeniser
@@ -143,7 +144,7 @@ def test_damaged_symbols(said):
 def test_a_folder_has_the_features_of_its_audio(corpus, prepared):
     assert prepared.rows == 24 and prepared.meta["skipped"] == {}
     for row in (0, 7, 23):
-        samples = features.read(corpus / f"{row}.wav", RATE)
+        samples = audio.read(corpus / f"{row}.wav", RATE)
         for version, factor in enumerate((0.9, 1.0, 1.1)):
             start, frames = prepared.index_RxVx2[row, version]
             expected = features.fbank(features.speed(samples, factor), RATE, 20)

@@ -260,6 +260,23 @@ class CrossAttention(Module):
         return constrain(x, "batch", None, "heads").reshape(*x.shape[:2], -1, self.head).swapaxes(1, 2)
 
 
+@value
+class DecoderState:
+    """Of one decoder layer, or stacked over them: what was written, and what was read."""
+
+    attention: KvCache
+    memory: Memory
+
+    def grown(self, slots: int) -> DecoderState:
+        return dataclasses.replace(self, attention=self.attention.grown(slots))
+
+    def shared(self, beams: int, steps: int) -> DecoderState:
+        return dataclasses.replace(self, attention=self.attention.shared(beams, steps))
+
+    def descended(self, parent_BxK: Array) -> DecoderState:
+        return dataclasses.replace(self, attention=self.attention.descended(parent_BxK))
+
+
 @jax.custom_vjp
 def attend(q_BxNxLxH: Array, k_BxKxSxH: Array, v_BxKxSxH: Array, bias_BxLxS: Array) -> Array:
     """y_BxNxLxH: grouped-query attention; the softmax is float32. No row may be without a key.

@@ -22,15 +22,21 @@ class ConvState:
     segment_BxW: Array
 
 
-class CausalConv(Module):
+class Causal(Module):
+    """A convolution over `width` inputs: what its state holds of them."""
+
+    width: int
+
+    def state(self, batch: int, d: int, dtype=jnp.float32) -> ConvState:
+        return ConvState(jnp.zeros((batch, self.width - 1, d), dtype), jnp.zeros((batch, self.width - 1), jnp.int32))
+
+
+class CausalConv(Causal):
     """y = x + sum_w tap_w * x shifted by w; taps never cross a segment and never read padding."""
 
     def __init__(self, d: int, *, width: int = 4, rngs: Rngs):
         self.width = width
         self.taps = param(rngs, (width, d), (None, "embed"), jax.nn.initializers.zeros)
-
-    def state(self, batch: int, d: int, dtype=jnp.float32) -> ConvState:
-        return ConvState(jnp.zeros((batch, self.width - 1, d), dtype), jnp.zeros((batch, self.width - 1), jnp.int32))
 
     def __call__(
         self, x_BxLxD: Array, info: TokenInfo, state: ConvState | None = None
@@ -44,7 +50,7 @@ class CausalConv(Module):
         return y, None if state is None else _next(x, info, past)
 
 
-class ConformerConv(Module):
+class ConformerConv(Causal):
     """The Conformer's convolution, causal, as WeNet has it (`causal: true`, `cnn_module_norm: layer_norm`): pointwise
     to a gated linear unit, depthwise, layer norm, swish, pointwise. The zeros before the first input go through the
     first pointwise product, as its cached inputs do: the state is what was read, not what was made of it."""
@@ -59,9 +65,6 @@ class ConformerConv(Module):
         self.norm = LayerNorm(d, rngs=rngs)
         self.o = param(rngs, (d, d), ("embed", "embed"), fan_in())
         self.o_bias = param(rngs, (d,), (None,), zeros)
-
-    def state(self, batch: int, d: int, dtype=jnp.float32) -> ConvState:
-        return ConvState(jnp.zeros((batch, self.width - 1, d), dtype), jnp.zeros((batch, self.width - 1), jnp.int32))
 
     def __call__(
         self, x_BxLxD: Array, info: TokenInfo, state: ConvState | None = None

@@ -162,7 +162,7 @@ class Merge:
         _, chosen = stage.rule(sites[0])
         if chosen is None:
             return np.zeros_like(base_Sx)
-        fits = bool(re.search(chosen.matrices, sites[0].name)) and (sites[0].matrix or not chosen.matrices)
+        fits = chosen.fits(sites[0].name, sites[0].matrix)
         deltas: list[np.ndarray] = []
         statistics: list[np.ndarray] = []
         for i, part in enumerate(stage.models):
@@ -214,10 +214,13 @@ class Merge:
             for name in self.base.shapes:
                 sites = list(self.base.sites(name))
                 label, chosen = stage.rule(sites[0])
-                fits = chosen and re.search(chosen.matrices, name) and (sites[0].matrix or not chosen.matrices)
                 weights = [[round(p.weight.at(site), 6) for p in stage.models] for site in sites]
                 weights = weights[:1] if all(w == weights[0] for w in weights) else weights
-                how = label if fits or chosen is None else f"{label}: {chosen.rest} of whole deltas"
+                how = (
+                    label
+                    if chosen is None or chosen.fits(name, sites[0].matrix)
+                    else f"{label}: {chosen.rest} of whole deltas"
+                )
                 group = groups.setdefault(json.dumps([how, weights]), {"method": how, "weights": weights, "paths": []})
                 group["paths"].append(name)
             return list(groups.values())

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -274,6 +275,10 @@ class Method:
 
     def factor(self, models: int) -> float:
         return 1 / models if self.scale is None else self.scale
+
+    def fits(self, path: str, matrix: bool) -> bool:
+        """Whether the steps are for an array; else it is merged by `plain`."""
+        return bool(re.search(self.matrices, path)) and (matrix or not self.matrices)
 
     def plain(self) -> Method:
         """What is done with arrays that the method is not for."""

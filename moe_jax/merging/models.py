@@ -3,7 +3,9 @@ read a matrix at a time; of stacked layers and experts each has its own."""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -16,7 +18,9 @@ from typing import Any
 import numpy as np
 
 from moe_jax import checkpoint, describe, tree
+from moe_jax.data import Dataset, Pairs, Prepared
 from moe_jax.interop import huggingface
+from moe_jax.speech.data import Speech
 
 Dtypes = Mapping[str, np.dtype]
 
@@ -40,7 +44,7 @@ class Site:
     matrix: bool
 
 
-class Model:
+class Model(abc.ABC):
     """One opened model.
 
     Attributes:
@@ -57,23 +61,25 @@ class Model:
         self.path = path
         self.order: dict[str, np.ndarray] = {}
 
+    @abc.abstractmethod
     def files(self) -> list[Path]:
         """The files of its arrays."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def slice(self, name: str, index: tuple[int, ...]) -> np.ndarray:
-        raise NotImplementedError
+        """Part `index` of an array, in its own dtype."""
 
+    @abc.abstractmethod
     def stacked(self, name: str) -> int:
         """How many of the leading dims are stacks."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def depth(self, name: str, index: tuple[int, ...]) -> float | None:
-        raise NotImplementedError
+        """0 for the first layer to 1 for the last; None outside of layers."""
 
+    @abc.abstractmethod
     def write(self, output: Path, dtypes: Dtypes, arrays: Iterator[np.ndarray], note: Mapping[str, Any]) -> None:
         """A model like this one of other `arrays`, in the order of `shapes`; `note` goes into its metadata."""
-        raise NotImplementedError
 
     def read(self, site: Site) -> np.ndarray:
         """float32. Raises MergeError for what is not finite."""
@@ -100,12 +106,17 @@ class Model:
 
     def digest(self) -> str:
         """SHA-256 of its arrays' files."""
-        found = hashlib.sha256()
-        for path in self.files():
-            with open(path, "rb") as file:
-                while block := file.read(1 << 20):
-                    found.update(block)
-        return found.hexdigest()
+        return _digest(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in self.files()))
+
+
+@functools.lru_cache(maxsize=256)  # a search opens the same models at each trial
+def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
+    found = hashlib.sha256()
+    for path, _, _ in files:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                found.update(block)
+    return found.hexdigest()
 
 
 class Ours(Model):
@@ -140,8 +151,10 @@ class Ours(Model):
         if not index or not (found := re.match(r"(?:(.*)/)?(dense_)?blocks/", name)):
             return None
         side: Any = getattr(self._model, found[1]) if found[1] else self._model  # an encoder's and a decoder's each
-        numbers = [n for n in range(side.layers) if (n in side.dense_layers) == bool(found[2])]
-        return numbers[index[0]] / max(side.layers - 1, 1)
+        dense = getattr(side, "dense_layers", ())
+        layers = self.shapes[name][0] if not dense else side.layers
+        numbers = [n for n in range(layers) if (n in dense) == bool(found[2])]
+        return numbers[index[0]] / max(layers - 1, 1)
 
     def write(self, output: Path, dtypes: Dtypes, arrays: Iterator[np.ndarray], note: Mapping[str, Any]) -> None:
         meta = {k: v for k, v in self.meta.items() if k not in ("guard", "step")}
@@ -210,10 +223,16 @@ def _is_theirs(path: str) -> bool:
     return "model_type" in huggingface.read_json(Path(path) / "config.json")
 
 
-def check_corrector(path: str, meta: Mapping[str, Any]) -> None:
-    """Raises MergeError for another model: what reads prepared rows here, reads them as a corrector does."""
-    if (name := (meta.get("model") or {}).get("class")) != "Corrector":
-        raise MergeError(f"{path}: is a {name}; searches and statistics are of correctors so far")
+def open_data(path: str, meta: Mapping[str, Any], folder: str) -> Dataset:
+    """A prepared folder as the model of the checkpoint `path` reads it. Raises MergeError where it cannot."""
+    kind = (meta.get("model") or {}).get("class")
+    readers = {"Corrector": Prepared.open, "Translator": Pairs.open, "Conformer": Speech.open}
+    if kind not in readers:
+        raise MergeError(f"{path}: is a {kind}, which reads no prepared data; known: {', '.join(readers)}")
+    data = readers[kind](folder)
+    if data.meta["tokeniser"] != meta.get("tokeniser"):
+        raise MergeError(f"{folder}: was prepared with another tokeniser than {path} has")
+    return data
 
 
 def check_alike(first: Model, other: Model) -> None:

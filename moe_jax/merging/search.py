@@ -16,11 +16,11 @@ import numpy as np
 from tqdm import tqdm
 
 from moe_jax import checkpoint, describe, tree, xla
-from moe_jax.data import Prepared
+from moe_jax.data import Dataset
 from moe_jax.merging import merge as merging
 from moe_jax.merging import recipe as recipes
 from moe_jax.merging.methods import WHOLE, method
-from moe_jax.merging.models import MergeError, check_corrector, open_model
+from moe_jax.merging.models import MergeError, open_data, open_model
 from moe_jax.moe.routers import MAX_TASKS
 from moe_jax.partfile import write_text
 
@@ -65,7 +65,9 @@ def search(
     parsed = recipes.parse(dict(recipe))
     for options in itertools.product(*space.values()):
         method(recipe.get("method", "lors"), dict(zip(space, options, strict=True)))
-    loss = loss or Loss(valid, rows)
+    if loss is None:
+        loss = Loss(valid, rows)
+        loss.opened(parsed.base, checkpoint.Source(parsed.base).meta)  # what it cannot read shows before the work
     where = Path(folder)
     where.mkdir(parents=True, exist_ok=True)
     asked = {"recipe": recipe, "space": space, "valid": valid, "rows": rows, "seed": seed}
@@ -99,34 +101,41 @@ class Loss:
     """Mean over families of the nll a token, of a checkpoint on prepared rows: families count alike. Compiled once."""
 
     def __init__(self, data: str, rows: int = 256, batch_size: int = 16):
-        self.prepared, self.batch_size = Prepared.open(data), min(batch_size, rows)
-        self.batches = max(1, min(rows, self.prepared.rows) // self.batch_size)
+        self.data, self.rows, self.batch_size = data, rows, min(batch_size, rows)
+        self._opened: dict[tuple[str | None, str | None], Dataset] = {}
         self._programs: dict[str, Any] = {}
 
     def __call__(self, path: str) -> float:
         return float(np.mean(list(self.by_family(path).values())))
 
+    def opened(self, path: str, meta: Mapping[str, Any]) -> Dataset:
+        """The data as the model of a checkpoint reads them. Raises MergeError where it cannot."""
+        reads = ((meta.get("model") or {}).get("class"), meta.get("tokeniser"))
+        if reads not in self._opened:
+            self._opened[reads] = open_data(path, meta, self.data)
+        return self._opened[reads]
+
     def by_family(self, path: str) -> dict[str, float]:
-        """family -> nll a token. Raises MergeError for a checkpoint with another tokeniser than the data's, and for
-        what is no corrector."""
+        """family -> nll a token (of a recogniser: its loss an utterance).
+
+        Raises MergeError for data that the model does not read.
+        """
         params, meta = checkpoint.read_safetensors(path)
-        check_corrector(path, meta)
-        if meta.get("tokeniser") != self.prepared.meta["tokeniser"]:
-            raise MergeError(f"{self.prepared.folder}: was prepared with another tokeniser than {path} has")
+        data = self.opened(path, meta)
         empty = describe.abstract(meta["model"])
-        most = self.prepared.meta["max_targets"]
+        most = data.meta["max_targets"]
         key = json.dumps(meta["model"], sort_keys=True)
         if key not in self._programs:
             step = lambda params, batch: tree.unflatten(empty, params).loss(batch, max_targets=most)[1]  # noqa: E731
             self._programs[key] = jax.jit(step, compiler_options=xla.options())
         nll, weight = np.zeros(MAX_TASKS), np.zeros(MAX_TASKS)
-        for i in range(self.batches):
-            found = self._programs[key](params, self.prepared.batch(i, seed=0, batch_size=self.batch_size))
+        for batch in data.sample(self.rows, self.batch_size):
+            found = self._programs[key](params, batch)
             nll, weight = (
                 nll + np.asarray(found["nll_T"], np.float64),
                 weight + np.asarray(found["weight_T"], np.float64),
             )
-        names = {number: name for name, number in self.prepared.meta["families"].items()}
+        names = {number: name for name, number in data.meta["families"].items()}
         return {names[i]: float(nll[i] / weight[i]) for i in np.flatnonzero(weight)}
 
 

@@ -12,9 +12,8 @@ import numpy as np
 from tqdm import tqdm
 
 from moe_jax import checkpoint, describe, tree
-from moe_jax.data import Prepared
-from moe_jax.merging.models import MergeError, check_corrector
-from moe_jax.types import Array, Batch
+from moe_jax.merging.models import MergeError, open_data
+from moe_jax.types import Array
 
 KINDS = ("fisher", "gram")
 
@@ -31,22 +30,19 @@ def gather(
       with the whole matrix; experts, embeddings and norms have none.
 
     Args:
-      data: prepared rows (`data.Prepared`), of which the first `rows` are read.
+      data: a prepared folder, of which the first `rows` rows are read.
 
-    Raises MergeError for another kind, for what is no corrector, or where nothing was found.
+    Raises MergeError for another kind, for data that the model does not read, or where nothing was found.
     """
     if kind not in KINDS:
         raise MergeError(f"unknown statistics {kind!r}; known: {', '.join(KINDS)}")
     if Path(output).exists():
         raise MergeError(f"{output}: is there already; remove it, or give another output")
     params, meta = checkpoint.read_safetensors(model)
-    check_corrector(model, meta)
+    prepared = open_data(model, meta, data)
     empty = describe.abstract(meta["model"])
-    prepared = Prepared.open(data)
-    if prepared.meta.get("tokeniser") != meta.get("tokeniser"):
-        raise MergeError(f"{data}: was prepared with another tokeniser than {model} has")
     per = 1 if kind == "fisher" else batch_size
-    batches = [prepared.batch(i, seed=0, batch_size=per) for i in range(max(1, min(rows, prepared.rows) // per))]
+    batches = prepared.sample(rows, per)
     found = {"fisher": _fisher, "gram": _grams}[kind](
         empty, params, tqdm(batches, f"{kind} statistics", unit="batch", disable=None if progress else True)
     )
@@ -59,10 +55,8 @@ def gather(
 
 def _fisher(empty: Any, params: dict[str, Array], batches) -> dict[str, Array]:
     @jax.jit
-    def add(params, total, batch: Batch):
-        gradients = jax.grad(lambda p: tree.unflatten(empty, p).loss(batch, max_targets=batch.tokens_BxL.size)[0])(
-            params
-        )
+    def add(params, total, batch):
+        gradients = jax.grad(lambda p: tree.unflatten(empty, p).loss(batch)[0])(params)
         return {name: total[name] + gradients[name] ** 2 for name in total}
 
     total, count = {name: jnp.zeros(x.shape, jnp.float32) for name, x in params.items()}, 0
@@ -129,12 +123,14 @@ def _grams(empty: Any, params: dict[str, Array], batches) -> dict[str, Array]:
         seen: dict[str, list[Array]] = defaultdict(list)
         watched = {n: Watched(x, n, seen) if _is_matrix(words[n]) else x for n, x in params.items()}
         with jax.disable_jit():
-            tree.unflatten(empty, watched)(batch.tokens_BxL, batch.info)
+            tree.unflatten(empty, watched).loss(batch)
         for name, grams in seen.items():
-            layers = params[name].ndim > 2
-            if layers and len(grams) != params[name].shape[0]:
-                raise MergeError(f"{name}: is used {len(grams)} times in {params[name].shape[0]} layers")
-            total[name] = total[name] + (jnp.stack(grams) if layers else grams[0])
+            layers = params[name].shape[0] if params[name].ndim > 2 else 1
+            if len(grams) % layers:
+                raise MergeError(f"{name}: is used {len(grams)} times in {layers} layers")
+            # One layer after another, each as often as the others.
+            gram = jnp.stack(grams).reshape(layers, -1, *grams[0].shape).mean(1)
+            total[name] = total[name] + (gram if params[name].ndim > 2 else gram[0])
     return dict(total)
 
 

@@ -20,9 +20,8 @@ import jax.numpy as jnp
 
 from moe_jax import losses
 from moe_jax.layers import stack
-from moe_jax.layers.attention import Attention
+from moe_jax.layers.attention import Attention, CrossAttention, DecoderState
 from moe_jax.layers.conv import ConformerConv, ConvState
-from moe_jax.layers.cross import CrossAttention
 from moe_jax.layers.ffn import PlainFfn
 from moe_jax.layers.param import LayerNorm, Module, Rngs, fan_in, linear, normal, param
 from moe_jax.layers.relative import Chunks, RelativeAttention, RelativeCache, sinusoids
@@ -84,22 +83,31 @@ class DecoderBlock(Module):
         self.ffn = ffn(d, rngs=rngs)
 
     def __call__(
-        self, x: Array, info: TokenInfo, memory: Array, seen: Array, key: Array | None
-    ) -> tuple[Array, RouterStats | None]:
+        self,
+        x: Array,
+        info: TokenInfo,
+        heard: tuple[Array, TokenInfo] | None,
+        state: DecoderState | None,
+        key: Array | None,
+    ) -> tuple[Array, tuple[DecoderState | None, RouterStats | None]]:
+        """`heard`: what the encoder made of the audio; where there is a state, it is in its memory."""
         keys = [None] * 4 if key is None else jax.random.split(key, 4)
-        x = x + drop(self.attention(self.norm_attention(x), info)[0], keys[0], self.dropout)
-        x = x + drop(self.cross(self.norm_cross(x), info, memory, seen), keys[1], self.dropout)
+        h, cache = self.attention(self.norm_attention(x), info, None if state is None else state.attention)
+        x = x + drop(h, keys[0], self.dropout)
+        memory = self.cross.memory(*heard) if state is None and heard is not None else state.memory  # ty: ignore
+        x = x + drop(self.cross(self.norm_cross(x), info, memory), keys[1], self.dropout)
         h, stats = self.ffn(self.norm_ffn(x), info, keys[2])
-        return x + drop(h, keys[3], self.dropout), stats
+        return x + drop(h, keys[3], self.dropout), (None if cache is None else DecoderState(cache, memory), stats)
 
 
 class Decoder(Module):
-    """Reads what was written so far and what was heard, says what comes next: one direction."""
+    """Reads what was written so far and what was heard, says what comes next: one direction. With a state it is what
+    `decode.search` asks for."""
 
     def __init__(
         self, d: int, *, layers: int, heads: int, vocab: int, ffn: Callable, dropout: float, remat: str, rngs: Rngs
     ):
-        self.d, self.layers, self.dropout, self.remat = d, layers, dropout, remat
+        self.d, self.layers, self.vocab, self.dropout, self.remat = d, layers, vocab, dropout, remat
         self.embedding = param(rngs, (vocab, d), ("vocab", "embed"), normal(d**-0.5))
         args: dict[str, Any] = dict(heads=heads, ffn=ffn, dropout=dropout)
         self.blocks: Any = stack.build(lambda rngs: DecoderBlock(d, **args, rngs=rngs), layers, rngs)
@@ -107,22 +115,47 @@ class Decoder(Module):
         self.output = param(rngs, (d, vocab), ("embed", "vocab"), fan_in())
         self.output_bias = param(rngs, (vocab,), ("vocab",), jax.nn.initializers.zeros)
 
-    def __call__(
-        self, tokens_BxU: Array, info: TokenInfo, memory: Array, seen_BxS: Array, key: Array | None = None
-    ) -> tuple[Array, RouterStats | None]:
-        """(logits_BxUxV, router statistics stacked over layers)."""
+    def decode(
+        self,
+        tokens_BxU: Array,
+        info: TokenInfo,
+        heard: tuple[Array, TokenInfo] | None,
+        state: Any = None,
+        key: Array | None = None,
+    ) -> tuple[Array, Any, RouterStats | None]:
+        """(x_BxUxD before the output, state, router statistics stacked over layers).
+
+        Args:
+          heard: what the encoder made of the audio, and its info; or `state`, whose memory has it.
+        """
         x = constrain(self.embedding[...][tokens_BxU] * self.d**0.5, "batch", None, None)
         keys = None if key is None else jax.random.split(key, self.layers + 1)
         x = drop(x, None if keys is None else keys[-1], self.dropout)
-        x, stats = stack.run(
-            self.blocks,
-            x,
-            lambda block, x, key: block(x, info, memory, seen_BxS, key),
-            None if keys is None else keys[:-1],
-            remat=self.remat,
-        )
-        logits = linear(self.norm(x), self.output[...], self.output_bias[...])
-        return constrain(logits, "batch", None, "vocab"), stats
+        call = lambda block, x, state, key: block(x, info, heard, state, key)  # noqa: E731
+        x, outs = stack.run(self.blocks, x, call, state, None if keys is None else keys[:-1], remat=self.remat)
+        if isinstance(state, tuple):  # a pair from each layer
+            return self.norm(x), tuple(s for s, _ in outs), None
+        state, stats = outs
+        return self.norm(x), state, stats
+
+    def __call__(self, tokens_BxU: Array, info: TokenInfo, state: Any) -> tuple[Array, Any, Any]:
+        """A step: (x_BxUxD before the output, state, statistics)."""
+        return self.decode(tokens_BxU, info, None, state)
+
+    def logits(self, x: Array) -> Array:
+        y = linear(x, self.output[...], self.output_bias[...])
+        return constrain(y, "batch", *(None,) * (y.ndim - 2), "vocab")
+
+    def read(self, memory_BxSxD: Array, seen_BxS: Array) -> tuple[Array, DecoderState]:
+        """Hears, and reads the beginning of a text: (x_BxD after it, state stacked over layers)."""
+        B, S = seen_BxS.shape
+        info = _info(seen_BxS, None, jnp.arange(S))
+        memory = jax.vmap(lambda cross: cross.memory(memory_BxSxD, info))(self.blocks.cross)
+        cache = self.blocks.attention.cache(B, 1, memory_BxSxD.dtype)
+        cache = jax.tree.map(lambda a: jnp.broadcast_to(a, (self.layers, *a.shape)), cache)
+        first = _info(jnp.ones((B, 1), bool), None, jnp.zeros((B, 1), jnp.int32))
+        x, state, _ = self(jnp.full((B, 1), EOS), first, DecoderState(cache, memory))
+        return x[:, 0], state
 
 
 class Conformer(Module):
@@ -256,14 +289,15 @@ class Conformer(Module):
         place = jnp.arange(tokens_BxU.shape[1] + 1)
         valid = place <= size_B[:, None]
         info = _info(valid, task_B, jnp.broadcast_to(place, valid.shape))
+        heard = memory_BxSxD, _info(seen_BxS, None, jnp.arange(seen_BxS.shape[1]))
         keys = (None, None) if key is None else jax.random.split(key)
         backwards = jnp.take_along_axis(tokens_BxU, jnp.maximum(size_B[:, None] - 1 - place[:-1], 0), axis=1)
         said, stats = [], []
         for decoder, tokens, own_key in zip((self.left, self.right), (tokens_BxU, backwards), keys, strict=True):
             read = jnp.where(valid, jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=EOS), 0)
             targets = jnp.where(place < size_B[:, None], jnp.pad(tokens, ((0, 0), (0, 1))), EOS)
-            logits, own_stats = decoder(read, info, memory_BxSxD, seen_BxS, own_key)
-            said.append((logits, targets))
+            x, _, own_stats = decoder.decode(read, info, heard, key=own_key)
+            said.append((decoder.logits(x), targets))
             stats += [] if own_stats is None else [own_stats]
         return (said[0], said[1]), valid, stack.joined(stats)
 

@@ -18,29 +18,12 @@ import jax.numpy as jnp
 from moe_jax import losses
 from moe_jax.layers import stack
 from moe_jax.layers import vocab as vocabulary
-from moe_jax.layers.attention import Attention, CrossAttention, KvCache, Memory
+from moe_jax.layers.attention import Attention, CrossAttention, DecoderState
 from moe_jax.layers.ffn import DenseFfn
 from moe_jax.layers.param import Module, RMSNorm, Rngs, normal, param
 from moe_jax.moe.routers import MAX_TASKS
 from moe_jax.sharding import constrain
-from moe_jax.types import Array, Batch, Metrics, RouterStats, Source, TokenInfo, value
-
-
-@value
-class DecoderState:
-    """Of one decoder layer, or stacked over them: what was written, and what was read."""
-
-    attention: KvCache
-    memory: Memory
-
-    def grown(self, slots: int) -> DecoderState:
-        return dataclasses.replace(self, attention=self.attention.grown(slots))
-
-    def shared(self, beams: int, steps: int) -> DecoderState:
-        return dataclasses.replace(self, attention=self.attention.shared(beams, steps))
-
-    def descended(self, parent_BxK: Array) -> DecoderState:
-        return dataclasses.replace(self, attention=self.attention.descended(parent_BxK))
+from moe_jax.types import Array, Batch, Metrics, RouterStats, Source, TokenInfo
 
 
 class Feed(Module):

@@ -43,6 +43,14 @@ def task_table(experts: TaskMap, num_experts: int) -> tuple[tuple[int, ...], ...
     return tuple(table)
 
 
+def _mask(experts: Sequence[Sequence[int]], num_experts: int) -> np.ndarray:
+    """mask_TxE of a `task_table`."""
+    table_TxE = np.zeros((MAX_TASKS, num_experts), bool)
+    for task, found in enumerate(experts):
+        table_TxE[task, list(found)] = True
+    return table_TxE
+
+
 class TaskMapped(Router):
     """NeKo (arXiv 2411.05945): in training the task's mapped expert takes one slot, the router's best other expert
     the other; at inference the task is unknown and routing is free.
@@ -88,10 +96,7 @@ class TaskMapped(Router):
 
     def mapped(self, info: TokenInfo) -> Array:
         """mapped_BxLxE: the experts of each position's task; none of one that is unknown."""
-        table_TxE = np.zeros((MAX_TASKS, self.num_experts), bool)
-        for task, experts in enumerate(self.experts):
-            table_TxE[task, list(experts)] = True
-        return jnp.asarray(table_TxE)[info.task_BxL] & info.valid_BxL[..., None]
+        return jnp.asarray(_mask(self.experts, self.num_experts))[info.task_BxL] & info.valid_BxL[..., None]
 
     def select(self, logits_BxLxE: Array, info: TokenInfo, key: Array | None) -> Array:
         if key is None and self.inference == "free":
@@ -213,9 +218,8 @@ class Subset(Router):
             raise ValueError(f"task {few[0]} has experts {self.experts[few[0]]}, and k={k} are to be chosen")
 
     def logits(self, x_BxLxD: Array, info: TokenInfo) -> Array:
-        table_TxE = np.zeros((MAX_TASKS, self.num_experts), bool)
-        for task, experts in enumerate(self.experts):
-            table_TxE[task, list(experts) if task and experts else slice(None)] = True
+        table_TxE = _mask(self.experts, self.num_experts)
+        table_TxE |= ~table_TxE.any(1, keepdims=True)
         return jnp.where(jnp.asarray(table_TxE)[info.task_BxL], super().logits(x_BxLxD, info), FAR)
 
 

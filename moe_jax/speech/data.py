@@ -15,59 +15,60 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from moe_jax.data import Dataset, read_array, read_meta, read_tokeniser, sha256, share
+from moe_jax.formats import manifest as manifests
+from moe_jax.formats.audio import AudioError
+from moe_jax.formats.manifest import Recorded, Skipped, Utterance
 from moe_jax.layers import subsample
-from moe_jax.speech import features, manifest
+from moe_jax.speech import features
 from moe_jax.text.symbols import Symbols
 from moe_jax.text.tokeniser import Tokeniser, train
 from moe_jax.types import Utterances
 
-FORMAT = 1
+FORMAT, HOLDS = 1, "prepared speech"
+KINDS = {
+    **dict.fromkeys(("rows", "frames", "max_targets"), int),
+    **dict.fromkeys(("lengths", "speeds"), list),
+    **dict.fromkeys(("frontend", "sha256"), dict),
+    "tokeniser": str,
+}
 FAMILIES = {"asr": 1}
 CHECKED = ("index", "tokens")  # by checksum on opening; features, which may be many, by their size
 
 
 @dataclasses.dataclass(frozen=True)
-class Speech:
+class Speech(Dataset):
     """A prepared folder, checked and memory-mapped; for `train.train.read`."""
 
-    folder: Path
-    meta: Mapping[str, Any]
     features_FxC: np.ndarray
     index_RxVx2: np.ndarray
     tokens_RxU: np.ndarray
-    tokeniser: Tokeniser
 
     @classmethod
     def open(cls, folder: str | os.PathLike) -> Speech:
         """Raises ValueError, in one line, if anything is missing, damaged or of another version."""
         folder = Path(folder)
         meta = _meta(folder)
-        tokeniser = Tokeniser.load(folder / "tokeniser.model")
-        if tokeniser.sha256 != meta["tokeniser"]:
-            raise ValueError(f"{folder}/tokeniser.model: not the tokeniser that wrote this folder")
+        tokeniser = read_tokeniser(folder, meta)
         rows, versions, mels = meta["rows"], len(meta["speeds"]), meta["frontend"]["mels"]
         shapes = {
             "features": ((meta["frames"], mels), np.float16),
             "index": ((rows, versions, 2), np.int64),
             "tokens": ((rows, meta["max_targets"]), np.int32),
         }
-        arrays = [_array(folder, name, *shape, meta["sha256"].get(name)) for name, shape in shapes.items()]
-        return cls(folder, meta, *arrays, tokeniser)
-
-    @property
-    def rows(self) -> int:
-        return self.meta["rows"]
+        sums = {name: meta["sha256"].get(name, "") if name in CHECKED else None for name in shapes}
+        arrays = [read_array(folder, name, dtype, shape, sums[name]) for name, (shape, dtype) in shapes.items()]
+        return cls(folder, meta, tokeniser, *arrays)
 
     @functools.cached_property
     def bucket_R(self) -> np.ndarray:
@@ -77,13 +78,10 @@ class Speech:
     def batch(
         self, step: int, *, seed: int, batch_size: int, process_index: int = 0, process_count: int = 1
     ) -> Utterances:
-        """This process's slice of the batch of `step`.
-
-        In an epoch each utterance comes once, at a speed that is drawn, among others of its bucket; what is missing in
-        a bucket's last batch is taken from its beginning. Buckets come in an order that is drawn.
+        """In an epoch each utterance comes once, at a speed that is drawn, among others of its bucket; what is missing
+        in a bucket's last batch is taken from its beginning. Buckets come in an order that is drawn.
         """
-        if batch_size % process_count:
-            raise ValueError(f"batch size {batch_size} does not divide into {process_count} processes")
+        own = share(batch_size, process_index, process_count)
         buckets = [np.flatnonzero(self.bucket_R == b) for b in range(len(self.meta["lengths"]))]
         batches = np.repeat(np.arange(len(buckets)), [-(-len(rows) // batch_size) for rows in buckets])
         epoch, place = divmod(step, len(batches))
@@ -92,15 +90,13 @@ class Speech:
         turn = np.count_nonzero(batches[order[:place]] == bucket)
         rows = buckets[bucket]
         rows = rows[np.argsort(_drawn(seed, epoch, 1 + bucket, len(rows)), kind="stable")]
-        share = batch_size // process_count
-        first = turn * batch_size + process_index * share
-        rows = rows[np.arange(first, first + share) % len(rows)]
+        rows = rows[(turn * batch_size + np.array(own)) % len(rows)]
         speeds = _drawn(seed, epoch, 1 + len(buckets), self.rows)[rows] % len(self.meta["speeds"])
         spans = self.index_RxVx2[rows, speeds.astype(np.int64)]
-        x = np.zeros((share, self.meta["lengths"][bucket], self.features_FxC.shape[1]), np.float16)
+        x = np.zeros((len(own), self.meta["lengths"][bucket], self.features_FxC.shape[1]), np.float16)
         for row, (start, frames) in zip(x, spans, strict=True):
             row[:frames] = self.features_FxC[start : start + frames]
-        family = np.full(share, FAMILIES["asr"], np.int32)
+        family = np.full(len(own), FAMILIES["asr"], np.int32)
         batch: dict[str, Any] = {
             "features_BxTxC": x,
             "frames_B": spans[:, 1].astype(np.int32),
@@ -120,6 +116,10 @@ def frontend(folder: str) -> dict[str, Any]:
     return dict(_meta(Path(folder))["frontend"])
 
 
+def _meta(folder: Path) -> dict[str, Any]:
+    return read_meta(folder, HOLDS, FORMAT, KINDS)
+
+
 def prepare(
     folder: str,
     *,
@@ -132,10 +132,40 @@ def prepare(
     speeds: Sequence[float] = (1.0,),
     lengths: int = 4,
 ) -> None:
+    """Makes a prepared folder of a list of utterances (`formats.manifest`), unless it is there already; then it must be
+    what was asked for. For the rest see `write`.
+
+    Args:
+      split: those alone whose "split" is this.
+
+    Raises ValueError where `folder` holds something else, or no utterance is left.
+    """
+    path = Path(manifest)
+    said = f"{path}{f', split {split!r}' if split else ''}"
+    of = [str(path.absolute()), path.stat().st_size if path.is_file() else None, split]
+    given: dict[str, Any] = dict(units=units, rate=rate, mels=mels, speeds=speeds, lengths=lengths)
+    write(folder, lambda: manifests.read(path, split), said, of, tokeniser=tokeniser, **given)
+
+
+def write(
+    folder: str,
+    utterances: Callable[[], Iterable[Utterance | Recorded | Skipped]],
+    said: str,
+    of: Any,
+    *,
+    tokeniser: str | None = None,
+    units: str | int = "characters",
+    rate: int = 16_000,
+    mels: int = features.MELS,
+    speeds: Sequence[float] = (1.0,),
+    lengths: int = 4,
+) -> None:
     """Makes a prepared folder, unless it is there already; then it must be what was asked for.
 
     Args:
-      manifest, split: a list of utterances, and which of them (`speech.manifest`).
+      utterances: asked for twice, for their texts and for their audio, if they are needed.
+      said: what they are called in messages.
+      of: what says whether they are still the same ones, as JSON.
       tokeniser: the file of one, or a folder of prepared speech that holds it: that of training, for validation.
         Default: made of the texts.
       units: then what of: "characters", "words", or a number of SentencePiece pieces (265 of which are fixed).
@@ -145,12 +175,9 @@ def prepare(
 
     Raises ValueError where `folder` holds something else, or no utterance is left.
     """
-    path, target = Path(manifest), Path(folder)
-    stamp = path.stat().st_size if path.is_file() else None
-    wanted = {
-        "manifest": [str(path.absolute()), stamp, split],
-        "asked": {"units": units, "rate": rate, "mels": mels, "speeds": list(speeds), "lengths": lengths},
-    }
+    target = Path(folder)
+    asked = {"units": units, "rate": rate, "mels": mels, "speeds": list(speeds), "lengths": lengths}
+    wanted = {"manifest": of, "asked": asked}
     if tokeniser and Path(tokeniser).is_dir():
         tokeniser = str(Path(tokeniser) / "tokeniser.model")
     if target.exists():
@@ -164,7 +191,7 @@ def prepare(
     aside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     aside.mkdir(parents=True)
     try:
-        meta: dict[str, Any] = _write(aside, path, split, tokeniser, units, rate, mels, tuple(speeds), lengths)
+        meta: dict[str, Any] = _write(aside, utterances, said, tokeniser, units, rate, mels, tuple(speeds), lengths)
         meta |= wanted
         (aside / "meta.json").write_text(json.dumps(meta, indent=2, ensure_ascii=False) + "\n", "utf-8")
         aside.rename(target)
@@ -178,8 +205,8 @@ def prepare(
 
 def _write(
     aside: Path,
-    path: Path,
-    split: str | None,
+    utterances: Callable[[], Iterable[Utterance | Recorded | Skipped]],
+    said: str,
     tokeniser: str | None,
     units: str | int,
     rate: int,
@@ -187,19 +214,18 @@ def _write(
     speeds: tuple[float, ...],
     lengths: int,
 ) -> dict[str, Any]:
-    found = list(manifest.read(path, split))
-    texts = [u.text for u in found if isinstance(u, manifest.Utterance)]
+    texts = [u.text for u in utterances() if not isinstance(u, Skipped)]
     if not any(texts):
-        raise ValueError(f"{path}: no utterance with a text{f' of the split {split!r}' if split else ''}")
+        raise ValueError(f"{said}: no utterance with a text")
     if tokeniser:
         vocabulary = Tokeniser.load(tokeniser)
     else:
         vocabulary = Symbols.of(texts, units) if isinstance(units, str) else train(texts, units)
     moments, index, tokens, skipped = features.Moments(), [], [], []
     with _Growing(aside / "features.npy", mels) as file:
-        for one in tqdm(found, unit=" utterances", disable=None, mininterval=1):
-            ready = one if isinstance(one, manifest.Skipped) else _featured(one, vocabulary, rate, mels, speeds)
-            if isinstance(ready, manifest.Skipped):
+        for one in tqdm(utterances(), total=len(texts), unit=" utterances", disable=None, mininterval=1):
+            ready = one if isinstance(one, Skipped) else _featured(one, vocabulary, rate, mels, speeds)
+            if isinstance(ready, Skipped):
                 skipped.append(ready)
                 continue
             ids, versions = ready
@@ -209,7 +235,7 @@ def _write(
             tokens.append(ids)
     if not index:
         first = f": {skipped[0].where}: {skipped[0].reason}" if skipped else ""
-        raise ValueError(f"{path}: none of {len(found)} utterances can be used{first}")
+        raise ValueError(f"{said}: none of {len(skipped)} utterances can be used{first}")
     index_RxVx2 = np.array(index, np.int64)
     tokens_RxU = np.zeros((len(tokens), max(map(len, tokens))), np.int32)
     for row, ids in zip(tokens_RxU, tokens, strict=True):
@@ -223,6 +249,7 @@ def _write(
     frames_R = index_RxVx2[:, :, 1].max(1)
     return {
         "format": FORMAT,
+        "holds": HOLDS,
         "rows": len(index),
         "frames": file.rows,
         "seconds": float(index_RxVx2[:, 0, 1].sum() * features.SHIFT),
@@ -234,27 +261,27 @@ def _write(
         "tokeniser": vocabulary.sha256,
         "families": FAMILIES,
         "frontend": {"rate": rate, "mels": mels, "mean": mean.tolist(), "scale": scale.tolist()},
-        "sha256": {name: _sha256(aside / f"{name}.npy") for name in ("features", *CHECKED)},
+        "sha256": {name: sha256(aside / f"{name}.npy") for name in ("features", *CHECKED)},
     }
 
 
 def _featured(
-    one: manifest.Utterance, vocabulary: Tokeniser, rate: int, mels: int, speeds: Iterable[float]
-) -> tuple[list[int], list[np.ndarray]] | manifest.Skipped:
+    one: Utterance | Recorded, vocabulary: Tokeniser, rate: int, mels: int, speeds: Iterable[float]
+) -> tuple[list[int], list[np.ndarray]] | Skipped:
     """(token ids, features at each speed), or why not."""
     try:
         ids = vocabulary.encode(one.text)
     except ValueError as error:
-        return manifest.Skipped(one.where, f"text outside of the vocabulary: {error}")
+        return Skipped(one.where, f"text outside of the vocabulary: {error}")
     if not ids:
-        return manifest.Skipped(one.where, "no text")
+        return Skipped(one.where, "no text")
     try:
-        samples = features.read(one.audio, rate, start=one.start, length=one.length)
-    except features.AudioError as error:
-        return manifest.Skipped(one.where, f"audio that cannot be read: {error}")
+        samples = one.samples(rate)
+    except AudioError as error:
+        return Skipped(one.where, f"audio that cannot be read: {error}")
     versions = [features.fbank(features.speed(samples, factor), rate, mels) for factor in speeds]
     if min(map(len, versions)) < subsample.WINDOW:
-        return manifest.Skipped(one.where, f"too short for one subsampled frame: {len(samples)} samples")
+        return Skipped(one.where, f"too short for one subsampled frame: {len(samples)} samples")
     return ids, versions
 
 
@@ -300,49 +327,3 @@ class _Growing:
     def __exit__(self, *_: object) -> None:
         self._header()
         self.file.close()
-
-
-def _meta(folder: Path) -> dict[str, Any]:
-    path = folder / "meta.json"
-    try:
-        meta = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot read ({error.strerror}); is this a prepared folder?") from None
-    except ValueError:
-        raise ValueError(f"{path}: not JSON; prepare the folder again") from None
-    kinds = {
-        "rows": int,
-        "frames": int,
-        "lengths": list,
-        "max_targets": int,
-        "speeds": list,
-        "tokeniser": str,
-        "frontend": dict,
-        "sha256": dict,
-    }
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT or "frontend" not in meta:
-        raise ValueError(f"{path}: not format {FORMAT} of prepared speech; prepare the folder again")
-    for key, kind in kinds.items():
-        if not isinstance(meta.get(key), kind) or not meta[key]:
-            raise ValueError(f"{path}: {key!r} is missing or wrong; prepare the folder again")
-    return meta
-
-
-def _array(folder: Path, name: str, shape: tuple[int, ...], dtype: type, sha256: str | None) -> np.ndarray:
-    path = folder / f"{name}.npy"
-    try:
-        if name in CHECKED and _sha256(path) != sha256:
-            raise ValueError(f"{path}: damaged (not the checksum of meta.json); prepare the folder again")
-        array = np.lib.format.open_memmap(path, mode="r")  # `.npy` alone: no archives, no pickles
-    except OSError as error:
-        raise ValueError(f"{path}: cannot read ({error.strerror})") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
-    if array.shape != shape or array.dtype != dtype:
-        raise ValueError(f"{path}: not {np.dtype(dtype)} {list(shape)} as meta.json says")
-    return array
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

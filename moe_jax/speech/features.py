@@ -1,4 +1,4 @@
-"""Audio files -> samples -> log-mel filterbanks as Kaldi defines them, in NumPy.
+"""Samples -> log-mel filterbanks as Kaldi defines them, in NumPy.
 
 25 ms povey windows every 10 ms, without the snipped edges, without dither, DC removed, pre-emphasis 0.97, a power
 spectrum over the next power of two, triangles that are even in mel from 20 Hz to half the rate, the natural logarithm.
@@ -10,17 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-import os
-import warnings
-from collections.abc import Iterator
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 from scipy.signal import resample_poly
 
-SCALE = 1 << 15  # of samples
 FRAME, SHIFT = 0.025, 0.010  # seconds
 MELS = 80
 LOWEST = 20.0  # Hz
@@ -82,91 +76,6 @@ def speed(samples_S: np.ndarray, factor: float) -> np.ndarray:
     """Spoken `factor` times as fast, and as high (Ko et al. 2015)."""
     by = Fraction(factor).limit_denominator(100)
     return samples_S if by == 1 else resample_poly(samples_S, by.denominator, by.numerator).astype(np.float32)
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def read(
-    path: str | os.PathLike, rate: int, *, start: int | float = 0, length: int | float | None = None
-) -> np.ndarray:
-    """Samples [S] of an audio file (what libsndfile reads: wav, flac, ogg, opus, mp3, ...), channels mixed to one.
-
-    Args:
-      rate: samples a second that are wanted; a file of another rate is resampled, and a warning says so once.
-      start, length: a part of the file (default: to its end), in samples at its own rate if integers, else in seconds,
-        which may end a little behind it.
-
-    Raises AudioError for a file that is missing, empty, torn, not audio, or whose samples are not finite.
-    """
-    with _opened(path) as file:
-        first = round(start * file.samplerate) if isinstance(start, float) else start
-        wanted = left = int(file.frames - first)
-        if length is not None:
-            wanted = min(round(length * file.samplerate), left) if isinstance(length, float) else length
-        if not 0 <= first < first + wanted <= file.frames:
-            said = "no samples" if not file.frames else f"{file.frames} samples, not {first} to {first + wanted}"
-            raise AudioError(f"{path}: {said}")
-        own_rate = file.samplerate
-        found = _samples(file, path, first, wanted)
-    if len(found) < wanted:
-        raise AudioError(f"{path}: torn: {len(found)} of {wanted} samples can be read")
-    return _resampled(found, own_rate, rate)
-
-
-def blocks(path: str | os.PathLike, rate: int, seconds: float) -> Iterator[np.ndarray]:
-    """Samples of a file, so many seconds at a time: one block is held, unless the file has to be resampled.
-
-    Raises AudioError as `read` does.
-    """
-    size = max(1, round(seconds * rate))
-    with _opened(path) as file:
-        whole = read(path, rate) if file.samplerate != rate else None
-        total = file.frames if whole is None else len(whole)
-        for start in range(0, total, size):
-            yield _samples(file, path, start, size) if whole is None else whole[start : start + size]
-
-
-def _opened(path: str | os.PathLike):
-    try:
-        import soundfile
-    except ImportError as error:
-        raise ModuleNotFoundError("reading audio needs soundfile: pip install 'moe_jax[speech]'") from error
-    if not Path(path).is_file():
-        raise AudioError(f"{path}: no such file")
-    try:
-        file = soundfile.SoundFile(os.fspath(path))
-    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: raw data want to be told their format
-        raise AudioError(f"{path}: not audio that can be read ({_reason(error)})") from None
-    if "(should be" in file.extra_info:  # its header promises more
-        file.close()
-        raise AudioError(f"{path}: torn: shorter than its header says")
-    return file
-
-
-def _samples(file, path: str | os.PathLike, start: int, count: int) -> np.ndarray:
-    import soundfile
-
-    try:
-        file.seek(start)
-        found = file.read(count, dtype="float32", always_2d=True).mean(axis=1) * SCALE
-    except soundfile.LibsndfileError as error:
-        raise AudioError(f"{path}: torn: {_reason(error)}") from None
-    if not np.isfinite(found).all():
-        raise AudioError(f"{path}: samples that are not finite")
-    return found
-
-
-def _reason(error: Exception) -> str:
-    return str(error).rpartition(": ")[2].strip(" .")
-
-
-def _resampled(samples_S: np.ndarray, own_rate: int, rate: int) -> np.ndarray:
-    if own_rate == rate:
-        return samples_S
-    warnings.warn(f"audio of {own_rate} Hz is resampled to {rate} Hz")  # noqa: B028  said once: the place is always here
-    divisor = math.gcd(own_rate, rate)
-    return resample_poly(samples_S, rate // divisor, own_rate // divisor).astype(np.float32)
 
 
 # --- normalisation ----------------------------------------------------------------------------------------------------

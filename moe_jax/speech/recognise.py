@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,14 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import checkpoint, describe, tree, xla
+from moe_jax import decode as searching
 from moe_jax.layers import subsample
 from moe_jax.layers.relative import Chunks
+from moe_jax.models.conformer import EOS
 from moe_jax.speech import decode, features
 from moe_jax.speech.decode import Hypothesis, PrefixBeam
 from moe_jax.text.tokeniser import Tokeniser
 from moe_jax.types import Array
 
 FRAME = subsample.RATE * features.SHIFT  # seconds from one of the model's frames to the next
+WAYS = ("greedy", "ctc", "attention", "rescored")
 SHORTEST = 64  # frames of features: lengths that programs are made for grow from here, by a quarter
 
 
@@ -60,6 +64,9 @@ class Update:
 class Recogniser:
     """Args:
     model, tokeniser: of a checkpoint (`load`).
+    way: how whole recordings are read: "greedy", the tokens of CTC's likeliest path; "ctc", its prefix beam search;
+      "attention", beam search with the decoder from left to right alone; "rescored", CTC's n-best scored again by both
+      decoders (U2++). Streams are rescored at the end of each text, or by "ctc" are not.
     beam: prefixes that are kept, and the most texts that come out.
     ctc_weight, reverse_weight: of rescoring (WeNet's for AISHELL).
     chunk: frames of 40 ms that are read at once: of a stream, and of whole recordings if it is not None.
@@ -69,6 +76,7 @@ class Recogniser:
 
     model: Any
     tokeniser: Tokeniser
+    way: str = "rescored"
     beam: int = 10
     ctc_weight: float = 0.3
     reverse_weight: float = 0.5
@@ -76,6 +84,10 @@ class Recogniser:
     left: int = -1
     pause: float = 1.0
     longest: float = 20.0
+
+    def __post_init__(self):
+        if self.way not in WAYS:
+            raise ValueError(f"unknown way to decode {self.way!r}; known: {', '.join(WAYS)}")
 
     @classmethod
     def load(cls, path: str | Path, **options: Any) -> Recogniser:
@@ -111,18 +123,35 @@ class Recogniser:
 
     # --- whole recordings -------------------------------------------------------------------------------------------
 
-    def __call__(self, samples_S: np.ndarray, *, rescore: bool = True) -> list[Text]:
-        """The n-best of a recording, the best first; [] where it is too short for a frame.
-
-        Without `rescore` they are those of CTC, the first pass.
-        """
+    def __call__(self, samples_S: np.ndarray) -> list[Text]:
+        """The n-best of a recording, the best first; [] where it is too short for a frame."""
         x_LxD, logp_LxV = self.heard(samples_S)
+        return self.read(x_LxD, logp_LxV)
+
+    def read(self, x_LxD: np.ndarray, logp_LxV: np.ndarray) -> list[Text]:
+        """The n-best of what was `heard`."""
         if not len(logp_LxV):
             return []
+        if self.way == "attention":
+            return self._texts(self._attended(x_LxD))
+        if self.way == "greedy":
+            return self._texts([decode.greedy(logp_LxV)])
         search = PrefixBeam(self.beam)
         search.advance(logp_LxV)
-        found = search.nbest()
-        return self._texts(self.rescored(found, x_LxD) if rescore else found)
+        return self._texts(self._second(search.nbest(), x_LxD))
+
+    def _second(self, hypotheses: list[Hypothesis], x_LxD: np.ndarray) -> list[Hypothesis]:
+        """The second pass, where there is one."""
+        return self.rescored(hypotheses, x_LxD) if self.way == "rescored" else hypotheses
+
+    def _attended(self, x_LxD: np.ndarray) -> list[Hypothesis]:
+        """At most a token a frame; no times."""
+        x, seen = self._memory(x_LxD)
+        read = _program(_begin)(self.model.left, x, seen)
+        most = min(len(x_LxD) + 1, searching.ROOMS[-1])
+        (found,) = searching.nbest(self.model.left, read, beams=self.beam, max_new=most, alpha=0.0)
+        texts = [(tuple(t for t in d.tokens if t > EOS), d.total) for d in found]
+        return [Hypothesis(tokens, score, ()) for tokens, score in texts if score > -math.inf]
 
     def heard(self, samples_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(what the encoder made of it [L, D], log probabilities of CTC [L, V])."""
@@ -139,12 +168,15 @@ class Recogniser:
         tokens = np.zeros((self.beam, _bucket(longest, 8)), np.int32)
         for row, h in zip(tokens, hypotheses, strict=False):
             row[: len(h.tokens)] = h.tokens
-        size = _bucket(len(x_LxD), SHORTEST // subsample.RATE)
-        seen = np.arange(size)[None] < len(x_LxD)
-        left, right = _program(_score)(self.model, tokens, _padded(x_LxD, size)[None], seen)
+        left, right = _program(_score)(self.model, tokens, *self._memory(x_LxD))
         number = len(hypotheses)
         weights = dict(ctc_weight=self.ctc_weight, reverse_weight=self.reverse_weight)
         return decode.rescored(hypotheses, left[:number].tolist(), right[:number].tolist(), **weights)
+
+    def _memory(self, x_LxD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(x_1xSxD, which of S are there): of a length that programs are made for."""
+        size = _bucket(len(x_LxD), SHORTEST // subsample.RATE)
+        return _padded(x_LxD, size)[None], np.arange(size)[None] < len(x_LxD)
 
     def _texts(self, hypotheses: Iterable[Hypothesis], start: float = 0.0) -> list[Text]:
         """Each text once, with its best score: pieces may spell one in several ways."""
@@ -226,7 +258,7 @@ class _Segment:
     def final(self) -> list[Text]:
         if not self.outputs:
             return []
-        found = self.by.rescored(self.search.nbest(), np.concatenate(self.outputs))
+        found = self.by._second(self.search.nbest(), np.concatenate(self.outputs))
         return self.by._texts(found, self.start)
 
 
@@ -243,6 +275,12 @@ def _whole(model: Any, x_BxTxC: Array, valid_BxT: Array, chunks: Chunks | None) 
 def _chunk(model: Any, x_BxTxC: Array, valid_BxT: Array, state: Any, chunks: Chunks) -> tuple[Array, Array, Any]:
     x, _, state, _ = model.encode(x_BxTxC, valid_BxT, state, chunks=chunks)
     return x, jax.nn.log_softmax(model.ctc_logits(x)), state
+
+
+def _begin(decoder: Any, x_1xSxD: Array, seen_1xS: Array) -> searching.Prefill:
+    x, state = decoder.read(x_1xSxD, seen_1xS)
+    logp = jax.nn.log_softmax(decoder.logits(x).astype(jnp.float32))
+    return searching.Prefill(state, logp, jnp.ones(1, jnp.int32), jnp.zeros(1, jnp.int32))
 
 
 def _score(model: Any, tokens_KxU: Array, x_1xLxD: Array, seen_1xL: Array) -> tuple[Array, Array]:

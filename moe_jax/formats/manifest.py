@@ -1,6 +1,7 @@
 """Lists of utterances: lines of JSON (ours and NeMo's), and Kaldi's folders.
 
     {"audio": "a.flac", "text": "one two", "start": 0, "frames": 8000, "split": "train"}    start and frames in samples
+    {"audio": "b.ogg", "text": "uno dos", "lang": "es"}                                     scored by language
     {"audio_filepath": "a.wav", "text": "one two", "offset": 0.0, "duration": 1.5}          NeMo, in seconds
     folder/wav.scp, folder/text, folder/segments if there are any                           Kaldi
 
@@ -16,6 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from moe_jax.formats import audio
+
 PIPE = "a command, which is not run: write its audio to a file"
 
 
@@ -23,7 +28,8 @@ PIPE = "a command, which is not run: write its audio to a file"
 class Utterance:
     """Attributes:
     where: the list and the line, or the list and the id.
-    start, length: of the part of the file, as `features.read` takes them.
+    start, length: of the part of the file, as `audio.read` takes them.
+    lang: its language, or whatever else its scores are to be grouped by; "" if the list does not say.
     """
 
     where: str
@@ -31,6 +37,30 @@ class Utterance:
     text: str
     start: int | float = 0
     length: int | float | None = None
+    lang: str = ""
+
+    def samples(self, rate: int) -> np.ndarray:
+        """As `audio.read`. Raises AudioError."""
+        return audio.read(self.audio, rate, start=self.start, length=self.length)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """An utterance that is in memory: `samples_S` of `rate` in the range of 16-bit integers."""
+
+    where: str
+    samples_S: np.ndarray
+    rate: int
+    text: str
+    lang: str = ""
+
+    def samples(self, rate: int) -> np.ndarray:
+        """Raises AudioError for samples that are none, or not finite."""
+        if not len(self.samples_S) or not np.isfinite(self.samples_S).all():
+            raise audio.AudioError(
+                f"{self.where}: {'samples that are not finite' if len(self.samples_S) else 'no samples'}"
+            )
+        return audio.resampled(self.samples_S, self.rate, rate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +120,10 @@ def _of_object(path: Path, where: str, said: dict[str, Any]) -> Utterance | Skip
         return Skipped(where, f"its {keys[0]} and {keys[1]} are not numbers{' of samples' if in_samples else ''}")
     if not in_samples:
         start, length = float(start), None if length is None else float(length)
-    return Utterance(where, path.parent / audio, text.strip(), start, length)
+    lang = said.get("lang", "")
+    if not isinstance(lang, str):
+        return Skipped(where, 'its "lang" is not a string')
+    return Utterance(where, path.parent / audio, text.strip(), start, length, lang)
 
 
 def _kaldi(folder: Path) -> Iterator[Utterance | Skipped]:

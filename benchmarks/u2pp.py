@@ -1,0 +1,140 @@
+"""Train the arms of gin/experiments/u2pp on several corpora and seeds, and leave results/u2pp/table.json.
+
+    python -m benchmarks.u2pp --corpora digits=fsdd.jsonl speaker=fsdd.speaker.jsonl prompts --seeds 0 1 2
+
+A corpus is NAME=LIST, a list of utterances that has train, valid and test; digits and speaker are those of 8 kHz that
+gin/runs/digits.gin is for, all others get the sizes of gin/data/prompts.gin, and "prompts" without a list are the
+English ones that are shipped. `--hold-out SPEAKER LIST` writes LIST's twin whose test split is that speaker alone. Word
+and character error rates of every decoding, whole and in chunks; each arm against `dense` on the same utterances.
+What is finished is not run again, what was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_jax import checkpoint, main, partfile
+from moe_jax.metrics import significance
+from moe_jax.speech import evaluate
+
+ROOT = Path(__file__).resolve().parents[1]
+ARMS = ("dense", "moe", "wide")  # wide: dense, with as many parameters in all as moe
+DIGITS = ("digits", "speaker")
+
+
+def run(corpus: str, path: str, arm: str, seed: int, extra: list[str]) -> Path:
+    """The arm's run folder, trained and scored if it is not."""
+    folder = Path("runs/u2pp") / f"{corpus}-{arm}-{seed}"
+    if not (ROOT / folder / "scores.json").exists():
+        print(f"--- {corpus}, {arm}, seed {seed} -> {folder}", flush=True)
+        command = [sys.executable, "-m", "moe_jax.main", f"--gin_file=experiments/u2pp/{arm}.gin"]
+        command += [] if corpus in DIGITS else ["--gin_file=data/prompts.gin"]
+        command += [f"--gin.RUN_DIR={folder}", f"--gin.SEED={seed}", f"--gin.MANIFEST={path}"]
+        command += [f"--gin.DATA=prepared/{corpus}", f"--gin.VALID_DATA=prepared/{corpus}.valid", *extra]
+        if code := subprocess.run(command, cwd=ROOT).returncode:
+            sys.exit(code)
+    return ROOT / folder
+
+
+def rows_of(corpus: str, arm: str, seed: int, folder: Path, dense: Path | None) -> list[dict[str, Any]]:
+    """The run's scores, each decoding against the dense arm's of the same seed."""
+    scores = json.loads((folder / "scores.json").read_text("utf-8"))["rows"]
+    mine, theirs = (_said(path) if path else None for path in (folder, dense))
+    rows: list[dict[str, Any]] = []
+    for row in scores:
+        about = {"arm": arm, "seed": seed, "task": corpus, "set": row["set"], "decoding": row["decoding"]}
+        about |= {
+            "metric": row["metric"],
+            "value": row["value"],
+            "value_ci95": row["value_ci95"],
+            "lines": row["lines"],
+        }
+        change: dict[str, Any] = {"relative_change": None, "ci95": None, "p_value": None}
+        if mine and theirs:
+            before, after = (
+                evaluate.counted(
+                    [one for one in said if row["set"] in (evaluate.ALL, one["lang"])], row["decoding"], row["metric"]
+                )
+                for said in (theirs, mine)
+            )
+            found = significance.compare(before, after)
+            change = {"relative_change": found.relative_change, "ci95": found.ci95, "p_value": found.p_value}
+            change = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in change.items()}
+        rows.append(about | change)
+    table, _ = checkpoint.read_safetensors(str(folder / "model.safetensors"))
+    size = sum(x.size for x in table.values())
+    nothing = {"ci95": None, "p_value": None}
+    about = {"arm": arm, "seed": seed, "task": corpus, "set": evaluate.ALL, "metric": "parameters", "value": size}
+    return [*rows, about | nothing]
+
+
+def _said(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "transcripts.jsonl").read_text("utf-8").splitlines()]
+
+
+def hold_out(speaker: str, path: Path) -> Path:
+    """A list beside `path` whose test split is one speaker, and whose other splits are without. Returns it."""
+    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+    if not any(line.get("speaker") == speaker for line in lines):
+        known = sorted({str(line.get("speaker")) for line in lines})
+        raise ValueError(f"{path}: has no speaker {speaker!r}; it has {', '.join(known)}")
+    own = [{**line, "split": "test"} for line in lines if line["speaker"] == speaker]
+    rest = [{**line, "split": "train" if line["split"] == "test" else line["split"]} for line in lines]
+    made = [*own, *(line for line in rest if line["speaker"] != speaker)]
+    made = [{**line, "audio": str((path.parent / line["audio"]).absolute())} for line in made]
+    out = ROOT / "prepared" / f"{path.stem}.{speaker}.jsonl"
+    out.parent.mkdir(exist_ok=True)
+    partfile.write_text(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in made))
+    return out
+
+
+def run_all() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--corpora", nargs="+", default=["prompts"], metavar="NAME=LIST")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS))
+    parser.add_argument("--hold-out", nargs=2, metavar=("SPEAKER", "LIST"), help="write such a list, and end")
+    args, extra = parser.parse_known_args()
+    if args.hold_out:
+        print(hold_out(args.hold_out[0], Path(args.hold_out[1])))
+        return
+    corpora = {name: path or main.shipped("prompts/prompts.jsonl") for name, _, path in map(_parted, args.corpora)}
+    folders: dict[tuple[str, str, int], Path] = {}
+    for seed in args.seeds:  # seed by seed, so that every arm has one first
+        for corpus, path in corpora.items():
+            for arm in args.arms:
+                folders[corpus, arm, seed] = run(corpus, str(Path(path).absolute()), arm, seed, extra)
+                _write(folders, args)
+
+
+def _parted(given: str) -> tuple[str, str, str]:
+    return given.partition("=")
+
+
+def _write(folders: dict[tuple[str, str, int], Path], args: argparse.Namespace) -> None:
+    """The table of what is finished; runs of corpora that were not asked for this time stay in it."""
+    output = ROOT / "results" / "u2pp" / "table.json"
+    rows: list[dict[str, Any]] = []
+    for (corpus, arm, seed), folder in folders.items():
+        rows += rows_of(corpus, arm, seed, folder, folders.get((corpus, "dense", seed)) if arm != "dense" else None)
+    done = {(row["task"], row["arm"], row["seed"]) for row in rows}
+    if output.exists():
+        before = json.loads(output.read_text("utf-8"))["rows"]
+        rows = [row for row in before if (row["task"], row["arm"], row["seed"]) not in done] + rows
+    given = " ".join(name for name, _, _ in map(_parted, args.corpora))
+    command = f"python -m benchmarks.u2pp --corpora {given} --seeds {' '.join(map(str, args.seeds))}"
+    meta = {"split": "test", "date": datetime.date.today().isoformat(), "command": command}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partfile.write_text(output, json.dumps({"experiment": "u2pp", "meta": meta, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run_all()

@@ -1,0 +1,159 @@
+"""Audio files -> samples at the rate that is wanted: whole, in part, or block by block."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from scipy.signal import resample_poly
+
+SCALE = 1 << 15  # of samples: floats in the range of 16-bit integers, as Kaldi and WeNet have them
+
+
+class AudioError(ValueError):
+    """One line: which file, and what is wrong with it."""
+
+
+def read(
+    path: str | os.PathLike, rate: int, *, start: int | float = 0, length: int | float | None = None
+) -> np.ndarray:
+    """Samples [S] of an audio file (what libsndfile reads: wav, flac, ogg, opus, mp3, ...), channels mixed to one.
+
+    Args:
+      rate: samples a second that are wanted; a file of another rate is resampled, and a warning says so once.
+      start, length: a part of the file (default: to its end), in samples at its own rate if integers, else in seconds,
+        which may end a little behind it.
+
+    Raises AudioError for a file that is missing, empty, torn, not audio, or whose samples are not finite.
+    """
+    with _opened(path) as file:
+        first = round(start * file.samplerate) if isinstance(start, float) else start
+        wanted = left = int(file.frames - first)
+        if length is not None:
+            wanted = min(round(length * file.samplerate), left) if isinstance(length, float) else length
+        if not 0 <= first < first + wanted <= file.frames:
+            said = "no samples" if not file.frames else f"{file.frames} samples, not {first} to {first + wanted}"
+            raise AudioError(f"{path}: {said}")
+        own_rate = file.samplerate
+        found = _samples(file, path, first, wanted)
+    if len(found) < wanted:
+        raise AudioError(f"{path}: torn: {len(found)} of {wanted} samples can be read")
+    return resampled(found, own_rate, rate)
+
+
+def rate(path: str | os.PathLike) -> int:
+    """Samples a second of a file. Raises AudioError as `read` does."""
+    with _opened(path) as file:
+        return file.samplerate
+
+
+def blocks(path: str | os.PathLike, rate: int, seconds: float) -> Iterator[np.ndarray]:
+    """Samples of a file, so many seconds at a time: one block of it is held, however long it is.
+
+    Raises AudioError as `read` does.
+    """
+    size = max(1, round(seconds * rate))
+    with _opened(path) as file:
+        if not file.frames:
+            raise AudioError(f"{path}: no samples")
+        step = max(1, round(seconds * file.samplerate))
+        parts = (_samples(file, path, start, step) for start in range(0, file.frames, step))
+        yield from _portions(_resampled_parts(parts, file.samplerate, rate), size)
+
+
+def pcm(file: BinaryIO, own_rate: int, rate: int, seconds: float) -> Iterator[np.ndarray]:
+    """As `blocks`, of 16-bit little-endian samples of one channel as they come. Raises AudioError for an odd byte."""
+    size = 2 * max(1, round(seconds * own_rate))
+
+    def parts() -> Iterator[np.ndarray]:
+        while data := file.read(size):
+            if len(data) % 2:
+                raise AudioError("standard input: torn: half a sample of 16 bits at its end")
+            yield np.frombuffer(data, "<i2").astype(np.float32)
+
+    yield from _portions(_resampled_parts(parts(), own_rate, rate), max(1, round(seconds * rate)))
+
+
+def _portions(parts: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """The same samples, `size` at a time."""
+    left = np.zeros(0, np.float32)
+    for part in parts:
+        left = np.concatenate([left, part])
+        while len(left) >= size:
+            yield left[:size]
+            left = left[size:]
+    if len(left):
+        yield left
+
+
+def _resampled_parts(parts: Iterable[np.ndarray], own_rate: int, rate: int) -> Iterator[np.ndarray]:
+    """What `resampled` makes of all of them, a part at a time: each is resampled among the samples on both sides of it
+    that its filter sees."""
+    if own_rate == rate:
+        yield from parts
+        return
+    up, down = _ratio(own_rate, rate)
+    margin = -(-(10 * max(up, down) // up + 1) // down) * down  # scipy's filter has 10 zero crossings on each side
+    held, before = np.zeros(0, np.float32), 0  # of `held`, so many are out already
+    for part in itertools.chain(parts, [None]):
+        held = held if part is None else np.concatenate([held, part])
+        ready = len(held) if part is None else max(before, (len(held) - margin) // down * down)
+        if ready > before:
+            made = resampled(held[: ready + margin], own_rate, rate)
+            yield made[before * up // down : None if part is None else ready * up // down]
+            first = max(0, ready - margin)
+            held, before = held[first:], ready - first
+
+
+def _opened(path: str | os.PathLike):
+    try:
+        import soundfile
+    except ImportError as error:
+        raise ModuleNotFoundError("reading audio needs soundfile: pip install 'moe_jax[speech]'") from error
+    if not Path(path).is_file():
+        raise AudioError(f"{path}: no such file")
+    try:
+        file = soundfile.SoundFile(os.fspath(path))
+    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: raw data want to be told their format
+        raise AudioError(f"{path}: not audio that can be read ({_reason(error)})") from None
+    if "(should be" in file.extra_info:  # its header promises more
+        file.close()
+        raise AudioError(f"{path}: torn: shorter than its header says")
+    return file
+
+
+def _samples(file, path: str | os.PathLike, start: int, count: int) -> np.ndarray:
+    import soundfile
+
+    try:
+        file.seek(start)
+        found = file.read(count, dtype="float32", always_2d=True).mean(axis=1) * SCALE
+    except soundfile.LibsndfileError as error:
+        raise AudioError(f"{path}: torn: {_reason(error)}") from None
+    if not np.isfinite(found).all():
+        raise AudioError(f"{path}: samples that are not finite")
+    return found
+
+
+def _reason(error: Exception) -> str:
+    return str(error).rpartition(": ")[2].strip(" .")
+
+
+def resampled(samples_S: np.ndarray, own_rate: int, rate: int) -> np.ndarray:
+    """Samples of another rate; a warning says so once."""
+    if own_rate == rate:
+        return samples_S
+    warnings.warn(f"audio of {own_rate} Hz is resampled to {rate} Hz")  # noqa: B028  said once: the place is always here
+    return resample_poly(samples_S, *_ratio(own_rate, rate)).astype(np.float32)
+
+
+def _ratio(own_rate: int, rate: int) -> tuple[int, int]:
+    """(up, down): rate / own_rate."""
+    divisor = math.gcd(own_rate, rate)
+    return rate // divisor, own_rate // divisor
