@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import logging
@@ -26,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental.multihost_utils import sync_global_devices
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 from safetensors import SafetensorError, safe_open
 
@@ -34,6 +36,10 @@ Table = dict[str, Any]
 
 class CheckpointError(ValueError):
     """One line: what, where, how to mend it."""
+
+
+class Damaged(CheckpointError):
+    """A step that the disk did not keep, as against one of another model."""
 
 
 def _dots(table: Mapping[str, Any]) -> Table:
@@ -72,7 +78,7 @@ def _without_traceback(record: logging.LogRecord) -> bool:
 class Run:
     """The Orbax steps of one training run; keeps the latest and the best (lowest `valid/loss`)."""
 
-    def __init__(self, folder: Path | str, *, keep_latest: int = 1, keep_best: int = 1):
+    def __init__(self, folder: Path | str, *, keep_latest: int = 2, keep_best: int = 1):
         best = lambda metrics: metrics["valid/loss"]  # noqa: E731
         self.folder = Path(folder).resolve() / "checkpoints"
         logging.getLogger("absl").addFilter(_without_traceback)
@@ -98,6 +104,22 @@ class Run:
     def latest(self) -> int | None:
         return self.manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """The newest first."""
+        return sorted(self.manager.all_steps(), reverse=True)
+
+    def set_aside(self, step: int) -> Path:
+        """Moves a damaged step out of the way, and returns where it is."""
+        aside = self.folder.with_name("checkpoints.damaged") / str(step)
+        if jax.process_index() == 0:
+            aside.parent.mkdir(exist_ok=True)
+            shutil.rmtree(aside, ignore_errors=True)
+            (self.folder / str(step)).rename(aside)
+        if jax.process_count() > 1:
+            sync_global_devices(f"set aside {step}")
+        self.manager.reload()
+        return aside
+
     def best(self) -> int | None:
         return self.manager.best_step() or self.latest()
 
@@ -106,13 +128,14 @@ class Run:
 
         Raises CheckpointError where the system cannot write, or when Orbax refuses the step (it exists already).
         """
+        said = json.loads(json.dumps({**meta, "digests": digests({"params": params, "opt": opt})}))
         with _writing(self.folder):
             saved = self.manager.save(
                 step,
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(_dots(params)),
                     opt=ocp.args.StandardSave({"leaves": dict(enumerate_leaves(opt))}),
-                    meta=ocp.args.JsonSave(dict(meta)),
+                    meta=ocp.args.JsonSave({**said, "sha256": _sha256(said)}),
                 ),
                 metrics={"valid/loss": float(valid_loss)},
             )
@@ -120,32 +143,52 @@ class Run:
             raise CheckpointError(f"{self.folder}/{step} exists already: choose another run folder")
 
     def meta(self, step: int) -> dict[str, Any]:
+        """What was saved with a step. Raises Damaged where it is missing, or another."""
+        return {key: value for key, value in self._meta(step).items() if key != "digests"}
+
+    def _meta(self, step: int) -> dict[str, Any]:
         try:
-            return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        except (ValueError, KeyError, FileNotFoundError) as error:
-            raise CheckpointError(f"{self.folder}/{step}: meta is missing or damaged; remove this step") from error
+            meta = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+            if meta.pop("sha256", None) in (None, _sha256(meta)):  # those of older versions have none
+                return meta
+            error = None
+        except (ValueError, KeyError, OSError, AttributeError) as found:
+            error = found
+        raise Damaged(f"{self.folder}/{step}: meta is missing or damaged; remove this step") from error
 
     def params(self, step: int, like: Table) -> Table:
         """Parameters in the shapes and shardings of `like` (arrays or ShapeDtypeStructs)."""
-        return self._restore(step, "params", _dots(like), _slashes)
+        return self._checked(step, "params", self._restore(step, "params", _dots(like), _slashes))
 
     def opt(self, step: int, like: Any) -> Any:
         leaves = dict(enumerate_leaves(like))
         back = self._restore(step, "opt", {"leaves": leaves}, lambda t: t["leaves"])
-        return jax.tree.unflatten(jax.tree.structure(like), [back[k] for k in leaves])
+        return self._checked(step, "opt", jax.tree.unflatten(jax.tree.structure(like), [back[k] for k in leaves]))
+
+    def _checked(self, step: int, item: str, table: Any) -> Any:
+        """Raises Damaged where an array is not what was saved."""
+        was = self._meta(step).get("digests", {}).get(item)
+        now = digests({item: table})[item]
+        if was is not None and was != now:
+            which = next((i for i, (a, b) in enumerate(zip(was, now, strict=False)) if a != b), 0)
+            raise Damaged(f"{self.folder}/{step}: array {which} of {item} is not what was saved; remove this step")
+        return table
 
     def _restore(self, step: int, item: str, like: Table, then) -> Any:
         try:
             out = self.manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(like)}))
-        except (ValueError, KeyError, FileNotFoundError) as error:
-            raise CheckpointError(
-                f"{self.folder}/{step}: {item} does not fit this model ({self._why(step, item, like, error)}); "
-                "use the configuration that made the checkpoint, or another run folder"
-            ) from error
+        except Exception as error:  # what Orbax raises for bytes that cannot be read is no more special
+            if misfit := self._misfit(step, item, like):
+                raise CheckpointError(
+                    f"{self.folder}/{step}: {item} does not fit this model ({misfit}); "
+                    "use the configuration that made the checkpoint, or another run folder"
+                ) from error
+            said = str(error).strip().splitlines()[0][:300]
+            raise Damaged(f"{self.folder}/{step}: {item} cannot be read ({said}); remove this step") from error
         return then(out[item])
 
-    def _why(self, step: int, item: str, like: Table, error: Exception) -> str:
-        """Which arrays differ: Orbax says that some do."""
+    def _misfit(self, step: int, item: str, like: Table) -> str | None:
+        """The first array that differs: Orbax says that some do."""
         try:
             was, need = _shapes(self.manager.item_metadata(step)[item].tree), _shapes(like)
         except (ValueError, KeyError, AttributeError, FileNotFoundError):  # damaged, so that not even this can be read
@@ -155,12 +198,40 @@ class Run:
             for path in sorted(was | need)
             if was.get(path) != need.get(path)
         ]
-        return misfits[0] if misfits else str(error).strip().splitlines()[0][:300]
+        return misfits[0] if was and misfits else None
 
     def close(self) -> None:
         with _writing(self.folder):
             self.manager.wait_until_finished()
             self.manager.close()
+
+
+def _sha256(meta: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def digests(items: Any) -> dict[str, list[int]]:
+    """item -> a number of each of its arrays, in the order of its leaves: a sum of their bits, each times an odd number
+    of its place. Of integers, so it is the same however the array lies on devices."""
+    leaves = {name: [_words(x) for x in jax.tree.leaves(item)] for name, item in items.items()}
+    return {name: [int(x) for x in jax.device_get(found)] for name, found in _sums(leaves).items()}
+
+
+def _words(x: Any) -> jax.Array:
+    return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+
+@jax.jit
+def _sums(leaves: Any) -> Any:
+    def total(x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.uint8) if x.dtype == bool else x
+        bits = jax.lax.bitcast_convert_type(x, f"uint{8 * min(x.dtype.itemsize, 4)}").astype(jnp.uint32)
+        place = jnp.zeros(bits.shape, jnp.uint32)
+        for dim in range(bits.ndim):
+            place = place * jnp.uint32(2654435761) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, dim)
+        return (bits * (2 * place + 1)).sum(dtype=jnp.uint32)
+
+    return jax.tree.map(total, leaves)
 
 
 def enumerate_leaves(tree: Any) -> list[tuple[str, Any]]:

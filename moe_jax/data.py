@@ -59,6 +59,10 @@ class Dataset(abc.ABC):
 
         Raises ValueError for a batch size that does not divide into the processes."""
 
+    @abc.abstractmethod
+    def rows_of(self, step: int, *, seed: int, batch_size: int) -> list[int]:
+        """The rows of the whole batch of `step`: what it was, for whoever wants to look at it."""
+
     def sample(self, rows: int, batch_size: int) -> list[Any]:
         """The same batches at every call: of `rows` rows or of all there are, whole batches, at least one."""
         return [self.batch(i, seed=0, batch_size=batch_size) for i in range(self.batches(rows, batch_size))]
@@ -101,9 +105,15 @@ class Prepared(Dataset):
         Steps walk through one permutation of the rows after another; a batch may span two of them.
         """
         own = share(batch_size, process_index, process_count)
-        places = [divmod(step * batch_size + place, self.rows) for place in own]
-        rows = [_permutation(self.rows, seed, epoch)[index] for epoch, index in places]
+        rows = self._at(step, seed, batch_size, own)
         return self.of({name: column[rows] for name, column in self.columns.items()})
+
+    def rows_of(self, step: int, *, seed: int, batch_size: int) -> list[int]:
+        return [int(row) for row in self._at(step, seed, batch_size, range(batch_size))]
+
+    def _at(self, step: int, seed: int, batch_size: int, places: range) -> list[np.integer]:
+        found = [divmod(step * batch_size + place, self.rows) for place in places]
+        return [_permutation(self.rows, seed, epoch)[index] for epoch, index in found]
 
     def of(self, rows: Rows) -> Batch:
         """What a model reads of rows."""

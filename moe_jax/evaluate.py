@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from moe_jax import checkpoint, formats
+from moe_jax import checkpoint, formats, hosts
 from moe_jax.data import Prepared
 from moe_jax.formats import Record
 from moe_jax.metrics import errors, scoring
@@ -128,6 +128,7 @@ def atlas(pipeline: Pipeline, valid_data: str, batches: int = 16, batch_size: in
     return out
 
 
+@hosts.alone
 def evaluate(
     run_dir: str,
     *,

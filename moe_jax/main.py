@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_jax import launch
+from moe_jax import hosts, launch
 
 PACKAGE = Path(__file__).resolve().parent
 CHECKOUT = PACKAGE.parent
@@ -213,6 +213,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile", type=int, metavar="STEPS", help="trace so many steps of training; --gin.PROFILE=STEPS"
     )
+    several = parser.add_argument_group("several hosts", "the same command on each; their devices are one")
+    several.add_argument("--distributed", action="store_true", help="join the others: TPU slices and Slurm say where")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="elsewhere: of the first, the same everywhere")
+    several.add_argument("--processes", type=int, help="elsewhere: how many there are")
+    several.add_argument("--process", type=int, help="elsewhere: which of them this is, from 0")
+    what = "seconds after which a host that is silent is lost, and all end (default: 30)"
+    several.add_argument("--heartbeat", type=int, default=30, help=what)
     parser.add_argument("--show_config", action="store_true", help="print what is bound, and stop")
 
 
@@ -232,6 +239,8 @@ def start(args: argparse.Namespace) -> int:
         if args.show_config:
             print(gin.config_str())
             return 0
+        if args.distributed or args.coordinator:
+            hosts.join(args.coordinator, args.processes, args.process, args.heartbeat)
         gin.get_configurable(run)()
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)

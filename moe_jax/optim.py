@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
@@ -68,3 +71,41 @@ def muon_adam(
             consistent_rms=0.2,
         ),
     )
+
+
+class Guarded(NamedTuple):
+    """State of `guarded`: that of what it guards, the running mean of the norms of the gradients that were followed,
+    how many these are, and how many updates in a row were left out."""
+
+    inner: Any
+    norm: jax.Array
+    followed: jax.Array
+    in_row: jax.Array
+
+
+def guarded(
+    inner: optax.GradientTransformation, *, spike: float = 0.0, settle: int = 50
+) -> optax.GradientTransformation:
+    """Leaves an update out, the state of `inner` as it was, where the gradient is not finite; with `spike` also where
+    its norm is more than so many times the running mean (over about `settle` of them, and not before so many).
+
+    The state is in checkpoints like any other, so a resumed run leaves out the same updates.
+    """
+
+    def init(params: Any) -> Guarded:
+        return Guarded(inner.init(params), jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Guarded]:
+        norm = optax.tree.norm(updates).astype(jnp.float32)
+        ok = jnp.isfinite(norm)
+        if spike:
+            ok &= (state.followed < settle) | (norm <= spike * state.norm)
+        either = lambda new, old: jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)  # noqa: E731
+        followed = either(updates, jax.tree.map(jnp.zeros_like, updates))
+        made, moved = inner.update(followed, state.inner, params)
+        rate = 1 / jnp.minimum(state.followed + 1, settle)
+        new = Guarded(moved, state.norm + rate * (norm - state.norm), state.followed + 1, jnp.zeros((), jnp.int32))
+        old = state._replace(in_row=state.in_row + 1)
+        return either(made, jax.tree.map(jnp.zeros_like, made)), either(new, old)
+
+    return optax.GradientTransformation(init, update)

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_jax import formats
+from moe_jax import formats, hosts
 from moe_jax.data import Prepared
 from moe_jax.speech.data import write
 from moe_jax.text.tokeniser import Tokeniser
 
 
+@hosts.in_turn
 def prepare(
     folder: str,
     *,
@@ -73,6 +74,7 @@ def prepare(
     seqio_data.prepare(mixture, tokeniser, folder, examples=examples, passes=passes, **about)
 
 
+@hosts.in_turn
 def speech(folder: str, *, task: str, split: str = "train", **options: Any) -> None:
     """Makes a folder of prepared speech of a seqio task or mixture of speech (`tasks.speech`), unless it is there.
 

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -23,12 +24,14 @@ import optax
 from jax.experimental.multihost_utils import process_allgather
 from tqdm import tqdm
 
-from moe_jax import checkpoint, describe, losses, profile, sharding, tree, xla
+from moe_jax import checkpoint, describe, hosts, losses, optim, profile, sharding, tree, xla
 from moe_jax.adapters import EVERYTHING, Adapters, differentiated, factor_words, fingerprint, summary, trained
 from moe_jax.data import Dataset, Prepared
+from moe_jax.goodput import Goodput
+from moe_jax.health import Health, Watchdog
 from moe_jax.layers.param import Rngs
 from moe_jax.logs import Logs
-from moe_jax.partfile import Signals, Stopped
+from moe_jax.partfile import Stopped
 from moe_jax.pipeline import export
 from moe_jax.types import Array, Batch, Metrics
 
@@ -154,7 +157,11 @@ def make_step(
         grads = jax.tree.map(lambda g: g / micro, grads)
         updates, opt = optimizer.update(grads, opt, own)
         whole |= cast(Table, optax.apply_updates(own, updates))
-        whole |= after_step(model, {path: whole[path] for path in tree.flatten(model)}, metrics)
+        after = after_step(model, {path: whole[path] for path in tree.flatten(model)}, metrics)
+        if isinstance(opt, optim.Guarded):
+            metrics |= {"skipped": opt.in_row}
+            after = {path: jnp.where(opt.in_row > 0, whole[path], x) for path, x in after.items()}
+        whole |= after
         if "stats" in metrics:  # the statistics of slices add up, the losses made of them do not
             metrics |= {name: loss_of(metrics["stats"]) for name, loss_of in losses.AUXILIARY.items()}
         moved = {path: whole[path] for path in params}
@@ -244,6 +251,9 @@ def train(
     config: Mapping[str, Any] | None = None,
     profile_steps: int = 0,
     progress: bool = True,
+    spike: float = 0.0,
+    patience: int = 10,
+    hang_after: float = 1800.0,
 ) -> State:
     """Train to `steps`, going on from the latest checkpoint of `run_dir` if there is one.
 
@@ -260,16 +270,21 @@ def train(
         read from `init_from` again), and the run exports `adapters.safetensors` beside the merged model.
       config: the resolved configuration, kept as JSON beside the checkpoints (never executed).
       profile_steps: so many steps are traced, in `run_dir`/profile (`moe_jax.profile`).
+      spike, patience: an update whose gradient is not finite, or (0: never) beyond `spike` times the running mean of
+        its norm, is left out and its rows are named (`optim.guarded`); `patience` of them in a row end the run.
+      hang_after: seconds without a step after which the stacks of all threads are printed, again and again; 0: never.
 
     Raises:
       Stopped: SIGINT or SIGTERM came; a checkpoint holds everything.
       ValueError (also `checkpoint.CheckpointError`): one line on data, model or checkpoint that do not fit.
-      FloatingPointError: the loss is not finite; the last checkpoint is untouched.
+      FloatingPointError: `patience` updates in a row were left out, or the validation loss is not finite; the last
+        checkpoint is untouched.
     """
     if batch_size % micro_batches:
         raise ValueError(f"batch_size={batch_size} does not divide into micro_batches={micro_batches}")
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    clock = Goodput(folder, enabled=jax.process_index() == 0)
     train_set, valid_set = read(data), read(valid_data)
     if train_set.meta["tokeniser"] != valid_set.meta["tokeniser"]:
         raise ValueError(f"{data} and {valid_data} were prepared with different tokenisers: prepare both again")
@@ -278,7 +293,7 @@ def train(
     devices = mesh()
     make = functools.partial(build, model, vocab=train_set.tokeniser.vocab_size, seed=seed)
     network = initial(make, init_from, init_rules, train_set.meta["tokeniser"])
-    transform = optimizer()
+    transform = optim.guarded(optimizer(), spike=spike)
     about = {
         "model": describe.describe(network),
         "data": {"sha256": train_set.meta["sha256"]},
@@ -301,10 +316,10 @@ def train(
             del base
         network = jax.eval_shape(lambda: network)  # the arrays are the state's alone
         store = checkpoint.Run(folder)
-        if (latest := store.latest()) is not None:
-            state = _resume(store, latest, state, about)
+        state = _latest(store, state, about)
         shown = {k: v for k, v in about.items() if k != "tokeniser_model"}
-        (folder / "config.json").write_text(json.dumps({**shown, "config": dict(config or {})}, indent=2) + "\n")
+        if hosts.first():
+            (folder / "config.json").write_text(json.dumps({**shown, "config": dict(config or {})}, indent=2) + "\n")
         step_fn = make_step(
             network,
             transform,
@@ -326,6 +341,9 @@ def train(
                 lambda s: sharding.put_batch(_rows(train_set, s, seed, batch_size), devices),
                 store,
                 logs,
+                clock,
+                health=Health(logs, functools.partial(train_set.rows_of, seed=seed, batch_size=batch_size), patience),
+                hang_after=hang_after,
                 about=about,
                 families=families,
                 steps=steps,
@@ -350,10 +368,10 @@ def _export_best(folder: Path, state: State, adapters: Adapters) -> None:
     store = checkpoint.Run(folder)
     step = store.best()
     assert step is not None, "a finished run has a checkpoint"
-    like = {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in state.params.items()}
-    frozen = {p: process_allgather(x, tiled=True) for p, x in state.frozen.items()}
+    gathered = lambda table: {p: process_allgather(x, tiled=True) for p, x in table.items()}  # noqa: E731
+    params, meta = gathered(store.params(step, _abstract(state.params))), store.meta(step)
+    frozen = gathered(state.frozen)
     if jax.process_index() == 0:
-        params, meta = jax.device_get(store.params(step, like)), store.meta(step)
         export(folder / "model.safetensors", adapters.merge(params, frozen), meta)
         if frozen:
             export(folder / "adapters.safetensors", params, meta, adapters=meta["adapters"], base=meta["base"])
@@ -367,7 +385,10 @@ def _loop(
     fetch,
     store: checkpoint.Run,
     logs: Logs,
+    clock: Goodput,
     *,
+    health: Health,
+    hang_after: float,
     about: Mapping[str, Any],
     families: Mapping[str, int],
     steps: int,
@@ -391,57 +412,72 @@ def _loop(
 
     def save() -> None:
         nonlocal valid
+        clock.now("validate")
         valid = valid or validate(state)
         finite("validation loss", valid["valid/loss"])
+        clock.now("save")
         store.save(state.step, state.params, state.opt, {**about, "step": state.step}, valid["valid/loss"])
+        clock.saved()
 
     if state.step >= steps:
         save()
         logs.metrics(state.step, valid)
         return
-    peak = xla.peak_flops()
+    peak, first = xla.peak_flops(), state.step
     bar = tqdm(total=steps, initial=state.step, unit="step", disable=None if progress else True, mininterval=1)
-    clock, tokens, waited = time.monotonic(), 0, 0.0
-    with Signals("saving") as stop, bar, tracing:
+    since, tokens, waited, due = time.monotonic(), 0, 0.0, False
+    with hosts.Stop("saving") as stop, bar, tracing, Watchdog(hang_after) as watchdog:
         while state.step < steps:
             tracing(state.step, state.params)
+            clock.now("input")
             began = time.monotonic()
             batch = fetch(state.step)
             waited += time.monotonic() - began
+            clock.now("compile" if state.step == first else "compute")
             state.params, state.opt, metrics = step_fn(
                 state.params, state.opt, np.int32(state.step), batch, state.frozen
             )
+            clock.now("compute")
             state.step += 1
+            watchdog.alive()
+            health.saw(state.step, metrics.pop("skipped"), metrics["grad_norm"])
             valid = {}
             tokens += metrics["tokens"]
             bar.update()
             if state.step % log_every == 0 or state.step == steps:
                 scalars = readable(metrics, families)
-                finite("loss", scalars["loss"])
-                seconds = time.monotonic() - clock
+                health.settle()
+                seconds = time.monotonic() - since
                 rate = float(tokens) / seconds
-                logs.metrics(state.step, scalars)
+                logs.metrics(state.step, {name: x for name, x in scalars.items() if math.isfinite(x)})
                 flops = rate * flops_per_token
+                clock.write()
                 speed = {
                     "tokens_per_s": rate,
                     "input_wait": waited / seconds,
                     "flops_per_s": flops,
                     "mfu": flops / peak,
+                    "goodput": clock.share,
                 }
                 logs.speed(state.step, speed)
                 bar.set_postfix_str(f"nll {scalars['nll']:.3f}, {rate:.0f} tokens/s")
-                clock, tokens, waited = time.monotonic(), 0, 0.0
+                since, tokens, waited = time.monotonic(), 0, 0.0
             if state.step % eval_every == 0 or state.step == steps:
+                clock.now("validate")
                 began = time.monotonic()
                 valid = validate(state)
                 logs.metrics(state.step, valid)
-                clock += time.monotonic() - began  # speed is that of training alone
-            if stop.caught or state.step % save_every == 0 or state.step == steps:
-                save()
-            if stop.caught:
-                raise Stopped(
-                    stop.caught, f"stopped at step {state.step} of {steps}; the same command goes on from there"
-                )
+                since += time.monotonic() - began  # speed is that of training alone
+            caught = stop.at(state.step)
+            due |= state.step % save_every == 0
+            if caught or due or state.step == steps:
+                health.settle()
+                if health.well or caught or state.step == steps:  # what may be ill waits until it is well
+                    save()
+                    due = False
+                watchdog.alive()
+            if caught:
+                raise Stopped(caught, f"stopped at step {state.step} of {steps}; the same command goes on from there")
 
 
 def _rows(data: Dataset, step: int, seed: int, batch_size: int) -> Batch:
@@ -465,6 +501,24 @@ def _validate(evaluate, data: Dataset, batch_size: int, batches: int, families, 
     return {"valid/loss": scalars["nll"], **{f"valid/{k}": v for k, v in kept.items()}}
 
 
+def _latest(store: checkpoint.Run, like: State, about: Mapping[str, Any]) -> State:
+    """The state of the newest step that the disk has kept; `like` where there is none yet. Steps that are damaged are
+    set aside, and said to be.
+
+    Raises CheckpointError where the run is another one, or all of its steps are damaged.
+    """
+    steps = store.steps()
+    for step in steps:
+        try:
+            return _resume(store, step, like, about)
+        except checkpoint.Damaged as error:
+            if step == steps[-1]:
+                raise
+            said = store.set_aside(step)
+            print(f"{error}; it is in {said} now, and the run goes on from the step before", file=sys.stderr)
+    return like
+
+
 def _resume(store: checkpoint.Run, step: int, like: State, about: Mapping[str, Any]) -> State:
     """The state at `step`. Raises CheckpointError where model, data, seed, adapters or their base are not the run's."""
     was = store.meta(step)
@@ -473,8 +527,11 @@ def _resume(store: checkpoint.Run, step: int, like: State, about: Mapping[str, A
             raise checkpoint.CheckpointError(
                 f"{store.folder}/{step} was made with another {key}: use its configuration, or another run folder"
             )
-    abstract = lambda t: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), t)  # noqa: E731
-    return State(store.params(step, abstract(like.params)), store.opt(step, abstract(like.opt)), step, like.frozen)
+    return State(store.params(step, _abstract(like.params)), store.opt(step, _abstract(like.opt)), step, like.frozen)
+
+
+def _abstract(arrays: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), arrays)
 
 
 def _announce(folder: Path, model: Any, state: State, steps: int, data: Dataset) -> None:

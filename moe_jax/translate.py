@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from moe_jax import checkpoint, decode, describe, tree
+from moe_jax import checkpoint, decode, describe, hosts, tree
 from moe_jax.data import Pairs
 from moe_jax.metrics import language, translation
 from moe_jax.partfile import write_text
@@ -137,6 +137,7 @@ def _middle(parts: Sequence[str]) -> int:
 # --- scores -----------------------------------------------------------------------------------------------------------
 
 
+@hosts.alone
 def evaluate(
     run_dir: str,
     *,

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,10 +15,41 @@ import numpy as np
 import tiny
 from jax.sharding import AxisType, Mesh
 
-from moe_jax import optim, sharding, train
+from moe_jax import checkpoint, optim, sharding, train
+from moe_jax.data import write_prepared
 from moe_jax.moe import dispatch, routers
+from moe_jax.packing import Packable
+from moe_jax.text import tokeniser as tk
 
 STEPS, SAVE_EVERY = 12, 4
+
+
+FAMILIES = {"asr": 1, "ocr": 2}
+
+
+def tokeniser() -> tk.Tokeniser:
+    return tk.train(["the cat sat on the mat and looked at a bird"] * 3, 282)
+
+
+def copying(folder: Path) -> Path:
+    """Data: four letters, a mark of the task, the four letters again (for the second task: backwards)."""
+    rng = np.random.default_rng(0)
+    examples = []
+    for i in range(512):
+        task, letters = 1 + i % 2, rng.integers(20, 26, 4).tolist()
+        examples.append(Packable([*letters, task + 8, *letters[:: 3 - 2 * task]], [1] * 5 + [2] * 4, task))
+    write_prepared(folder, examples, length=18, tokeniser=tokeniser(), families=FAMILIES)
+    return folder
+
+
+def everything(folder) -> tuple:
+    """Parameters and optimiser state by their bits, with the log and the exported model."""
+    store = checkpoint.Run(folder)
+    step = store.latest()
+    raw = [store.manager.restore(step)[item] for item in ("params", "opt")]
+    store.close()
+    bits = jax.tree.map(lambda x: np.asarray(x).tobytes(), raw)
+    return step, bits, (folder / "metrics.jsonl").read_bytes(), (folder / "model.safetensors").read_bytes()
 
 
 def one_device() -> Mesh:

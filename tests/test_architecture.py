@@ -21,7 +21,7 @@ FILES = {
 # A room imports itself and rooms of the lines above; a room is a file or a folder of moe_jax, and `tasks`.
 LINES = """
 types text metrics formats partfile report logs xla launch
-sharding losses tree packing correct score tasks
+sharding losses tree packing correct score tasks goodput health hosts
 layers optim checkpoint data
 moe adapters
 models

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from moe_jax import hosts
 from moe_jax.data import Dataset, read_array, read_meta, read_tokeniser, sha256, share
 from moe_jax.formats import manifest as manifests
 from moe_jax.formats.audio import AudioError
@@ -82,16 +83,8 @@ class Speech(Dataset):
         in a bucket's last batch is taken from its beginning. Buckets come in an order that is drawn.
         """
         own = share(batch_size, process_index, process_count)
-        buckets = [np.flatnonzero(self.bucket_R == b) for b in range(len(self.meta["lengths"]))]
-        batches = np.repeat(np.arange(len(buckets)), [-(-len(rows) // batch_size) for rows in buckets])
-        epoch, place = divmod(step, len(batches))
-        order = np.argsort(_drawn(seed, epoch, 0, len(batches)), kind="stable")
-        bucket = batches[order[place]]
-        turn = np.count_nonzero(batches[order[:place]] == bucket)
-        rows = buckets[bucket]
-        rows = rows[np.argsort(_drawn(seed, epoch, 1 + bucket, len(rows)), kind="stable")]
-        rows = rows[(turn * batch_size + np.array(own)) % len(rows)]
-        speeds = _drawn(seed, epoch, 1 + len(buckets), self.rows)[rows] % len(self.meta["speeds"])
+        epoch, bucket, rows = self._at(step, seed, batch_size, own)
+        speeds = _drawn(seed, epoch, 1 + len(self.meta["lengths"]), self.rows)[rows] % len(self.meta["speeds"])
         spans = self.index_RxVx2[rows, speeds.astype(np.int64)]
         x = np.zeros((len(own), self.meta["lengths"][bucket], self.features_FxC.shape[1]), np.float16)
         for row, (start, frames) in zip(x, spans, strict=True):
@@ -104,6 +97,21 @@ class Speech(Dataset):
             "task_B": family,
         }
         return Utterances(**batch)
+
+    def rows_of(self, step: int, *, seed: int, batch_size: int) -> list[int]:
+        return self._at(step, seed, batch_size, range(batch_size))[2].tolist()
+
+    def _at(self, step: int, seed: int, batch_size: int, places: range) -> tuple[int, int, np.ndarray]:
+        """(epoch, bucket, rows) of places in the batch of `step`."""
+        buckets = [np.flatnonzero(self.bucket_R == b) for b in range(len(self.meta["lengths"]))]
+        batches = np.repeat(np.arange(len(buckets)), [-(-len(rows) // batch_size) for rows in buckets])
+        epoch, place = divmod(step, len(batches))
+        order = np.argsort(_drawn(seed, epoch, 0, len(batches)), kind="stable")
+        bucket = int(batches[order[place]])
+        turn = np.count_nonzero(batches[order[:place]] == bucket)
+        rows = buckets[bucket]
+        rows = rows[np.argsort(_drawn(seed, epoch, 1 + bucket, len(rows)), kind="stable")]
+        return epoch, bucket, rows[(turn * batch_size + np.array(places)) % len(rows)]
 
 
 def _drawn(seed: int, epoch: int, what: int, number: int) -> np.ndarray:
@@ -120,6 +128,7 @@ def _meta(folder: Path) -> dict[str, Any]:
     return read_meta(folder, HOLDS, FORMAT, KINDS)
 
 
+@hosts.in_turn
 def prepare(
     folder: str,
     *,

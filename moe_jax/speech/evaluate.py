@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from moe_jax import partfile
+from moe_jax import hosts, partfile
 from moe_jax.formats import manifest as manifests
 from moe_jax.formats.audio import AudioError
 from moe_jax.formats.manifest import Skipped, Utterance
@@ -27,6 +27,7 @@ ALL, BEST = "all", "rescored"
 Row = dict[str, Any]
 
 
+@hosts.alone
 def evaluate(
     run_dir: str, *, manifest: str, split: str | None = "test", chunk: int = 16, beam: int = 10, nbest: int = 5
 ) -> None:

@@ -1,0 +1,57 @@
+"""Where the time of a run goes, over all the processes that it took: `goodput.json` in its folder."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from moe_jax.partfile import write_text
+
+KINDS = ("start", "compile", "compute", "input", "validate", "save", "lost")
+
+
+class Goodput:
+    """A clock that is told what comes now.
+
+    Seconds by kind: `start`, until the first step (restoring included); `compile`, the first step; `compute`, steps;
+    `input`, waiting for data; `validate`; `save`; and `lost`: steps that a process made and no checkpoint held.
+    """
+
+    def __init__(self, folder: Path, *, enabled: bool = True):
+        self.path, self.enabled = folder / "goodput.json", enabled
+        self.seconds = dict.fromkeys(KINDS, 0.0)
+        self.processes, self._unsaved = 1, 0.0
+        if self.path.exists():
+            was = json.loads(self.path.read_text("utf-8"))
+            self.seconds |= {kind: float(was["seconds"].get(kind, 0)) for kind in KINDS}
+            self.processes = int(was["processes"]) + 1
+            self.seconds["lost"] += was["unsaved"]
+            self.seconds["compute"] -= was["unsaved"]
+        self._kind, self._since = "start", time.monotonic()
+
+    def now(self, kind: str) -> None:
+        """From now on it is this."""
+        moment = time.monotonic()
+        spent = moment - self._since
+        self.seconds[self._kind] += spent
+        self._unsaved += spent if self._kind == "compute" else 0.0
+        self._kind, self._since = kind, moment
+
+    def saved(self) -> None:
+        """A checkpoint holds all steps."""
+        self.now(self._kind)
+        self._unsaved = 0.0
+        self.write()
+
+    def write(self) -> None:
+        """Keeps the account on disk."""
+        self.now(self._kind)
+        if self.enabled:
+            said = {"seconds": self.seconds, "processes": self.processes, "unsaved": self._unsaved}
+            write_text(self.path, json.dumps({**said, "goodput": self.share}, indent=1) + "\n")
+
+    @property
+    def share(self) -> float:
+        """The share of all time in which steps were made that stayed."""
+        return self.seconds["compute"] / max(sum(self.seconds.values()), 1e-9)

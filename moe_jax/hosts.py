@@ -1,0 +1,109 @@
+"""Several hosts as one run: joining them, who does what alone, and stopping at one step.
+
+Each host runs the same command; `jax.distributed` makes their devices one. Without it everything here is what a single
+process does.
+"""
+
+from __future__ import annotations
+
+import functools
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from moe_jax.partfile import Signals
+
+
+def join(coordinator: str | None, processes: int | None, process: int | None, heartbeat: int) -> None:
+    """Joins the others. On TPU, Slurm and Open MPI all arguments but the last may be None: JAX finds them.
+
+    A host that is not heard of for `heartbeat` seconds ends the processes of all others.
+
+    Raises ValueError, in one line, where the others cannot be joined.
+    """
+    import jax
+
+    try:
+        jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=heartbeat)
+    except (ValueError, RuntimeError) as error:
+        said = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"cannot join the other hosts ({said}): give --coordinator=HOST:PORT, --processes and --process, the same "
+            "coordinator everywhere"
+        ) from None
+
+
+def several() -> bool:
+    """Whether there are other hosts."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def first() -> bool:
+    """Whether this host is the one that writes and speaks."""
+    return not several() or sys.modules["jax"].process_index() == 0
+
+
+def wait(name: str) -> None:
+    """Until all hosts are here."""
+    if several():
+        from jax.experimental.multihost_utils import sync_global_devices
+
+        sync_global_devices(name)
+
+
+def in_turn(job: Callable[..., Any]) -> Callable[..., Any]:
+    """The first host does it, then the others: of a file system that they share they find it done."""
+    name = getattr(job, "__name__", "job")
+
+    @functools.wraps(job)
+    def turns(*args: Any, **options: Any) -> Any:
+        if first():
+            out = job(*args, **options)
+            wait(f"{name} by the first")
+        else:
+            wait(f"{name} by the first")
+            out = job(*args, **options)
+        wait(name)
+        return out
+
+    return turns
+
+
+def alone(job: Callable[..., Any]) -> Callable[..., Any]:
+    """The first host does it, the others wait."""
+    name = getattr(job, "__name__", "job")
+
+    @functools.wraps(job)
+    def once(*args: Any, **options: Any) -> Any:
+        out = job(*args, **options) if first() else None
+        wait(name)
+        return out
+
+    return once
+
+
+class Stop:
+    """Whether to stop: on one host as `partfile.Signals` says; on several, where any of them was sent a SIGTERM (a
+    preemption), at a step that all agree on."""
+
+    def __init__(self, doing: str):
+        self._signals = None if several() else Signals(doing)
+
+    def __enter__(self) -> Stop:
+        if self._signals:
+            self._signals.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._signals:
+            self._signals.__exit__(*error)
+
+    def at(self, step: int) -> int:
+        """The signal that came, or 0; asked once after each step."""
+        if self._signals:
+            return self._signals.caught
+        from jax.experimental.multihost_utils import reached_preemption_sync_point
+
+        return int(signal.SIGTERM) if reached_preemption_sync_point(step) else 0

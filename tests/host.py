@@ -1,0 +1,44 @@
+"""One of several hosts of a short training run (`child.py`).
+
+python host.py RUN_DIR DATA PORT PROCESSES PROCESS [KILLED_AT]    kills itself, once, after logging that step
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+run_dir, data, port, processes, process = sys.argv[1:6]
+
+from moe_jax import hosts  # noqa: E402
+
+hosts.join(f"localhost:{port}", int(processes), int(process), 10)
+
+import child  # noqa: E402
+
+from moe_jax import sharding, train  # noqa: E402
+from moe_jax.partfile import Stopped  # noqa: E402
+
+if len(sys.argv) > 6:
+    made = train.make_step
+
+    def make_step(*args, **options):
+        step_fn = made(*args, **options)
+
+        def step(params, opt, number, *rest):
+            params, opt, metrics = step_fn(params, opt, number, *rest)
+            done = Path(run_dir) / "killed"
+            if int(number) == int(sys.argv[6]) and not done.exists():
+                done.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return params, opt, metrics
+
+        return step
+
+    train.make_step = make_step
+
+try:
+    child.run(run_dir, data, mesh=lambda: sharding.make_mesh(data=4, expert=2))
+except Stopped as stopped:
+    print(stopped, flush=True)
+    sys.exit(stopped.code)

@@ -1,0 +1,140 @@
+"""Several hosts as one run: real processes on this machine, each with four virtual devices."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import child
+import jax
+import numpy as np
+import pytest
+
+from moe_jax import checkpoint, train
+
+ROOT = Path(__file__).parents[1]
+SUPERVISE = ROOT / "tpu_scripts" / "supervise.sh"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return child.copying(tmp_path_factory.mktemp("data") / "copy")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def started(folder: Path, data: Path, killed_at: int | None = None, processes: int = 2) -> list[subprocess.Popen]:
+    """Hosts, each under its supervisor; the last is killed, once, at a step."""
+    folder.mkdir(exist_ok=True)
+    paths = [str(ROOT), str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "JAX_NUM_CPU_DEVICES": str(8 // processes)}
+    port = str(free_port())
+    out = []
+    for i in range(processes):
+        command = [str(SUPERVISE), "--wait", "1", "--tries", "4", "--", sys.executable, str(ROOT / "tests" / "host.py")]
+        command += [str(folder), str(data), port, str(processes), str(i)]
+        command += [str(killed_at)] if killed_at is not None and i == processes - 1 else []
+        log = open(folder / f"host{i}.log", "w")  # noqa: SIM115
+        out.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True))
+    return out
+
+
+def ended(folder: Path, hosts: list[subprocess.Popen], seconds: float = 400) -> list[int]:
+    try:
+        return [host.wait(seconds) for host in hosts]
+    finally:
+        for host in hosts:
+            if host.poll() is None:
+                os.killpg(host.pid, signal.SIGKILL)
+                print((folder / f"host{hosts.index(host)}.log").read_text()[-3000:])
+
+
+@pytest.fixture(scope="module")
+def unbroken(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two") / "run"
+    hosts = started(folder, data)
+    assert ended(folder, hosts) == [0, 0], (folder / "host0.log").read_text()[-3000:]
+    return folder
+
+
+def losses(folder: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def test_two_hosts_train_as_one_does(data, unbroken, tmp_path):
+    """To rounding: sums over devices come in another order."""
+    child.run(tmp_path, data)
+    one, two = losses(tmp_path), losses(unbroken)
+    assert one.keys() == two.keys() == set(range(1, child.STEPS + 1))
+    np.testing.assert_allclose(list(one.values()), list(two.values()), rtol=2e-3)
+
+
+def test_what_two_hosts_saved_goes_on_on_one(data, unbroken, tmp_path):
+    """On another number of hosts and of devices: its digests say that every number is what was saved."""
+    store = checkpoint.Run(unbroken)
+    names = {p.name for p in (unbroken / "checkpoints" / str(store.latest())).rglob("ocdbt.process_*")}
+    assert {"ocdbt.process_0", "ocdbt.process_1"} <= names, "both hosts wrote"
+    store.close()
+    shutil.copytree(unbroken, tmp_path / "run")
+    done = child.run(tmp_path / "run", data, steps=child.STEPS + 2)
+    assert done.step == child.STEPS + 2
+    assert list(losses(tmp_path / "run")) == list(range(1, child.STEPS + 3))
+
+
+def test_a_host_is_killed_the_others_end_and_the_run_goes_on_to_the_same_bits(data, tmp_path, unbroken):
+    began = time.monotonic()
+    hosts = started(tmp_path / "run", data, killed_at=9)
+    assert ended(tmp_path / "run", hosts) == [0, 0], (tmp_path / "run" / "host0.log").read_text()[-3000:]
+    took = time.monotonic() - began
+    assert (tmp_path / "run" / "killed").exists()
+    survivor, killed = ((tmp_path / "run" / f"host{i}.log").read_text() for i in (0, 1))
+    assert "supervise: ended with 137 (killed" in killed and "starting it again in 1 s (try 2 of 4)" in killed
+    assert "supervise: ended with 134 (another host was lost" in survivor
+    mine, theirs = losses(tmp_path / "run"), losses(unbroken)
+    assert mine == {step: theirs[step] for step in mine} and len(mine) == child.STEPS
+    goodput = json.loads((tmp_path / "run" / "goodput.json").read_text())
+    assert goodput["processes"] == 2
+    print(f"killed and done again in {took:.0f} s")
+
+
+def test_a_preempted_host_makes_all_save_at_one_step(data, tmp_path, unbroken):
+    folder = tmp_path / "run"
+    hosts = started(folder, data)
+    while not (folder / "metrics.jsonl").exists() or len(losses(folder)) < 2:
+        time.sleep(0.05)
+        assert hosts[0].poll() is None, (folder / "host0.log").read_text()[-3000:]
+    hosts[1].terminate()  # one of them; its supervisor passes it on, and the other host's starts again
+    code = hosts[1].wait(200)
+    said = (folder / "host1.log").read_text()
+    if code == 0:
+        pytest.skip("the run was done before the signal came")
+    assert code == 143 and "the same command goes on from there" in said
+    os.killpg(hosts[0].pid, signal.SIGKILL)
+    step = int(said.rpartition("stopped at step ")[2].split()[0])
+    assert f"stopped at step {step} of" in (folder / "host0.log").read_text()
+    assert list(losses(folder))[-1] == step
+    assert ended(folder, started(folder, data)) == [0, 0]
+    theirs = losses(unbroken)
+    assert losses(folder) == {n: theirs[n] for n in range(1, child.STEPS + 1)}
+
+
+def test_a_host_that_cannot_join_says_so():
+    command = [sys.executable, "-m", "moe_jax.main", "--gin_file=runs/quickstart.gin", "--coordinator=nowhere"]
+    done = subprocess.run([*command, "--processes=2", "--process=5"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "error: cannot join the other hosts" in done.stderr.splitlines()[-1]
+
+
+def test_alone_is_as_before():
+    assert jax.process_count() == 1 and train.hosts.first() and not train.hosts.several()
+    assert train.hosts.alone(lambda x: x + 1)(1) == train.hosts.in_turn(lambda x: x + 1)(1) == 2

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# A run on a Kubernetes cluster of the Cluster Toolkit, on one TPU slice or several.
+#
+#   tpu_scripts/gke.sh --name NAME --image IMAGE --type v6e-256 [--slices 2] [--dry-run] -- ARGUMENT...
+#
+# IMAGE holds a checkout of this repository at /moe_jax with its environment; runs/ and prepared/ there should be mounted
+# from a bucket. Kueue starts the job again after a preemption, and the run goes on from its last checkpoint.
+set -euo pipefail
+
+name='' image='' type='' slices=1 dry_run=''
+usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "$0"; }
+fail() {
+  echo "gke: $1" >&2
+  exit 2
+}
+while (($#)); do
+  case $1 in
+    --name | --image | --type | --slices)
+      (($# > 1)) || fail "$1 wants a value"
+      declare "${1#--}=$2"
+      shift 2
+      ;;
+    --dry-run) dry_run=1; shift ;;
+    --help) usage; exit 0 ;;
+    --) shift; break ;;
+    *) fail "unknown option $1; tpu_scripts/gke.sh --help lists them" ;;
+  esac
+done
+[[ $name && $image && $type ]] || fail 'give --name, --image and --type'
+[[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--slices $slices: not a number of slices"
+(($#)) || fail 'what to run? write the arguments of moe_jax.main after --, such as --gin_file=...'
+run="cd /moe_jax && tpu_scripts/supervise.sh -- .venv/bin/python -m moe_jax.main --distributed $(printf '%q ' "$@")"
+submit=(gcluster job submit --name "$name" --image "$image" --compute-type "$type" --num-slices "$slices" --command "$run")
+if [[ $dry_run ]]; then
+  printf '%q ' "${submit[@]}"
+  echo
+else
+  "${submit[@]}"
+fi
