@@ -1,4 +1,4 @@
-"""`moe-jax`: correct a file, score test sets, translate, run an experiment, merge, import and export models."""
+"""`moe-jax`: correct a file, score test sets, translate, run experiments and compare them, merge, import, export."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from moe_jax import __version__, correct, launch, main, score, translate
+from moe_jax import __version__, compare, correct, launch, main, score, sweep, translate
 from moe_jax.formats import Record
 from moe_jax.merging import command
 from moe_jax.speech import transcribe
@@ -53,6 +53,8 @@ def entry(argv: Sequence[str] | None = None) -> int:
     statistics.add_argument("--kind", required=True, choices=("fisher", "gram"), help="gram: for regmean")
     statistics.add_argument("--rows", type=int, default=64, help="how many rows of it (default: 64)")
     statistics.add_argument("--output", required=True, help="the safetensors file to write")
+    sweep.add_arguments(commands.add_parser("sweep", help="run a gin file at many settings and seeds, into one table"))
+    compare.add_arguments(commands.add_parser("compare", help="what differs between runs, and their curves"))
     part = commands.add_parser("subnetwork", help="the part of a model with routing by task that one task needs")
     part.add_argument("--checkpoint", required=True, help="a run folder, or a safetensors file")
     part.add_argument("--task", required=True, help="such as translate/en-de")
@@ -65,8 +67,9 @@ def entry(argv: Sequence[str] | None = None) -> int:
             return correct.main(args, _load)
         if args.command == "score":
             return score.main(args, scored)
-        if args.command in ("merge", "transcribe", "translate"):
-            own = {"merge": command.main, "transcribe": transcribe.main, "translate": translate.main}
+        own = {"merge": command.main, "transcribe": transcribe.main, "translate": translate.main}
+        own |= {"sweep": sweep.main, "compare": compare.main}
+        if args.command in own:
             return own[args.command](args)
         others = {"export": _export, "import": _import, "statistics": _statistics, "subnetwork": _subnetwork}
         return others[args.command](args)

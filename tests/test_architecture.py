@@ -31,7 +31,8 @@ lanes
 pipeline interop subnetwork speech
 train evaluate merging seqio_data translate
 branches
-prepare main
+prepare main sweep
+compare
 cli
 """
 LINE: dict[str, int] = {room: number for number, line in enumerate(LINES.strip().splitlines()) for room in line.split()}

@@ -1,0 +1,189 @@
+"""Sweeps: which runs there are, what is run again, and what stands in the table; and runs side by side."""
+
+import json
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe_jax import cli, compare, sweep
+
+ROOT = Path(__file__).parents[1]
+TOY = '''
+import json, os
+from pathlib import Path
+
+def job(run_dir, rate, seed, word="x"):
+    """Fails for a negative rate; else its score is a function of rate and seed."""
+    folder = Path(run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "times", "a") as file:
+        file.write("x")
+    if rate < 0:
+        raise ValueError(f"rate={rate} is below 0")
+    if (folder.parent / "stop").exists():
+        os._exit(143)
+    rows = [{"task": "asr", "set": "all", "metric": "wer", "corrected": rate + seed / 100},
+            {"task": "asr", "set": "web", "metric": "wer", "corrected": 9.0}]
+    (folder / "scores.json").write_text(json.dumps({"rows": rows}))
+    log = [{"step": s, "loss": 1 / s, "valid/loss": rate + 1 / s} for s in (1, 2)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in log))
+    bound = {"x/gin.macro": {"value": 1}, "RATE/gin.macro": {"value": rate}, "toy.job": {"word": word}}
+    said = {"model": {"class": "M", "args": {"d": int(rate * 10)}}, "seed": seed, "config": bound}
+    (folder / "config.json").write_text(json.dumps(said))
+'''
+GIN = """
+import toy
+from moe_jax import main
+RATE = 0.5
+SEED = 0
+RUN_DIR = ''
+main.run.jobs = [@toy.job]
+toy.job.rate = %RATE
+toy.job.seed = %SEED
+toy.job.run_dir = %RUN_DIR
+"""
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    (tmp_path / "toy.py").write_text(TOY)
+    (tmp_path / "toy.gin").write_text("from __gin__ import dynamic_registration\n" + GIN)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> int:
+        return cli.entry(["sweep", "--gin_file=toy.gin", "--output=out", *arguments])
+
+    return call
+
+
+def test_a_grid_is_all_combinations_and_commas_in_brackets_belong_to_a_value():
+    points = sweep.grid(["A=1,2", 'MAP={"asr": [0, 1]},None', "T='a,b'"])
+    assert points == [{"A": a, "MAP": m, "T": "'a,b'"} for a in "12" for m in ('{"asr": [0, 1]}', "None")]
+    assert sweep.grid([]) == [{}]
+    for wrong in ("A", "=1", "A=", "A=,"):
+        with pytest.raises(ValueError, match="write NAME=VALUE"):
+            sweep.grid([wrong])
+    with pytest.raises(ValueError, match="A is given twice"):
+        sweep.grid(["A=1", "A=2"])
+
+
+def test_names_are_plain_distinct_and_safe():
+    points = [
+        {},
+        {"a/b.RATE": "0.1"},
+        {"MAP": '{"asr": 1}'},
+        {"MAP": '{"asr": 2}'},
+        {"X": "../../etc"},
+        {"X": "y" * 500},
+    ]
+    found = [sweep.name(p) for p in points]
+    assert found[:2] == ["base", "RATE=0.1"] and len(set(found)) == len(points)
+    assert all("/" not in n and len(n) < 100 for n in found)
+
+
+def test_a_sweep_runs_what_is_not_finished_and_tables_all_of_it(toy, tmp_path, capfd):
+    assert toy("--grid=RATE=0.1,0.2", "--seeds", "0", "1") == 0
+    rows = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
+    found = {(r["point"]["RATE"], r["seed"], r["metric"]): r["value"] for r in rows}
+    assert found["0.1", 1, "asr wer"] == pytest.approx(0.11) and found["0.2", 0, "valid loss"] == pytest.approx(0.7)
+    assert len(found) == 8
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| RATE=0.1 | 2 | 0.6 ± 0 | 0.105 ± 0.064 |" in table  # t(0.975, 1) = 12.7, times 0.005
+    picture = ET.fromstring((tmp_path / "out" / "table.svg").read_text())
+    assert picture.tag.endswith("svg") and "RATE=0.2" in "".join(picture.itertext())
+    assert toy("--grid=RATE=0.1,0.2,0.3", "--seeds", "0", "1") == 0  # grows
+    times = {p.parent.name: p.read_text() for p in (tmp_path / "out").rglob("times")}
+    assert len(times) == 6 and set(times.values()) == {"x"}
+    assert "table.svg" in capfd.readouterr().out
+
+
+def test_a_failure_is_said_and_the_others_go_on_and_a_stop_stops(toy, tmp_path, capfd):
+    assert toy("--grid=RATE=-1.0,0.2") == 1
+    said = capfd.readouterr().err
+    assert "error: rate=-1.0 is below 0" in said and "1 of 2 runs failed: out/RATE=-1.0-0" in said
+    (tmp_path / "out" / "stop").touch()
+    assert toy("--grid=RATE=0.3,0.4") == 143
+    assert "stopped; the same command goes on with out/RATE=0.3-0" in capfd.readouterr().err
+    assert not (tmp_path / "out" / "RATE=0.4-0").exists()
+
+
+def test_commands_are_printed_for_others_to_run(toy, tmp_path, capfd):
+    (tmp_path / "points.jsonl").write_text('{"RATE": 0.25}\n\n{"RATE": 0.75, "toy.job.word": "a b"}\n')
+    assert toy("--points=points.jsonl", "--seeds", "3", "--print") == 0
+    commands = capfd.readouterr().out.splitlines()
+    assert len(commands) == 2 and all(c.startswith("python -m moe_jax.main --gin_file=toy.gin ") for c in commands)
+    assert not (tmp_path / "out" / "table.json").exists()
+    for command in commands:
+        run = command.replace("python", sys.executable, 1)
+        assert subprocess.run(run, shell=True, capture_output=True).returncode == 0
+    assert toy("--points=points.jsonl", "--seeds", "3", "--print") == 0 and not capfd.readouterr().out
+    assert toy("--points=points.jsonl", "--seeds", "3") == 0
+    rows = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
+    assert {r["value"] for r in rows if r["metric"] == "asr wer"} == {0.28, 0.78}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--grid=RATE"], "write NAME=VALUE"),
+        (["--grid=A=1", "--points=p.jsonl"], "--grid or --points, not both"),
+        (["--points=none.jsonl"], "none.jsonl: cannot be read"),
+        (["--points=bad.jsonl"], "bad.jsonl:2: not a point"),
+        (["--points=empty.jsonl"], "holds no points"),
+    ],
+)
+def test_what_is_wrong_is_one_line(arguments, said, toy, tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_text('{"A": 1}\n')
+    (tmp_path / "bad.jsonl").write_text('{"A": 1}\n[1]\n')
+    (tmp_path / "empty.jsonl").write_text("\n")
+    assert toy(*arguments) == 2
+    err = capsys.readouterr().err
+    assert said in err and len(err.splitlines()) == 1
+
+
+def test_a_folder_of_another_sweep_is_refused(toy, capsys):
+    assert toy("--print") == 0
+    assert toy("--print", "--gin.RATE=0.1") == 2
+    assert "holds a sweep of other gin files or bindings" in capsys.readouterr().err
+
+
+def test_intervals_are_students():
+    rows = [{"point": {"A": "1"}, "seed": s, "metric": "m", "value": v} for s, v in enumerate((1.0, 2.0, 3.0))]
+    mean, half, number = sweep.summary(rows)["m"]["A=1"]
+    assert (mean, number) == (2.0, 3) and half == pytest.approx(4.3027 * 1 / np.sqrt(3), rel=1e-4)
+
+
+# --- runs side by side ----------------------------------------------------------------------------------------------
+
+
+def test_runs_are_compared_by_what_differs_and_what_came_of_them(toy, tmp_path, capsys):
+    assert toy("--grid=RATE=0.1,0.2") == 0
+    capsys.readouterr()
+    runs = [str(tmp_path / "out" / f"RATE=0.{i}-0") for i in (1, 2)]
+    assert cli.entry(["compare", *runs, "--output=c.html"]) == 0
+    out = capsys.readouterr().out
+    assert "| setting | RATE=0.1-0 | RATE=0.2-0 |" in out and "| RATE | 0.1 | 0.2 |" in out
+    assert "| model.args.d | 1 | 2 |" in out and "seed" not in out and "word" not in out
+    assert "| asr wer | 0.1 | 0.2 |" in out and "| valid loss | 0.6 | 0.7 |" in out
+    page = (tmp_path / "c.html").read_text()
+    assert page.count("<figure>") == 2 and "RATE=0.2-0" in page
+
+
+def test_hostile_names_are_escaped():
+    settings = {"a": {"<script>": "<b>", "y": 1}}
+    page = compare.page(settings, {}, {"<script>": {1: {"<i>": 1.0}, 2: {"<i>": 2.0}}, "y": {}})
+    assert "<script>" not in page and "<b>" not in page and "<i>" not in page and "&lt;script&gt;" in page
+
+
+def test_what_is_no_run_is_one_line(tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    assert cli.entry(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
+    assert "is no run's folder" in capsys.readouterr().err
+    assert cli.entry(["compare", str(tmp_path / "a"), str(tmp_path / "a")]) == 2
+    assert "give two runs or more" in capsys.readouterr().err
