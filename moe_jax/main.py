@@ -233,9 +233,10 @@ def start(args: argparse.Namespace) -> int:
     try:
         if not args.gin_file:
             raise ConfigError("give --gin_file=..., such as runs/quickstart.gin")
-        load(args.gin_file, args.gin_bindings + ([f"PROFILE={args.profile}"] if args.profile else []))
         import gin
 
+        gin.clear_config()  # of a run before it in this process
+        load(args.gin_file, args.gin_bindings + ([f"PROFILE={args.profile}"] if args.profile else []))
         if args.show_config:
             print(gin.config_str())
             return 0

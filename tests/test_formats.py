@@ -445,3 +445,12 @@ def test_a_large_list_streams():
         taken = next(parts)
     assert isinstance(taken, Record)
     assert stream.given < 10_000 * 23 + 2 * json_list.CHUNK
+
+
+def test_a_record_of_texts_in_memory_is_that_of_a_file(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"hypotheses": ["ä b", "c"]}\n')
+    (read,) = formats.read(tmp_path / "a.jsonl")
+    assert formats.Record.of(["ä b", "c"]) == read
+    for wrong in ([], "text"):
+        with pytest.raises(ValueError, match="a list of hypotheses, one at least"):
+            formats.Record.of(wrong)

@@ -231,3 +231,15 @@ def test_no_python_file_lives_under_gin():
     """An __init__.py there would shadow the gin package."""
     assert not list(GIN.rglob("*.py"))
     assert train.__name__ == "moe_jax.train"
+
+
+def test_a_process_may_run_one_configuration_after_another(tmp_path, capsys):
+    """As a notebook does: nothing is left of the first."""
+    for name in ("FIRST", "SECOND"):
+        lines = ["from __gin__ import dynamic_registration", "from moe_jax import main", f"{name} = 'x'"]
+        lines += ["main.run.jobs = [@main.shipped]", f"main.shipped.name = %{name}"]
+        (tmp_path / "x.gin").write_text("\n".join(lines))
+        assert main.main([f"--gin_file={tmp_path}/x.gin"]) == 0
+        assert main.main([f"--gin_file={tmp_path}/x.gin", "--show_config"]) == 0
+        out = capsys.readouterr().out
+        assert f"{name} = 'x'" in out and ("FIRST" in out) == (name == "FIRST")

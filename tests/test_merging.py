@@ -381,6 +381,19 @@ def test_the_card_says_what_was_done(tuned, tmp_path):
     assert sorted(found) == sorted(tables(tuned, ["base"])[0])
 
 
+def test_models_that_differ_in_how_they_run_alone_are_alike(tmp_path, tokeniser):
+    """Such as those of an older version, whose descriptions say nothing of a newer setting."""
+
+    def older(table, meta):
+        described = json.loads(json.dumps(meta["model"]))
+        del described["args"]["attention"]["args"]["causal"]
+        return table, meta | {"model": described | {"args": described["args"] | {"unroll": 2, "remat": "dots"}}}
+
+    base = written(tmp_path / "base", tokeniser, change=older)
+    merge.merge(str(tmp_path / "m"), base=base, models=[written(tmp_path / "a", tokeniser, shift=1)], progress=False)
+    assert json.loads((tmp_path / "m.card.json").read_text())["models"]
+
+
 def test_families_of_models_tuned_apart_are_united(tmp_path, tokeniser):
     paths = {"base": written(tmp_path / "base.safetensors", tokeniser, families={})}
     for i, name in enumerate(("asr", "ocr"), 1):

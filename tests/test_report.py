@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_jax.report import write_report
+from moe_jax.report import diff, write_report
 from moe_jax.report.atlas import told_apart
 from moe_jax.report.diff import BROKEN, FIXED, MISSED, PLAIN, marked
 from moe_jax.report.results import verdict
@@ -419,3 +419,10 @@ def test_two_thousand_examples_stay_small_and_quick(run, tmp_path):
 def test_the_report_needs_no_jax():
     code = "import sys, moe_jax.report; sys.exit('jax' in sys.modules or 'tensorflow' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_a_difference_for_a_notebook_is_markup_of_ours_alone():
+    shown = diff.html("teh <b> cat", "the <b> dog", "the <b> cat")
+    assert "&lt;b&gt;" in shown and "<b>" not in shown.replace("<b style", "")
+    assert f'<b style="color:{diff.COLOURS[diff.FIXED]}">the</b>' in shown
+    assert f'<b style="color:{diff.COLOURS[diff.BROKEN]}">dog</b>' in shown

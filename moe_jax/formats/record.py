@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Sequence
 
 
 class FormatError(ValueError):
@@ -47,6 +49,14 @@ class Record:
     reference: str | None
     raw: str
     number: int
+
+    @classmethod
+    def of(cls, hypotheses: Sequence[str], *, task: str | None = None, number: int = 1) -> Record:
+        """One that is in memory. Raises ValueError without a hypothesis."""
+        if isinstance(hypotheses, str) or not hypotheses:
+            raise ValueError("a record is a list of hypotheses, one at least")
+        raw = json.dumps({"hypotheses": list(hypotheses)}, ensure_ascii=False)
+        return cls(number, tuple(hypotheses), (), task, None, raw, number)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -127,7 +127,7 @@ class Ours(Model):
         try:
             model = describe.abstract(self.meta["model"])
             words = tree.axes(model)
-            about = {"tokenisers": self.meta["tokeniser"], "models": self.meta["model"]}
+            about = {"tokenisers": self.meta["tokeniser"], "models": _architecture(describe.describe(model))}
             about |= {"prompt layouts": self.meta["layout"]}
             self.families: dict[str, int] = dict(self.meta["families"])
         except (KeyError, TypeError, ValueError) as error:
@@ -160,6 +160,14 @@ class Ours(Model):
         meta = {k: v for k, v in self.meta.items() if k not in ("guard", "step")}
         meta |= {"families": self.families, "merged": dict(note)}
         checkpoint.stream_safetensors(output, self.shapes, dtypes, arrays, {"moe_jax": json.dumps(meta)})
+
+
+def _architecture(described: Any) -> Any:
+    """A model's description without what changes no number of it but in training: how it is laid out and run."""
+    if isinstance(described, Mapping):
+        aside = ("remat", "unroll", "block", "auxiliary")
+        return {key: _architecture(value) for key, value in described.items() if key not in aside}
+    return [_architecture(value) for value in described] if isinstance(described, (list, tuple)) else described
 
 
 class HuggingFace(Model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from markupsafe import Markup, escape
 from rapidfuzz.distance import Levenshtein
 
 PLAIN, FIXED, BROKEN, MISSED = range(4)
@@ -46,6 +47,24 @@ def marked(first: str, corrected: str, reference: str) -> tuple[list[Piece], lis
     right, was_right = set(in_correction.values()), set(in_first.values())
     marks_r = [PLAIN if k in right else BROKEN if k in was_right else MISSED for k in range(len(words_r))]
     return _pieces(first, marks_f), _pieces(corrected, marks_c), _pieces(reference, marks_r)
+
+
+COLOURS = {FIXED: "#1b7f3b", BROKEN: "#c0392b", MISSED: "#b8860b"}
+
+
+def html(first: str, corrected: str, reference: str) -> str:
+    """The three texts under each other, for a notebook: what was mended green, broken red, missed yellow."""
+    lines = Markup("")
+    for name, pieces in zip(("first pass", "corrected", "meant"), marked(first, corrected, reference), strict=True):
+        text = Markup("")
+        for piece in pieces:
+            if isinstance(piece, str) or piece[1] == PLAIN:
+                text += escape(piece if isinstance(piece, str) else piece[0])
+            else:
+                text += Markup('<b style="color:{}">{}</b>').format(COLOURS[piece[1]], piece[0])
+        head = Markup('<td style="color:#888;text-align:right">{}</td>').format(name)
+        lines += Markup('<tr>{}<td style="text-align:left">{}</td></tr>').format(head, text)
+    return str(Markup("<table>{}</table>").format(lines))
 
 
 def _matches(a: list[str], b: list[str], tag: str = "equal") -> dict[int, int]:

@@ -15,7 +15,7 @@ LINE, HEAD, FOOT, GAP, PLOT = 22, 26, 26, 28, 260
 def panels(measures: Mapping[str, Mapping[str, tuple[float, float]]]) -> str:
     """`measures`: title -> setting -> (mean, half of its interval; NaN for none). Settings are on the left, once."""
     settings = list(dict.fromkeys(name for of in measures.values() for name in of))
-    left = 14 + 7 * max((len(name) for name in settings), default=0)
+    left = 20 + 8 * max((len(name) for name in settings), default=0)
     height = HEAD + LINE * len(settings) + FOOT
     out = Markup("")
     text = Markup('<text x="{:.1f}" y="{:.1f}" {}>{}</text>')

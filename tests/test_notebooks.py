@@ -1,0 +1,93 @@
+"""The notebooks run from the first cell to the last, with few steps, in a folder of their own; and they are clean."""
+
+import ast
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+# What the cell of settings is followed by here.
+SMALL = {
+    "1_correct": "LINES = 6",
+    "2_routing": "STEPS, BATCH, MORE = 2, 4, ['--gin.EXAMPLES=300']",
+    "3_ablation": "STEPS, SEEDS, MORE = 1, '0', ['--gin.EXAMPLES=300', '--gin.BATCH=4']",
+    "4_merge": "STEPS, MORE = 1, ['--gin.EXAMPLES=300', '--gin.BATCH=4']",
+    "5_speech": "STEPS, MORE = 1, ['--gin.D=32', '--gin.LAYERS=1', '--gin.BATCH=4', '--gin.MANIFEST=few.jsonl']",
+}
+RUNNER = """
+import json, sys
+import matplotlib
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+shown = []
+plt.show = lambda: (plt.savefig(f"picture{len(shown)}.png"), shown.append(1), plt.close())
+space = {"__name__": "__main__"}
+for cell in json.loads(open(sys.argv[1], encoding="utf-8").read())["cells"]:
+    tags = cell["metadata"].get("tags", [])
+    if cell["cell_type"] == "code" and "install" not in tags:
+        exec(compile("".join(cell["source"]), cell["id"], "exec"), space)
+        if "parameters" in tags:
+            exec(sys.argv[2], space)
+"""
+
+
+def cells(path: Path) -> list[dict]:
+    return json.loads(path.read_text("utf-8"))["cells"]
+
+
+def test_every_notebook_is_known_here():
+    assert [p.stem for p in NOTEBOOKS] == list(SMALL)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_it_is_clean_and_defines_nothing_that_belongs_in_the_package(path):
+    found = cells(path)
+    first = "".join(found[0]["source"])
+    assert f"/blob/main/notebooks/{path.name})" in first and first.startswith("# ")
+    for cell in found:
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"] and cell["execution_count"] is None
+            if "install" not in cell["metadata"].get("tags", []):
+                body = ast.parse("".join(cell["source"]))
+                assert not [n for n in ast.walk(body) if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    assert sum("parameters" in c["metadata"].get("tags", []) for c in found) >= 1
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """The first lines of the embedded one."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for path in (NOTEBOOKS[0].parents[1] / "tasks" / "data").glob("*.jsonl.gz"):
+        lines = gzip.decompress(path.read_bytes()).splitlines(keepends=True)
+        few = lines[: 200 if ".train." in path.name else 8]
+        (folder / path.name).write_bytes(gzip.compress(b"".join(few)))
+    return folder
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_it_runs(path, corpus, tmp_path):
+    for module in ("matplotlib", "IPython", "seqio", *(["soundfile"] if "speech" in path.stem else [])):
+        pytest.importorskip(module, reason="notebooks need pip install '.[data,speech,notebooks]'")
+    root = str(path.parents[1])
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    env |= {"JAX_NUM_CPU_DEVICES": "1", "MOE_JAX_DATA": str(corpus)}
+    if "speech" in path.stem:  # a few of the recordings
+        prompts = path.parents[1] / "tasks" / "data" / "prompts"
+        rows = [json.loads(line) for line in (prompts / "prompts.jsonl").read_text().splitlines()]
+        few = [
+            row for split in ("train", "valid", "test") for row in rows if row["split"] == split and row["seconds"] < 2
+        ]
+        few = few[:12] + few[-3:] + [row for row in few if row["split"] == "valid"][:4]
+        lines = (json.dumps(row | {"audio": str(prompts / row["audio"])}) + "\n" for row in few)
+        (tmp_path / "few.jsonl").write_text("".join(lines))
+    command = [sys.executable, "-c", RUNNER, str(path), SMALL[path.stem]]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, f"{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
+    pictures = list(tmp_path.glob("picture*.png"))
+    assert len(pictures) == sum("plt.show()" in "".join(c["source"]) for c in cells(path))
+    assert all(p.stat().st_size > 5000 for p in pictures)
