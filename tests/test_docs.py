@@ -1,0 +1,60 @@
+"""The site of the documentation builds without a warning, and its examples are those of the code."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    pytest.importorskip("mkdocs", reason="the site needs mkdocs (pip install '.[docs]')")
+    out = tmp_path_factory.mktemp("site") / "site"
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+def test_every_page_is_there_and_links_to_pages_of_the_site(site):
+    pages = {p.relative_to(site).as_posix() for p in site.rglob("*.html")}
+    assert {"index.html", "results.html", "gin.html", "merging.html", "howto/router.html"} <= pages
+    front = (site / "index.html").read_text("utf-8")
+    assert 'href="results.html' in front and 'href="RESULTS.md' not in front
+    assert "blob/main/tasks/data/LICENSES.md" in front
+
+
+def test_every_configuration_is_listed_with_its_macros(site):
+    page = (site / "gin.html").read_text("utf-8")
+    for path in (ROOT / "gin").rglob("*.gin"):
+        assert str(path.relative_to(ROOT / "gin")) in page
+    assert "TASK_MAP" in page and "@task_routers.TaskMapped" in page
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").rglob("*.md")), ids=lambda p: p.stem)
+def test_files_that_the_documents_name_are_there(path):
+    text = path.read_text("utf-8")
+    for name in re.findall(r"`((?:moe_jax|gin|tasks|tests|benchmarks|tpu_scripts)/[\w./*]+?)`", text):
+        found = list(ROOT.glob(name.rstrip("/")))
+        assert found, f"{path.name} names {name}"
+    for name in re.findall(r"--gin_file=(\S+\.gin)", text):
+        assert (ROOT / "gin" / name).exists(), f"{path.name} names {name}"
+
+
+def test_the_router_of_the_how_to_works():
+    """The code of the page, as it stands there."""
+    import jax.numpy as jnp
+    import tiny
+
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "howto" / "router.md").read_text("utf-8"), re.DOTALL)
+    space: dict = {}
+    exec(code, space)
+    router = space["Coldest"](tiny.D, tiny.E, k=2, rngs=tiny.Rngs(params=0))
+    info = tiny.batch().info
+    decision = router(jnp.ones((*info.valid_BxL.shape, tiny.D)), info)
+    coldest = decision.logits_BxLxE.argmin(-1)
+    assert ((decision.expert_BxLxK[..., 0] == coldest) | ~info.valid_BxL).all()
