@@ -50,7 +50,7 @@ def memory() -> float:
 def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--manifest", default=main.shipped("prompts/prompts.jsonl"))
+    parser.add_argument("--manifest", default=main.prompts())
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--chunk", type=int, default=16, help="frames of 40 ms")
     args = parser.parse_args()

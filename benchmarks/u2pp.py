@@ -106,7 +106,7 @@ def run_all() -> None:
     if args.hold_out:
         print(hold_out(args.hold_out[0], Path(args.hold_out[1])))
         return
-    corpora = {name: path or main.shipped("prompts/prompts.jsonl") for name, _, path in map(_parted, args.corpora)}
+    corpora = {name: path or main.prompts() for name, _, path in map(_parted, args.corpora)}
     folders: dict[tuple[str, str, int], Path] = {}
     for seed in args.seeds:  # seed by seed, so that every arm has one first
         for corpus, path in corpora.items():

@@ -59,6 +59,11 @@ def shipped(name: str) -> str:
     return str(Path(str(moe_jax.tasks.__file__)).parent / "data" / name)
 
 
+def prompts() -> str:
+    """The list of the recordings that are shipped."""
+    return shipped("prompts/prompts.jsonl")
+
+
 def corpus(split: str, families: Sequence[str] = ("asr", "ocr", "mt", "gec")) -> list[str]:
     """The corpus files of a split, one a family. MOE_JAX_DATA names a folder other than the embedded one."""
     folder = os.environ.get("MOE_JAX_DATA")
