@@ -9,7 +9,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,6 @@ def table(data: dict[str, Any]) -> str:
 
 def line(task: str, metric: str, arm: str, rows: list[dict[str, Any]]) -> str:
     values = np.array([r["value"] for r in rows], float) * (1 if metric in PLAIN else 100)
-    spread = f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else ""
     first = rows[0]
     changes = [r["relative_change"] for r in rows if r["relative_change"] is not None]
     change = f"{100 * np.mean(changes):+.1f} %" if changes else ""
@@ -76,7 +75,7 @@ def line(task: str, metric: str, arm: str, rows: list[dict[str, Any]]) -> str:
         task,
         f"{metric} {arrow}",
         arm,
-        f"{values.mean():.{3 if metric in PLAIN else 2}f}{spread}",
+        f"{values.mean():.{3 if metric in PLAIN else 2}f}{spread(values)}",
         seeds,
         change,
         interval,
@@ -84,6 +83,11 @@ def line(task: str, metric: str, arm: str, rows: list[dict[str, Any]]) -> str:
         counts,
     )
     return f"| {' | '.join(cells)} |"
+
+
+def spread(values: Sequence[float] | np.ndarray, digits: int = 2) -> str:
+    """What follows a mean over seeds: ± their standard deviation; of one seed nothing."""
+    return f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
 
 
 def unique(items: Iterable[Any]) -> list[Any]:
@@ -121,8 +125,7 @@ def merging(data: dict[str, Any]) -> str:
             change = f" ({100 * np.mean(changes):+.1f} %{'*' if sure else ''})" if changes else ""
             cells.append(f"{100 * mean(found):.2f}{change}")
         npf, more = of(arm, "npf", "mean"), of(arm, "interference")
-        spread = f" ± {np.std([r['value'] for r in npf], ddof=1):.2f}" if len(npf) > 1 else ""
-        cells += [f"{mean(npf):.2f}{spread}", f"{mean(more):+.4f}"] if npf else ["", ""]
+        cells += [f"{mean(npf):.2f}{spread([r['value'] for r in npf])}", f"{mean(more):+.4f}"] if npf else ["", ""]
         out.append(f"| {arm} | {len(npf) or ''} | {' | '.join(cells)} |")
     return "\n".join(out) + "\n"
 
@@ -140,8 +143,8 @@ def task_moe(data: dict[str, Any]) -> str:
 
     def cell(arm: str, metric: str, task: str, digits: int = 2, factor: float = 1) -> str:
         found = [r["value"] * factor for r in rows if (r["arm"], r["metric"], r["task"]) == (arm, metric, task)]
-        spread = f" ± {np.std(found, ddof=1):.{digits}f}" if len(found) > 1 and np.std(found) else ""
-        return f"{np.mean(found):,.{digits}f}{spread}" if found else ""
+        around = spread(found, digits) if np.any(np.diff(found)) else ""
+        return f"{np.mean(found):,.{digits}f}{around}" if found else ""
 
     def seeds(arm: str) -> str:
         return str(len({r["seed"] for r in rows if r["arm"] == arm}))
@@ -201,7 +204,7 @@ def u2pp(data: dict[str, Any]) -> str:
 
     def rate(found: list[dict[str, Any]]) -> str:
         values = [100 * r["value"] for r in found]
-        return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
+        return f"{np.mean(values):.2f}{spread(values)}"
 
     for corpus in unique(r["task"] for r in rows):
         mine = [r for r in rows if r["task"] == corpus]

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from moe_jax.metrics.scoring import markdown
 from moe_jax.partfile import write_text
 from moe_jax.report import svg
+from moe_jax.report.read import read_log
 from moe_jax.sweep import rows_of
 
 COLOURS = ("#1f4e79", "#c0504d", "#4f8f3c", "#8064a2", "#d98b28", "#3d9aa8", "#7a7a7a", "#b0307a")
@@ -42,7 +43,8 @@ def main(args: argparse.Namespace) -> int:
     second = table("at the end", metrics, runs)
     print(f"{first}\n{second}", end="")
     if args.output:
-        logs = {name: read_log(folder) for name, folder in runs.items()}
+        paths = {name: folder / "metrics.jsonl" for name, folder in runs.items()}
+        logs = {name: read_log(path) if path.exists() else {} for name, path in paths.items()}
         write_text(Path(args.output), page(settings, metrics, logs))
         print(f"\n{args.output}")
     return 0
@@ -90,16 +92,6 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
             out |= _flat(inner, f"{path}.{key}" if path else str(key))
         return out
     return {path: value}
-
-
-def read_log(folder: Path) -> dict[int, dict[str, float]]:
-    """step -> metrics; lines of one step together."""
-    out: dict[int, dict[str, float]] = {}
-    path = folder / "metrics.jsonl"
-    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
-        row = json.loads(line)
-        out.setdefault(row.pop("step"), {}).update(row)
-    return out
 
 
 def table(what: str, rows: Mapping[str, Mapping[str, Any]], runs: Mapping[str, Any]) -> str:

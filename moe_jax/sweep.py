@@ -20,6 +20,7 @@ from scipy import stats
 from moe_jax.metrics.scoring import markdown
 from moe_jax.partfile import write_text
 from moe_jax.report import intervals
+from moe_jax.report.read import read_log
 
 Point = dict[str, str]  # binding -> value, as gin writes it
 STOPS = (130, 143)  # exit codes of a run that was stopped, not of one that failed
@@ -160,9 +161,7 @@ def rows_of(point: Point, seed: int, run: Path) -> list[dict[str, Any]]:
     """The scores of a run over whole sets, and its least validation loss."""
     out = []
     if (log := run / "metrics.jsonl").exists():
-        losses = [
-            row["valid/loss"] for row in map(json.loads, log.read_text("utf-8").splitlines()) if "valid/loss" in row
-        ]
+        losses = [row["valid/loss"] for row in read_log(log).values() if "valid/loss" in row]
         out += [("valid loss", min(losses))] if losses else []
     if (scores := run / "scores.json").exists():
         for row in json.loads(scores.read_text("utf-8"))["rows"]:

@@ -284,7 +284,7 @@ def train(
         raise ValueError(f"batch_size={batch_size} does not divide into micro_batches={micro_batches}")
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    clock = Goodput(folder, enabled=jax.process_index() == 0)
+    clock = Goodput(folder, enabled=hosts.first())
     train_set, valid_set = read(data), read(valid_data)
     if train_set.meta["tokeniser"] != valid_set.meta["tokeniser"]:
         raise ValueError(f"{data} and {valid_data} were prepared with different tokenisers: prepare both again")
@@ -330,8 +330,8 @@ def train(
             adapters=adapters,
         )
         evaluate = make_evaluation(network, dtype=dtype, max_targets=max_targets, adapters=adapters)
-        logs = Logs(folder, state.step, enabled=jax.process_index() == 0)
-        if progress and jax.process_index() == 0:
+        logs = Logs(folder, state.step, enabled=hosts.first())
+        if progress and hosts.first():
             _announce(folder, network, state, steps, train_set)
         try:
             _loop(
@@ -371,7 +371,7 @@ def _export_best(folder: Path, state: State, adapters: Adapters) -> None:
     gathered = lambda table: {p: process_allgather(x, tiled=True) for p, x in table.items()}  # noqa: E731
     params, meta = gathered(store.params(step, _abstract(state.params))), store.meta(step)
     frozen = gathered(state.frozen)
-    if jax.process_index() == 0:
+    if hosts.first():
         export(folder / "model.safetensors", adapters.merge(params, frozen), meta)
         if frozen:
             export(folder / "adapters.safetensors", params, meta, adapters=meta["adapters"], base=meta["base"])
@@ -425,14 +425,12 @@ def _loop(
         return
     peak, first = xla.peak_flops(), state.step
     bar = tqdm(total=steps, initial=state.step, unit="step", disable=None if progress else True, mininterval=1)
-    since, tokens, waited, due = time.monotonic(), 0, 0.0, False
+    since, tokens, waited, due = time.monotonic(), 0, clock.seconds["input"], False
     with hosts.Stop("saving") as stop, bar, tracing, Watchdog(hang_after) as watchdog:
         while state.step < steps:
             tracing(state.step, state.params)
             clock.now("input")
-            began = time.monotonic()
             batch = fetch(state.step)
-            waited += time.monotonic() - began
             clock.now("compile" if state.step == first else "compute")
             state.params, state.opt, metrics = step_fn(
                 state.params, state.opt, np.int32(state.step), batch, state.frozen
@@ -454,14 +452,14 @@ def _loop(
                 clock.write()
                 speed = {
                     "tokens_per_s": rate,
-                    "input_wait": waited / seconds,
+                    "input_wait": (clock.seconds["input"] - waited) / seconds,
                     "flops_per_s": flops,
                     "mfu": flops / peak,
                     "goodput": clock.share,
                 }
                 logs.speed(state.step, speed)
                 bar.set_postfix_str(f"nll {scalars['nll']:.3f}, {rate:.0f} tokens/s")
-                since, tokens, waited = time.monotonic(), 0, 0.0
+                since, tokens, waited = time.monotonic(), 0, clock.seconds["input"]
             if state.step % eval_every == 0 or state.step == steps:
                 clock.now("validate")
                 began = time.monotonic()

@@ -1,11 +1,14 @@
 """One of several hosts of a short training run (`child.py`).
 
-python host.py RUN_DIR DATA PORT PROCESSES PROCESS [KILLED_AT]    kills itself, once, after logging that step
+python host.py RUN_DIR DATA PORT PROCESSES PROCESS [KILLED_AT]    kills itself, once, after that step
+
+With STEP_SECONDS each step lasts so much longer.
 """
 
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 run_dir, data, port, processes, process = sys.argv[1:6]
@@ -19,23 +22,25 @@ import child  # noqa: E402
 from moe_jax import sharding, train  # noqa: E402
 from moe_jax.partfile import Stopped  # noqa: E402
 
-if len(sys.argv) > 6:
-    made = train.make_step
+made = train.make_step
 
-    def make_step(*args, **options):
-        step_fn = made(*args, **options)
 
-        def step(params, opt, number, *rest):
-            params, opt, metrics = step_fn(params, opt, number, *rest)
-            done = Path(run_dir) / "killed"
-            if int(number) == int(sys.argv[6]) and not done.exists():
-                done.touch()
-                os.kill(os.getpid(), signal.SIGKILL)
-            return params, opt, metrics
+def make_step(*args, **options):
+    step_fn = made(*args, **options)
 
-        return step
+    def step(params, opt, number, *rest):
+        params, opt, metrics = step_fn(params, opt, number, *rest)
+        time.sleep(float(os.environ.get("STEP_SECONDS", "0")))
+        done = Path(run_dir) / "killed"
+        if len(sys.argv) > 6 and int(number) == int(sys.argv[6]) and not done.exists():
+            done.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return params, opt, metrics
 
-    train.make_step = make_step
+    return step
+
+
+train.make_step = make_step
 
 try:
     child.run(run_dir, data, mesh=lambda: sharding.make_mesh(data=4, expert=2))

@@ -105,6 +105,11 @@ def run(
     return jax.lax.scan(body, x, (layers, inputs), unroll=unroll)
 
 
+def repeated(one: Any, layers: int) -> Any:
+    """The state of one layer, stacked for so many that begin alike."""
+    return jax.tree.map(lambda a: jnp.broadcast_to(a, (layers, *a.shape)), one)
+
+
 def in_turn(
     blocks: Module, dense_blocks: Module | None, dense_layers: Sequence[int], layers: int
 ) -> Iterator[tuple[Any, int, int]]:

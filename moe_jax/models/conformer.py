@@ -151,8 +151,7 @@ class Decoder(Module):
         B, S = seen_BxS.shape
         info = _info(seen_BxS, None, jnp.arange(S))
         memory = jax.vmap(lambda cross: cross.memory(memory_BxSxD, info))(self.blocks.cross)
-        cache = self.blocks.attention.cache(B, 1, memory_BxSxD.dtype)
-        cache = jax.tree.map(lambda a: jnp.broadcast_to(a, (self.layers, *a.shape)), cache)
+        cache = stack.repeated(self.blocks.attention.cache(B, 1, memory_BxSxD.dtype), self.layers)
         first = _info(jnp.ones((B, 1), bool), None, jnp.zeros((B, 1), jnp.int32))
         x, state, _ = self(jnp.full((B, 1), EOS), first, DecoderState(cache, memory))
         return x[:, 0], state
@@ -235,7 +234,7 @@ class Conformer(Module):
     def state(self, batch: int, slots: int, dtype=jnp.float32) -> BlockState:
         """Empty streaming state that looks back `slots` frames, stacked over layers."""
         one = self.blocks.state(batch, slots, self.d, dtype)
-        return jax.tree.map(lambda a: jnp.broadcast_to(a, (self.layers, *a.shape)), one)
+        return stack.repeated(one, self.layers)
 
     def encode(
         self,

@@ -148,7 +148,7 @@ class Corrector(Module):
     def state(self, batch: int, slots: int, dtype=jnp.float32) -> BlockState:
         """Empty decoding state for `slots` positions, stacked over layers."""
         one = self.blocks.state(batch, slots, self.d, dtype)
-        return jax.tree.map(lambda a: jnp.broadcast_to(a, (self.layers, *a.shape)), one)
+        return stack.repeated(one, self.layers)
 
     def __call__(
         self, tokens_BxL: Array, info: TokenInfo, state: State | None = None, key: Array | None = None

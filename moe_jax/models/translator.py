@@ -234,8 +234,7 @@ class Translator(Module):
         remember = jax.vmap(lambda cross: cross.memory(encoded, info))
         sides = (self.decoder.blocks, self.decoder.dense_blocks, self.decoder.dense_layers, self.decoder_layers)
         memory = stack.joined([remember(blocks.cross) for blocks, _, _ in stack.in_turn(*sides)])
-        cache = self.attention.cache(len(tokens_BxS), 1, encoded.dtype)
-        cache = jax.tree.map(lambda a: jnp.broadcast_to(a, (self.decoder_layers, *a.shape)), cache)
+        cache = stack.repeated(self.attention.cache(len(tokens_BxS), 1, encoded.dtype), self.decoder_layers)
         last = info.valid_BxL.sum(1, keepdims=True) - 1
         first = TokenInfo(
             *(jnp.take_along_axis(a, last, axis=1) for a in (info.task_BxL, info.valid_BxL, info.segment_BxL)),

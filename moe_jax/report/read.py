@@ -64,7 +64,7 @@ def read_run(run_dir: Path) -> Run:
         rows,
         meta,
         routing=_routing(routing) if routing.is_file() else None,
-        log=_log(log) if log.is_file() else None,
+        log=read_log(log) if log.is_file() else None,
         examples=_examples(examples) if examples.is_file() else None,
     )
 
@@ -132,7 +132,8 @@ def _routing(path: Path) -> dict[str, Any]:
     return {**whole, "experts": experts, "tasks": tasks}
 
 
-def _log(path: Path) -> dict[int, dict[str, float]]:
+def read_log(path: Path) -> dict[int, dict[str, float]]:
+    """step -> metrics of a metrics.jsonl; numbers that are not finite are NaN."""
     steps: dict[int, dict[str, float]] = {}
     for where, row in _lines(path):
         step = _checked(row, {"step": int}, {}, where)["step"]
