@@ -2,15 +2,17 @@
 
     python -m benchmarks.arms neko --seeds 0 1 2
 
-An arm is a gin file of gin/experiments/<experiment>/. What is finished is not run again, what was interrupted goes
-on: stop it when you like. The table has a row for each arm, seed, task, set and metric: the corrected value, the 95 %
-interval of its relative change against the first pass and the p-value, and besides the arms the rows "first pass",
-"oracle n-best" and "oracle compositional". Beside the rows stand comparisons of each two arms.
+An arm is a gin file of gin/experiments/<experiment>/. What a run leaves for the table, its scores and the word errors
+of each test line, is kept in `results/<experiment>/runs/`: what is there is not run again, what was interrupted goes on
+from runs/. Stop it when you like. The table has a row for each arm, seed, task, set and metric: the corrected value,
+the 95 % interval of its relative change against the first pass and the p-value, and besides the arms the rows "first
+pass", "oracle n-best" and "oracle compositional". Beside the rows stand comparisons of each two arms.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import itertools
 import json
 import subprocess
@@ -25,6 +27,7 @@ from moe_jax.metrics import errors, significance
 from moe_jax.metrics.normalisers import family_normaliser
 
 ROOT = Path(__file__).resolve().parents[1]
+BRANCHES = {"btm": "single"}  # arms made of the branches of another
 
 
 def run_folder(experiment: str, arm: str, seed: int) -> Path:
@@ -32,16 +35,38 @@ def run_folder(experiment: str, arm: str, seed: int) -> Path:
 
 
 def run_arm(experiment: str, arm: str, seed: int, extra: list[str]) -> None:
-    """One arm, one seed, in a process of its own; nothing where its scores are there already."""
-    folder = run_folder(experiment, arm, seed)
-    if (ROOT / folder / "scores.json").exists():
+    """One arm, one seed, in a process of its own, and what is kept of it; nothing where that is there already."""
+    folder, path = run_folder(experiment, arm, seed), kept_path(experiment, arm, seed)
+    if path.exists():
         return
     print(f"--- {arm}, seed {seed} -> {folder}", flush=True)
     command = [sys.executable, "-m", "moe_jax.main", f"--gin_file=experiments/{experiment}/{arm}.gin"]
     command += [f"--gin.RUN_DIR={folder}", f"--gin.SEED={seed}", *extra]
+    if arm in BRANCHES:
+        command += [f"--gin.BRANCHES={run_folder(experiment, BRANCHES[arm], seed)}"]
     done = subprocess.run(command, cwd=ROOT)
     if done.returncode:
         sys.exit(done.returncode)
+    keep(ROOT / folder, path)
+
+
+def kept_path(experiment: str, arm: str, seed: int) -> Path:
+    return ROOT / "results" / experiment / "runs" / f"{arm}-{seed}.json.gz"
+
+
+def keep(folder: Path, path: Path) -> None:
+    """Writes what the table needs of a run folder: {"scores", "word_errors": task -> [errors, reference words]}."""
+    scores = json.loads((folder / "scores.json").read_text("utf-8"))
+    counts = {task: x.T.tolist() for task, x in word_errors(folder).items()}
+    text = json.dumps({"scores": scores, "word_errors": counts}, separators=(",", ":"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partfile.write_bytes(path, gzip.compress(text.encode(), mtime=0))
+
+
+def kept(experiment: str, arms: list[str], seeds: list[int]) -> dict[tuple[str, int], dict[str, Any]]:
+    """(arm, seed) -> what `keep` wrote, of the runs that there are."""
+    paths = {(arm, seed): kept_path(experiment, arm, seed) for arm in arms for seed in seeds}
+    return {run: json.loads(gzip.decompress(path.read_bytes())) for run, path in paths.items() if path.exists()}
 
 
 def rows_of(arm: str, seed: int, scores: dict[str, Any]) -> list[dict[str, Any]]:
@@ -98,18 +123,17 @@ def word_errors(folder: Path) -> dict[str, np.ndarray]:
     return out
 
 
-def comparisons(experiment: str, arms: list[str], seeds: list[int]) -> list[dict[str, Any]]:
+def comparisons(runs: dict[tuple[str, int], dict[str, Any]], arms: list[str], seeds: list[int]) -> list[dict[str, Any]]:
     """Each two arms on the same test lines, the word errors of a line summed over the seeds that both have."""
     out = []
-    folders = {(arm, seed): ROOT / run_folder(experiment, arm, seed) for arm in arms for seed in seeds}
-    found_in = {run: word_errors(folder) for run, folder in folders.items() if (folder / "examples.jsonl").exists()}
+    found_in = {run: {task: np.array(x).T for task, x in found["word_errors"].items()} for run, found in runs.items()}
     for arm, against in itertools.combinations(arms, 2):
         both = [seed for seed in seeds if (arm, seed) in found_in and (against, seed) in found_in]
         if not both:
             continue
         ours, theirs = ([found_in[a, s] for s in both] for a in (arm, against))
         for task in ours[0]:
-            before, after = (np.sum([x[task] for x in runs], axis=0) for runs in (theirs, ours))
+            before, after = (np.sum([x[task] for x in one], axis=0) for one in (theirs, ours))
             found = significance.compare(before, after)
             out.append(
                 {
@@ -130,17 +154,14 @@ def collect(experiment: str, arms: list[str], seeds: list[int]) -> dict[str, Any
     """The table of all finished runs."""
     rows: list[dict[str, Any]] = []
     meta: dict[str, Any] = {}
-    for arm in arms:
-        for seed in seeds:
-            path = ROOT / run_folder(experiment, arm, seed) / "scores.json"
-            if not path.exists():
-                continue
-            scores = json.loads(path.read_text("utf-8"))
-            rows += ([] if rows else references_of(scores)) + rows_of(arm, seed, scores)
-            meta = {k: scores["meta"][k] for k in ("split", "date", "step")}
+    runs = kept(experiment, arms, seeds)
+    for (arm, seed), found in runs.items():
+        scores = found["scores"]
+        rows += ([] if rows else references_of(scores)) + rows_of(arm, seed, scores)
+        meta = {"split": scores["meta"]["split"], "date": max(scores["meta"]["date"], meta.get("date", ""))}
     command = f"python -m benchmarks.arms {experiment} --arms {' '.join(arms)} --seeds {' '.join(map(str, seeds))}"
     about = {"experiment": experiment, "meta": {**meta, "command": command}}
-    return {**about, "rows": rows, "comparisons": comparisons(experiment, arms, seeds)}
+    return {**about, "rows": rows, "comparisons": comparisons(runs, arms, seeds)}
 
 
 def main() -> None:

@@ -99,7 +99,7 @@ def _statistics(kind: str, own: dict[str, Path], made: Path) -> list[str]:
     for family, path in own.items():
         output = made / f"{family}.{kind}.safetensors"
         if not output.exists():
-            statistics.gather(str(path), str(ROOT / "prepared" / f"correct_{family}"), kind, str(output), rows=64)
+            statistics.gather(str(path), str(ROOT / "prepared" / f"correct_all_{family}"), kind, str(output), rows=64)
         out.append(str(output))
     return out
 

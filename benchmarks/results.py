@@ -38,7 +38,7 @@ def table(data: dict[str, Any]) -> str:
     meta = data["meta"]
     out = [
         f"## {data['experiment']}\n",
-        f"`{meta['command']}` · {meta['split']} · {meta['date']} · {meta['step']} steps\n",
+        f"`{meta['command']}` · {meta['split']} · {meta['date']}\n",
     ]
     out.append("| task | metric | arm | value | seeds | change | 95 % interval | p | fixed / broken |")
     out.append("|---|---|---|--:|--:|--:|--:|--:|--:|")

@@ -1,4 +1,5 @@
-"""One dense model a family, each trained on its family's text alone: by themselves, or to be averaged or mixed.
+"""One dense model a family, each trained on what the joint mixture has of that family: by themselves, or to be averaged
+or mixed.
 
 They lie in folders of the run's, RUN_DIR/asr and so on; Branch-Train-Merge (Li et al. 2022) and Branch-Train-MiX
 (Sukhbaatar et al. 2024) go on from there by `checkpoint.average` and `checkpoint.branch_train_mix`.
@@ -7,10 +8,13 @@ They lie in folders of the run's, RUN_DIR/asr and so on; Branch-Train-Merge (Li 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import optax
+
+from moe_jax.data import Prepared
 from moe_jax.metrics import scoring
 from moe_jax.partfile import write_text
 
@@ -22,31 +26,68 @@ def folders(run_dir: str, families: Sequence[str] = FAMILIES) -> list[str]:
     return [str(Path(run_dir) / family) for family in families]
 
 
+def shares(steps: int, tokens: Mapping[str, int]) -> dict[str, int]:
+    """`steps` divided as the tokens are, to whole steps of at least one each; their sum is `steps`.
+
+    Raises ValueError, in one line, for fewer steps than families.
+    """
+    if steps < len(tokens):
+        raise ValueError(f"{steps} steps for {len(tokens)} families ({', '.join(tokens)}); give each at least one")
+    whole = sum(tokens.values())
+    out = dict.fromkeys(tokens, 1)
+    for _ in range(steps - len(tokens)):  # to whom the most is due (Jefferson)
+        out[max(tokens, key=lambda family: (tokens[family] / whole) / (out[family] + 1))] += 1
+    return out
+
+
 def train(
     run_dir: str,
     *,
     families: Sequence[str] = FAMILIES,
+    joint: str,
     data: str = "prepared",
     prepare: Callable[..., Any],
     examples: int,
     train: Callable[..., Any],
+    steps: int,
+    optimizer: Callable[..., optax.GradientTransformation],
+    schedule: Callable[..., optax.Schedule],
     in_turn: bool = False,
 ) -> None:
-    """Trains each on the seqio task `correct_<family>`.
+    """Trains each on the seqio mixture `correct_all_<family>`.
 
     Args:
-      data: where its prepared data lie, `correct_<family>` and `correct_<family>.valid`.
+      joint: the prepared data of all families together: a family has its share of their tokens in steps, so that all
+        branches together read what one joint model reads in as many steps.
+      data: where the branches' prepared data lie, `correct_all_<family>` and `correct_all_<family>.valid`.
       prepare, train: configured jobs, called with what differs between families.
       examples: drawn of each family.
+      steps: of all branches together.
+      optimizer: configured, called with the schedule.
+      schedule: configured, called with a branch's steps.
       in_turn: each goes on from the one before (sequential training), not from the same base.
+
+    Raises ValueError for fewer steps than families.
     """
+    counted = Prepared.open(joint).meta["tasks"]
+    of = shares(steps, {family: counted[family]["tokens"] for family in families})
+    print(f"steps by family: {', '.join(f'{family} {n}' for family, n in of.items())}")
     before: dict[str, Any] = {}
     for family, folder in zip(families, folders(run_dir, families), strict=True):
-        task = f"correct_{family}"
+        task, n = f"correct_all_{family}", of[family]
         own, held_out = f"{data}/{task}", f"{data}/{task}.valid"
         prepare(own, mixture=task, examples=examples)
         prepare(held_out, mixture=task, split="valid", passes=1)
-        train(folder, data=own, valid_data=held_out, **before)
+        train(
+            folder,
+            data=own,
+            valid_data=held_out,
+            steps=n,
+            eval_every=n,
+            save_every=n,
+            optimizer=lambda n=n: optimizer(schedule(steps=n)),
+            **before,
+        )
         if in_turn:
             before = {"init_from": folder, "init_rules": ()}
 
@@ -66,7 +107,7 @@ def evaluate(
     examples = ""
     for family, folder in zip(families, folders(run_dir, families), strict=True):
         valid, test = (corpus(split, [family]) for split in ("valid", "test"))
-        evaluate(folder, valid=valid, test=test, valid_data=f"{data}/correct_{family}.valid")
+        evaluate(folder, valid=valid, test=test, valid_data=f"{data}/correct_all_{family}.valid")
         scores = json.loads((Path(folder) / "scores.json").read_text("utf-8"))
         rows += scores["rows"]
         for name in ("split", "guard"):  # which differ

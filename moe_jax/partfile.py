@@ -176,8 +176,13 @@ class Signals:
 
 def write_text(path: Path, text: str) -> None:
     """All of `text` or nothing: written aside, then renamed."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """All of `data` or nothing: written aside, then renamed."""
     aside = path.with_name(path.name + ".part")
-    aside.write_text(text, "utf-8")
+    aside.write_bytes(data)
     os.replace(aside, path)
 
 

@@ -2,11 +2,12 @@
 
 correct_all   the four families, each by the square root of its size (temperature 2), so that small ones count
 correct_five  the same with text normalisation and its inverse, where the corpus has them
+correct_all_asr, ...  what correct_all has of one family, for a model of that family alone
 correct_base  generated noise (two thirds) and the families, to pretrain a base model
 translate_all          the directions that are trained on (`translation.TRAINED`), at temperature 2 too
 translate_and_denoise  the same with masked text in each of their languages
 
-In the first two every third example of speech, print and writers comes with a first pass that is right: recognisers
+In these every third example of speech, print and writers comes with a first pass that is right: recognisers
 are better on other text than on that from which a model learns, and what is right is to be left alone.
 """
 
@@ -37,6 +38,12 @@ class Present(seqio.Mixture):
 CORRECT_ALL = seqio.MixtureRegistry.add(
     "correct_all", [*(task.TASK.name for task in (asr, ocr, mt, gec)), *RIGHT], default_rate=by_size
 )
+
+for _task in (asr, ocr, mt, gec, tn, itn):
+    _right = [(name, rate) for name, rate in RIGHT if name == f"{_task.TASK.name}_right"]
+    seqio.MixtureRegistry.add(
+        _task.TASK.name.replace("correct_", "correct_all_"), [_task.TASK.name, *_right], default_rate=by_size
+    )
 
 CORRECT_FIVE = seqio.MixtureRegistry.add(
     "correct_five",

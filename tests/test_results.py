@@ -1,6 +1,7 @@
 """The evidence: documents agree with the tables, and the tables with their form."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,8 +36,10 @@ def test_arms_are_compared_on_the_lines_and_seeds_that_both_have(tmp_path, monke
     def finish(arm: str, seed: int, corrections: list[str]) -> None:
         folder = tmp_path / arms.run_folder("x", arm, seed)
         folder.mkdir(parents=True)
+        (folder / "scores.json").write_text("{}")
         lines = [{"task": "asr", "reference": "a b", "correction": c} for c in corrections]
         (folder / "examples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        arms.keep(folder, arms.kept_path("x", arm, seed))
 
     monkeypatch.setattr(arms, "ROOT", tmp_path)
     finish("moe", 0, ["a b", "a c"])
@@ -44,7 +47,9 @@ def test_arms_are_compared_on_the_lines_and_seeds_that_both_have(tmp_path, monke
     finish("dense", 0, ["a c", "a c"])
     finish("dense", 1, ["a c", "a c"])
     finish("dense", 2, ["a b", "a b"])
-    (found,) = arms.comparisons("x", ["moe", "dense"], [0, 1, 2])
+    shutil.rmtree(tmp_path / "runs")  # what is compared lies beside the table
+    asked = ["moe", "dense"], [0, 1, 2]
+    (found,) = arms.comparisons(arms.kept("x", *asked), *asked)
     assert (found["arm"], found["against"], found["seeds"]) == ("moe", "dense", [0, 1])
     assert found["relative_change"] == pytest.approx(1 / 4 - 1)  # one word error against four
 
