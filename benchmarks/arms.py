@@ -12,7 +12,6 @@ pass", "oracle n-best" and "oracle compositional". Beside the rows stand compari
 from __future__ import annotations
 
 import argparse
-import gzip
 import itertools
 import json
 import subprocess
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import kept
 from moe_jax import partfile
 from moe_jax.metrics import errors, significance
 from moe_jax.metrics.normalisers import family_normaliser
@@ -35,38 +35,32 @@ def run_folder(experiment: str, arm: str, seed: int) -> Path:
 
 
 def run_arm(experiment: str, arm: str, seed: int, extra: list[str]) -> None:
-    """One arm, one seed, in a process of its own, and what is kept of it; nothing where that is there already."""
-    folder, path = run_folder(experiment, arm, seed), kept_path(experiment, arm, seed)
-    if path.exists():
-        return
-    print(f"--- {arm}, seed {seed} -> {folder}", flush=True)
-    command = [sys.executable, "-m", "moe_jax.main", f"--gin_file=experiments/{experiment}/{arm}.gin"]
-    command += [f"--gin.RUN_DIR={folder}", f"--gin.SEED={seed}", *extra]
-    if arm in BRANCHES:
-        command += [f"--gin.BRANCHES={run_folder(experiment, BRANCHES[arm], seed)}"]
-    done = subprocess.run(command, cwd=ROOT)
-    if done.returncode:
-        sys.exit(done.returncode)
-    keep(ROOT / folder, path)
+    """One arm, one seed, in a process of its own; nothing where it is kept already."""
+    folder = run_folder(experiment, arm, seed)
+
+    def make() -> dict[str, Any]:
+        print(f"--- {arm}, seed {seed} -> {folder}", flush=True)
+        command = [sys.executable, "-m", "moe_jax.main", f"--gin_file=experiments/{experiment}/{arm}.gin"]
+        command += [f"--gin.RUN_DIR={folder}", f"--gin.SEED={seed}", *extra]
+        if arm in BRANCHES:
+            command += [f"--gin.BRANCHES={run_folder(experiment, BRANCHES[arm], seed)}"]
+        if code := subprocess.run(command, cwd=ROOT).returncode:
+            sys.exit(code)
+        return of_run(ROOT / folder)
+
+    kept.once(experiment, f"{arm}-{seed}", make)
 
 
-def kept_path(experiment: str, arm: str, seed: int) -> Path:
-    return ROOT / "results" / experiment / "runs" / f"{arm}-{seed}.json.gz"
-
-
-def keep(folder: Path, path: Path) -> None:
-    """Writes what the table needs of a run folder: {"scores", "word_errors": task -> [errors, reference words]}."""
+def of_run(folder: Path) -> dict[str, Any]:
+    """What the table needs of a run folder: {"scores", "word_errors": task -> [errors, reference words]}."""
     scores = json.loads((folder / "scores.json").read_text("utf-8"))
-    counts = {task: x.T.tolist() for task, x in word_errors(folder).items()}
-    text = json.dumps({"scores": scores, "word_errors": counts}, separators=(",", ":"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partfile.write_bytes(path, gzip.compress(text.encode(), mtime=0))
+    return {"scores": scores, "word_errors": {task: x.T.tolist() for task, x in word_errors(folder).items()}}
 
 
-def kept(experiment: str, arms: list[str], seeds: list[int]) -> dict[tuple[str, int], dict[str, Any]]:
-    """(arm, seed) -> what `keep` wrote, of the runs that there are."""
-    paths = {(arm, seed): kept_path(experiment, arm, seed) for arm in arms for seed in seeds}
-    return {run: json.loads(gzip.decompress(path.read_bytes())) for run, path in paths.items() if path.exists()}
+def read(experiment: str, arms: list[str], seeds: list[int]) -> dict[tuple[str, int], dict[str, Any]]:
+    """(arm, seed) -> what `of_run` found, of the runs that are kept."""
+    runs = {(arm, seed): kept.read(experiment, f"{arm}-{seed}") for arm in arms for seed in seeds}
+    return {run: found for run, found in runs.items() if found}
 
 
 def rows_of(arm: str, seed: int, scores: dict[str, Any]) -> list[dict[str, Any]]:
@@ -154,7 +148,7 @@ def collect(experiment: str, arms: list[str], seeds: list[int]) -> dict[str, Any
     """The table of all finished runs."""
     rows: list[dict[str, Any]] = []
     meta: dict[str, Any] = {}
-    runs = kept(experiment, arms, seeds)
+    runs = read(experiment, arms, seeds)
     for (arm, seed), found in runs.items():
         scores = found["scores"]
         rows += ([] if rows else references_of(scores)) + rows_of(arm, seed, scores)

@@ -4,7 +4,8 @@
 
 Trains the arms of gin/experiments/merging (separate, joint, sequential) where they are not finished, chooses each
 method's scale on validation data, merges, and scores on test data without the guard: text by word error rate, and the
-mean negative log-likelihood a token (nll). What is finished is not done again: stop it when you like.
+mean negative log-likelihood a token (nll). What is finished (results/merging/runs) is not done again:
+stop it when you like.
 
 The normalised performance (npf) of a merge on a family is ours (the paper's formula is not known):
 
@@ -23,11 +24,13 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks import kept
 from moe_jax import evaluate, main, partfile, prepare
 from moe_jax.branches import FAMILIES
 from moe_jax.merging import experts, merge, search, statistics
@@ -41,7 +44,8 @@ RUNS = ROOT / "runs" / "merging"
 SCALES = [0.1, 0.2, 0.3, 0.5, 0.7, 1.0]
 FIXED = {"average": [1.0], "fisher": [1.0], "regmean": [1.0]}  # means of weights: there is nothing to scale
 AUTHORS = {"lors": {}, "magnitude": {}, "singular_values": {}}  # besides, as the authors had them
-TRAINED = ("separate", "joint", "sequential")
+THEIRS = ", authors' settings"
+EXPERTS = "experts, task known"
 
 
 def train(arm: str, seed: int) -> Path:
@@ -57,41 +61,45 @@ def train(arm: str, seed: int) -> Path:
     return last
 
 
-def candidates(seed: int, names: list[str]) -> dict[str, Path]:
-    """arm -> checkpoint: the base, what was trained, and every merge of the separate models."""
-    base = Path(main.shipped("base.safetensors"))
-    separate = train("separate", seed).parent
-    own = {family: separate / family for family in FAMILIES}
-    out = {"base": base, "joint": train("joint", seed), "sequential": train("sequential", seed)}
+def arms(methods: Sequence[str]) -> list[str]:
+    """All that is compared: what was trained, and each method's merges."""
+    own = [f"separate/{family}" for family in FAMILIES]
+    merged = [arm for name in methods for arm in (name, f"{name}{THEIRS}") if arm == name or name in AUTHORS]
+    return ["base", *own, "joint", "sequential", *merged, EXPERTS]
+
+
+def candidate(arm: str, seed: int, loss: search.Loss) -> Path:
+    """The arm's checkpoint, made if it is not. `loss`: on validation data, by which a method's scale is chosen."""
+    if arm == "base":
+        return Path(main.shipped("base.safetensors"))
+    if arm in ("joint", "sequential"):
+        return train(arm, seed)
+    own = {family: train("separate", seed).parent / family for family in FAMILIES}
+    if arm.startswith("separate/"):
+        return own[arm.removeprefix("separate/")]
     made = RUNS / f"merged-{seed}"
     made.mkdir(parents=True, exist_ok=True)
-    stats = {kind: _statistics(kind, own, made) for kind in ("fisher", "gram")}
-    valid = str(ROOT / "prepared" / "correct_all.valid")
-    loss = search.Loss(valid)
-    for name in names:
-        models: list[Any] = [str(path) for path in own.values()]
-        if kind := METHODS[name].statistics:
-            models = [{"path": p, "statistics": s} for p, s in zip(models, stats[kind], strict=True)]
-        if name == "slerp":  # of two and two
-            pairs = [models[:2], models[2:]]
-            models = [{"merge": {"method": "slerp", "models": pair}} for pair in pairs]
-        recipe: dict[str, Any] = {"base": str(base), "models": models, "method": name}
-        output = made / f"{name}.safetensors"
-        if not output.exists():
-            space = {"scale": FIXED.get(name, SCALES)}
-            found = search.search(str(made / f"{name}.search"), recipe=recipe, space=space, valid=valid, loss=loss)
-            print(f"{name}: {found.options}, valid nll {found.loss:.4f}", flush=True)
-            merge.merge(str(output), **recipe, options=found.options)
-        out[name] = output
-        if name in AUTHORS:
-            output = made / f"{name}.authors.safetensors"
-            if not output.exists():
-                merge.merge(str(output), **recipe)
-            out[f"{name}, authors' settings"] = output
-    mixed = made / "experts.safetensors"
-    if not mixed.exists():
-        experts.to_experts(str(mixed), models={family: str(path) for family, path in own.items()})
-    return out | {"experts, task known": mixed} | {f"separate/{family}": path for family, path in own.items()}
+    output = made / f"{arm.replace(', ', '.').replace(' ', '_')}.safetensors"
+    if output.exists():
+        return output
+    if arm == EXPERTS:
+        experts.to_experts(str(output), models={family: str(path) for family, path in own.items()})
+        return output
+    name = arm.removesuffix(THEIRS)
+    models: list[Any] = [str(path) for path in own.values()]
+    if kind := METHODS[name].statistics:
+        models = [{"path": p, "statistics": s} for p, s in zip(models, _statistics(kind, own, made), strict=True)]
+    if name == "slerp":  # of two and two
+        models = [{"merge": {"method": "slerp", "models": pair}} for pair in (models[:2], models[2:])]
+    recipe: dict[str, Any] = {"base": main.shipped("base.safetensors"), "models": models, "method": name}
+    if arm == name:
+        space = {"scale": FIXED.get(name, SCALES)}
+        folder = str(made / f"{name}.search")
+        found = search.search(folder, recipe=recipe, space=space, valid=loss.data, loss=loss)
+        print(f"{name}: {found.options}, valid nll {found.loss:.4f}", flush=True)
+        recipe["options"] = found.options
+    merge.merge(str(output), **recipe)
+    return output
 
 
 def _statistics(kind: str, own: dict[str, Path], made: Path) -> list[str]:
@@ -105,43 +113,45 @@ def _statistics(kind: str, own: dict[str, Path], made: Path) -> list[str]:
 
 
 def scored(arm: str, seed: int, path: Path, nll: search.Loss) -> dict[str, Any]:
-    """{"nll": family -> nll, "texts": family -> corrections}, kept beside the runs."""
-    kept = RUNS / f"scores-{seed}" / f"{arm.replace('/', '.').replace(' ', '_')}.json"
-    if kept.exists():
-        return json.loads(kept.read_text("utf-8"))
+    """{"nll": family -> nll, "word_errors": family -> those of each test line}: what `kept` keeps."""
     families = [arm.split("/")[1]] if arm.startswith("separate/") else list(FAMILIES)
     print(f"--- scoring {arm}, seed {seed}", flush=True)
-    texts = {}
+    counts = {}
     for family in families:
-        pipeline = Pipeline.load(path, task=family if arm == "experts, task known" else None)
-        records, _ = evaluate.read_rows(main.corpus("test", [family]))
-        texts[family] = [p.guarded(-math.inf).text for p in evaluate.propose(pipeline, records)]
-    found = {"nll": {f: x for f, x in nll.by_family(str(path)).items() if f in families}, "texts": texts}
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    partfile.write_text(kept, json.dumps(found, ensure_ascii=False))
-    return found
+        pipeline = Pipeline.load(path, task=family if arm == EXPERTS else None)
+        records, rows = evaluate.read_rows(main.corpus("test", [family]))
+        texts = [p.guarded(-math.inf).text for p in evaluate.propose(pipeline, records)]
+        counts[family] = [c.errors for c in _compared(rows, texts, family)]
+    return {
+        "nll": {f: x for f, x in nll.by_family(str(path)).items() if f in families},
+        "word_errors": counts,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _compared(rows: list[dict[str, Any]], texts: list[str], family: str) -> list[errors.ErrorCounts]:
+    return errors.line_errors([row["reference"] for row in rows], texts, family_normaliser(family))
 
 
 def table(found: dict[tuple[str, int], dict[str, Any]], seeds: list[int]) -> dict[str, Any]:
     """The evidence table. `found`: (arm, seed) -> what `scored` returns."""
-    references, first = {}, {}
+    first = {}
     for family in FAMILIES:
-        _, rows = evaluate.read_rows(main.corpus("test", [family]))
-        references[family] = [row["reference"] for row in rows]
-        first[family] = [row["hypotheses"][0] for row in rows]
+        _, lines = evaluate.read_rows(main.corpus("test", [family]))
+        compared = _compared(lines, [line["hypotheses"][0] for line in lines], family)
+        first[family] = np.array([(c.errors, c.reference_length) for c in compared])
     arms = dict.fromkeys("separate" if arm.startswith("separate/") else arm for arm, _ in found)
 
     def of(arm: str, seed: int, family: str) -> dict[str, Any]:
         return found[f"separate/{family}" if arm == "separate" else arm, seed]
 
-    def counts(texts: list[str], family: str) -> np.ndarray:
-        lines = errors.line_errors(references[family], texts, family_normaliser(family))
-        return np.array([(c.errors, c.reference_length) for c in lines])
+    def counts(run: dict[str, Any], family: str) -> np.ndarray:
+        return np.stack([run["word_errors"][family], first[family][:, 1]], 1)
 
     rows: list[dict[str, Any]] = []
     nothing = {"ci95": None, "p_value": None}
     for family in FAMILIES:
-        n = counts(first[family], family)
+        n = first[family]
         about = {"arm": "first pass", "seed": None, "task": family, "set": "all", "metric": "wer"}
         rows.append({**about, "value": n[:, 0].sum() / n[:, 1].sum(), **nothing})
     for arm, seed in itertools.product(arms, seeds):
@@ -151,8 +161,8 @@ def table(found: dict[tuple[str, int], dict[str, Any]], seeds: list[int]) -> dic
                 mine = of(arm, seed, family)
             except KeyError:
                 break
-            n = counts(mine["texts"][family], family)
-            change = significance.compare(counts(of("joint", seed, family)["texts"][family], family), n)
+            n = counts(mine, family)
+            change = significance.compare(counts(of("joint", seed, family), family), n)
             about["task"] = family
             rows.append(
                 {
@@ -172,7 +182,7 @@ def table(found: dict[tuple[str, int], dict[str, Any]], seeds: list[int]) -> dic
         else:
             rows.append({**about, "task": "mean", "metric": "npf", "value": float(np.mean(npf)), **nothing})
     command = f"python -m benchmarks.merging --seeds {' '.join(map(str, seeds))}"
-    meta = {"split": "test", "date": datetime.date.today().isoformat(), "command": command}
+    meta = {"split": "test", "date": max(run["date"] for run in found.values()), "command": command}
     return {"experiment": "merging", "meta": meta, "rows": rows}
 
 
@@ -180,19 +190,26 @@ def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--collect", action="store_true", help="only make the table, of what is finished")
     args = parser.parse_args()
-    test = str(ROOT / "prepared" / "correct_all.test")
     found = {}
-    for seed in args.seeds:
-        arms = candidates(seed, args.methods)  # trains, which prepares the data
-        prepare.prepare(test, mixture="correct_all", tokeniser=main.shipped("tokeniser.model"), split="test", passes=1)
-        nll = search.Loss(test)
-        for arm, path in arms.items():
-            found[arm, seed] = scored(arm, seed, path, nll)
-        output = ROOT / "results" / "merging" / "table.json"
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partfile.write_text(output, json.dumps(table(found, args.seeds[: args.seeds.index(seed) + 1]), indent=1) + "\n")
-        print(f"{output} holds seeds {args.seeds[: args.seeds.index(seed) + 1]}", flush=True)
+    losses = [search.Loss(str(ROOT / "prepared" / f"correct_all.{split}")) for split in ("valid", "test")]
+    for loss, split in zip(losses, ("valid", "test"), strict=True):
+        if not args.collect:
+            prepare.prepare(
+                loss.data, mixture="correct_all", tokeniser=main.shipped("tokeniser.model"), split=split, passes=1
+            )
+    valid, test = losses
+    for seed, arm in itertools.product(args.seeds, arms(args.methods)):
+        name = f"{arm.replace('/', '.').replace(', ', '.').replace(' ', '_')}-{seed}"
+        if run := kept.read("merging", name):
+            found[arm, seed] = run
+        elif not args.collect:
+            found[arm, seed] = scored(arm, seed, candidate(arm, seed, valid), test)
+            kept.write("merging", name, found[arm, seed])
+    output = ROOT / "results" / "merging" / "table.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partfile.write_text(output, json.dumps(table(found, args.seeds), indent=1) + "\n")
 
 
 if __name__ == "__main__":

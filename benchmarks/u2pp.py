@@ -6,13 +6,15 @@ A corpus is NAME=LIST, a list of utterances that has train, valid and test; digi
 gin/runs/digits.gin is for, all others get the sizes of gin/data/prompts.gin, and "prompts" without a list are the
 English ones that are shipped. `--hold-out SPEAKER LIST` writes LIST's twin whose test split is that speaker alone. Word
 and character error rates of every decoding, whole and in chunks; each arm against `dense` on the same utterances.
-What is finished is not run again, what was interrupted goes on.
+What is finished (results/u2pp/runs) is not run
+again, what was interrupted goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import kept
 from moe_jax import checkpoint, main, partfile
 from moe_jax.metrics import significance
 from moe_jax.speech import evaluate
@@ -30,10 +33,11 @@ ARMS = ("dense", "moe", "wide")  # wide: dense, with as many parameters in all a
 DIGITS = ("digits", "speaker")
 
 
-def run(corpus: str, path: str, arm: str, seed: int, extra: list[str]) -> Path:
-    """The arm's run folder, trained and scored if it is not."""
+def run(corpus: str, path: str, arm: str, seed: int, extra: list[str]) -> None:
+    """Trains and scores the arm if it is not kept."""
     folder = Path("runs/u2pp") / f"{corpus}-{arm}-{seed}"
-    if not (ROOT / folder / "scores.json").exists():
+
+    def make() -> dict[str, Any]:
         print(f"--- {corpus}, {arm}, seed {seed} -> {folder}", flush=True)
         command = [sys.executable, "-m", "moe_jax.main", f"--gin_file=experiments/u2pp/{arm}.gin"]
         command += [] if corpus in DIGITS else ["--gin_file=data/prompts.gin"]
@@ -41,15 +45,26 @@ def run(corpus: str, path: str, arm: str, seed: int, extra: list[str]) -> Path:
         command += [f"--gin.DATA=prepared/{corpus}", f"--gin.VALID_DATA=prepared/{corpus}.valid", *extra]
         if code := subprocess.run(command, cwd=ROOT).returncode:
             sys.exit(code)
-    return ROOT / folder
+        return of_run(ROOT / folder)
+
+    kept.once("u2pp", f"{corpus}-{arm}-{seed}", make)
 
 
-def rows_of(corpus: str, arm: str, seed: int, folder: Path, dense: Path | None) -> list[dict[str, Any]]:
-    """The run's scores, each decoding against the dense arm's of the same seed."""
+def of_run(folder: Path) -> dict[str, Any]:
+    """What the table needs of a run folder: {"scores", "said": a line each utterance, "parameters", "date"}."""
     scores = json.loads((folder / "scores.json").read_text("utf-8"))["rows"]
-    mine, theirs = (_said(path) if path else None for path in (folder, dense))
+    said = [json.loads(line) for line in (folder / "transcripts.jsonl").read_text("utf-8").splitlines()]
+    table, _ = checkpoint.read_safetensors(str(folder / "model.safetensors"))
+    size = sum(x.size for x in table.values())
+    return {"scores": scores, "said": said, "parameters": size, "date": datetime.date.today().isoformat()}
+
+
+def rows_of(
+    corpus: str, arm: str, seed: int, found: dict[str, Any], dense: dict[str, Any] | None
+) -> list[dict[str, Any]]:
+    """The run's scores (`of_run`), each decoding against the dense arm's of the same seed."""
     rows: list[dict[str, Any]] = []
-    for row in scores:
+    for row in found["scores"]:
         about = {"arm": arm, "seed": seed, "task": corpus, "set": row["set"], "decoding": row["decoding"]}
         about |= {
             "metric": row["metric"],
@@ -58,26 +73,20 @@ def rows_of(corpus: str, arm: str, seed: int, folder: Path, dense: Path | None) 
             "lines": row["lines"],
         }
         change: dict[str, Any] = {"relative_change": None, "ci95": None, "p_value": None}
-        if mine and theirs:
+        if dense:
             before, after = (
                 evaluate.counted(
                     [one for one in said if row["set"] in (evaluate.ALL, one["lang"])], row["decoding"], row["metric"]
                 )
-                for said in (theirs, mine)
+                for said in (dense["said"], found["said"])
             )
-            found = significance.compare(before, after)
-            change = {"relative_change": found.relative_change, "ci95": found.ci95, "p_value": found.p_value}
+            test = significance.compare(before, after)
+            change = {"relative_change": test.relative_change, "ci95": test.ci95, "p_value": test.p_value}
             change = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in change.items()}
         rows.append(about | change)
-    table, _ = checkpoint.read_safetensors(str(folder / "model.safetensors"))
-    size = sum(x.size for x in table.values())
     nothing = {"ci95": None, "p_value": None}
-    about = {"arm": arm, "seed": seed, "task": corpus, "set": evaluate.ALL, "metric": "parameters", "value": size}
-    return [*rows, about | nothing]
-
-
-def _said(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "transcripts.jsonl").read_text("utf-8").splitlines()]
+    about = {"arm": arm, "seed": seed, "task": corpus, "set": evaluate.ALL, "metric": "parameters"}
+    return [*rows, about | {"value": found["parameters"]} | nothing]
 
 
 def hold_out(speaker: str, path: Path) -> Path:
@@ -101,37 +110,38 @@ def run_all() -> None:
     parser.add_argument("--corpora", nargs="+", default=["prompts"], metavar="NAME=LIST")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
+    parser.add_argument("--collect", action="store_true", help="only make the table, of what is finished")
     parser.add_argument("--hold-out", nargs=2, metavar=("SPEAKER", "LIST"), help="write such a list, and end")
     args, extra = parser.parse_known_args()
     if args.hold_out:
         print(hold_out(args.hold_out[0], Path(args.hold_out[1])))
         return
     corpora = {name: path or main.prompts() for name, _, path in map(_parted, args.corpora)}
-    folders: dict[tuple[str, str, int], Path] = {}
-    for seed in args.seeds:  # seed by seed, so that every arm has one first
+    for seed in args.seeds if not args.collect else ():  # seed by seed, so that every arm has one first
         for corpus, path in corpora.items():
             for arm in args.arms:
-                folders[corpus, arm, seed] = run(corpus, str(Path(path).absolute()), arm, seed, extra)
-                _write(folders, args)
+                run(corpus, str(Path(path).absolute()), arm, seed, extra)
+    _write(args, list(corpora))
 
 
 def _parted(given: str) -> tuple[str, str, str]:
     return given.partition("=")
 
 
-def _write(folders: dict[tuple[str, str, int], Path], args: argparse.Namespace) -> None:
-    """The table of what is finished; runs of corpora that were not asked for this time stay in it."""
-    output = ROOT / "results" / "u2pp" / "table.json"
+def _write(args: argparse.Namespace, corpora: list[str]) -> None:
+    """The table of what was asked for and is finished."""
     rows: list[dict[str, Any]] = []
-    for (corpus, arm, seed), folder in folders.items():
-        rows += rows_of(corpus, arm, seed, folder, folders.get((corpus, "dense", seed)) if arm != "dense" else None)
-    done = {(row["task"], row["arm"], row["seed"]) for row in rows}
-    if output.exists():
-        before = json.loads(output.read_text("utf-8"))["rows"]
-        rows = [row for row in before if (row["task"], row["arm"], row["seed"]) not in done] + rows
-    given = " ".join(name for name, _, _ in map(_parted, args.corpora))
-    command = f"python -m benchmarks.u2pp --corpora {given} --seeds {' '.join(map(str, args.seeds))}"
-    meta = {"split": "test", "date": datetime.date.today().isoformat(), "command": command}
+    dates = [""]
+    for seed, corpus in itertools.product(args.seeds, corpora):
+        runs = {arm: kept.read("u2pp", f"{corpus}-{arm}-{seed}") for arm in args.arms}
+        for arm, found in runs.items():
+            if found:
+                dates.append(found["date"])
+                rows += rows_of(corpus, arm, seed, found, runs.get("dense") if arm != "dense" else None)
+    given, seeds = " ".join(corpora), " ".join(map(str, args.seeds))
+    meta = {"split": "test", "date": max(dates)}
+    meta["command"] = f"python -m benchmarks.u2pp --corpora {given} --seeds {seeds}"
+    output = ROOT / "results" / "u2pp" / "table.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     partfile.write_text(output, json.dumps({"experiment": "u2pp", "meta": meta, "rows": rows}, indent=1) + "\n")
 

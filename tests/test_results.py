@@ -5,11 +5,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks import arms, results, task_moe, u2pp
+from benchmarks import arms, kept, results, task_moe, u2pp
 from moe_jax import checkpoint
 from moe_jax.speech import evaluate
 
@@ -39,9 +40,9 @@ def test_arms_are_compared_on_the_lines_and_seeds_that_both_have(tmp_path, monke
         (folder / "scores.json").write_text("{}")
         lines = [{"task": "asr", "reference": "a b", "correction": c} for c in corrections]
         (folder / "examples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        arms.keep(folder, arms.kept_path("x", arm, seed))
+        kept.write("x", f"{arm}-{seed}", arms.of_run(folder))
 
-    monkeypatch.setattr(arms, "ROOT", tmp_path)
+    monkeypatch.setattr(kept, "ROOT", tmp_path)
     finish("moe", 0, ["a b", "a c"])
     finish("moe", 1, ["a b", "a b"])
     finish("dense", 0, ["a c", "a c"])
@@ -49,7 +50,7 @@ def test_arms_are_compared_on_the_lines_and_seeds_that_both_have(tmp_path, monke
     finish("dense", 2, ["a b", "a b"])
     shutil.rmtree(tmp_path / "runs")  # what is compared lies beside the table
     asked = ["moe", "dense"], [0, 1, 2]
-    (found,) = arms.comparisons(arms.kept("x", *asked), *asked)
+    (found,) = arms.comparisons(arms.read("x", *asked), *asked)
     assert (found["arm"], found["against"], found["seeds"]) == ("moe", "dense", [0, 1])
     assert found["relative_change"] == pytest.approx(1 / 4 - 1)  # one word error against four
 
@@ -89,7 +90,7 @@ def test_translators_become_means_over_groups_and_a_table_of_a_new_language(tmp_
 
 
 def test_recognisers_are_compared_on_the_utterances_of_the_dense_arm(tmp_path):
-    def finish(arm: str, texts: list[str]) -> Path:
+    def finish(arm: str, texts: list[str]) -> dict[str, Any]:
         folder = tmp_path / arm
         folder.mkdir()
         said = [
@@ -99,7 +100,7 @@ def test_recognisers_are_compared_on_the_utterances_of_the_dense_arm(tmp_path):
         (folder / "transcripts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in said))
         (folder / "scores.json").write_text(json.dumps({"rows": evaluate.rows(said)}))
         checkpoint.write_safetensors(str(folder / "model.safetensors"), {"a": np.zeros((1000, 1000), np.float32)}, {})
-        return folder
+        return u2pp.of_run(folder)
 
     dense, moe = finish("dense", ["a c", "a c", "a c"]), finish("moe", ["a b", "a b", "a c"])
     rows = u2pp.rows_of("prompts", "dense", 0, dense, None) + u2pp.rows_of("prompts", "moe", 0, moe, dense)
