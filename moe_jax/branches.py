@@ -60,7 +60,7 @@ def train(
       joint: the prepared data of all families together: a family has its share of their tokens in steps, so that all
         branches together read what one joint model reads in as many steps.
       data: where the branches' prepared data lie, `correct_all_<family>` and `correct_all_<family>.valid`.
-      prepare, train: configured jobs, called with what differs between families.
+      prepare, train: configured jobs, called with what differs between families, by name: what gin has bound gives way.
       examples: drawn of each family.
       steps: of all branches together.
       optimizer: configured, called with the schedule.
@@ -76,10 +76,10 @@ def train(
     for family, folder in zip(families, folders(run_dir, families), strict=True):
         task, n = f"correct_all_{family}", of[family]
         own, held_out = f"{data}/{task}", f"{data}/{task}.valid"
-        prepare(own, mixture=task, examples=examples)
-        prepare(held_out, mixture=task, split="valid", passes=1)
+        prepare(folder=own, mixture=task, examples=examples)
+        prepare(folder=held_out, mixture=task, split="valid", passes=1)
         train(
-            folder,
+            run_dir=folder,
             data=own,
             valid_data=held_out,
             steps=n,
@@ -107,7 +107,7 @@ def evaluate(
     examples = ""
     for family, folder in zip(families, folders(run_dir, families), strict=True):
         valid, test = (corpus(split, [family]) for split in ("valid", "test"))
-        evaluate(folder, valid=valid, test=test, valid_data=f"{data}/correct_all_{family}.valid")
+        evaluate(run_dir=folder, valid=valid, test=test, valid_data=f"{data}/correct_all_{family}.valid")
         scores = json.loads((Path(folder) / "scores.json").read_text("utf-8"))
         rows += scores["rows"]
         for name in ("split", "guard"):  # which differ
