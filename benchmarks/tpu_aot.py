@@ -278,7 +278,8 @@ def step_estimate(chip: str, ffn: Callable, *, rows: int = 128, length: int = 20
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
     step = train.make_step(model, transform, seed=0, micro=1, dtype="bfloat16", max_targets=length)
     with sharding.use(mesh):
-        return estimate(step, *train.layout(model, transform, mesh), number, batch, peak=peak(chips[0]))
+        params, opt, _ = train.layout(model, transform, mesh)
+        return estimate(step, params, opt, number, batch, peak=peak(chips[0]))
 
 
 def step(chip: str) -> Iterator[dict[str, Any]]:

@@ -106,12 +106,12 @@ def _matching(patterns: Sequence[str], table: Mapping[str, Any]) -> set[str]:
     return found
 
 
-def trained(moving: Mapping[str, Array]) -> Table:
+def trained(moving: Mapping[str, Any]) -> Table:
     """Those that gradients move."""
     return {p: x for p, x in moving.items() if not BALANCE.search(p)}
 
 
-def differentiated(moving: Mapping[str, Array]) -> set[str]:
+def differentiated(moving: Mapping[str, Any]) -> set[str]:
     """The paths of the leaves that a step has the gradient of: those of factors among them."""
     return {p.removesuffix(A).removesuffix(B) for p in trained(moving)}
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from moe_jax import __version__, compare, correct, launch, main, score, sweep, translate
+from moe_jax import __version__, check_mesh, compare, correct, launch, main, score, sweep, translate
 from moe_jax.formats import Record
 from moe_jax.merging import command
 from moe_jax.speech import transcribe
@@ -55,6 +55,9 @@ def entry(argv: Sequence[str] | None = None) -> int:
     statistics.add_argument("--output", required=True, help="the safetensors file to write")
     sweep.add_arguments(commands.add_parser("sweep", help="run a gin file at many settings and seeds, into one table"))
     compare.add_arguments(commands.add_parser("compare", help="what differs between runs, and their curves"))
+    check_mesh.add_arguments(
+        commands.add_parser("check-mesh", help="what a training step needs on machines that are not here")
+    )
     part = commands.add_parser("subnetwork", help="the part of a model with routing by task that one task needs")
     part.add_argument("--checkpoint", required=True, help="a run folder, or a safetensors file")
     part.add_argument("--task", required=True, help="such as translate/en-de")
@@ -63,6 +66,8 @@ def entry(argv: Sequence[str] | None = None) -> int:
     if args.command == "run":
         return main.start(args)
     try:
+        if args.command == "check-mesh":
+            return check_mesh.main(args, *main.planned(args.gin_file, args.gin_bindings))
         if args.command == "correct":
             return correct.main(args, _load)
         if args.command == "score":

@@ -209,6 +209,23 @@ def _references(value: Any) -> list[tuple[str, str]]:
     return [r for v in value for r in _references(v)] if isinstance(value, (list, tuple)) else []
 
 
+def planned(files: Sequence[str], bindings: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """What gin files bind of the first of their jobs that trains, and of the one that prepares its data (None where
+    there is none), with nothing run. Raises ConfigError where no job trains."""
+    import gin
+
+    gin.clear_config()
+    load(files, bindings)
+    jobs = {}
+    for job in gin.query_parameter("main.run.jobs"):
+        scope, _, name = job.scoped_selector.rpartition("/")
+        with gin.config_scope(scope or None):
+            jobs.setdefault(name, gin.get_bindings(job.selector))
+    if "train.train" not in jobs:
+        raise ConfigError(f"{', '.join(files)}: no job trains; its jobs are {', '.join(jobs) or 'none'}")
+    return jobs["train.train"], jobs.get("prepare.prepare") or jobs.get("data.prepare")
+
+
 # --- command line -----------------------------------------------------------------------------------------------------
 
 

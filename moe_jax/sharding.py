@@ -2,7 +2,15 @@
 
 Arrays name their dims in words (`embed`, `mlp`, `expert`, ... ; activations: `batch`); one table says on which mesh
 axis a word lies. A word without a rule, a missing mesh axis, or a size that the axis does not divide means:
-replicated.
+replicated. The axes, from those that say least to each other to those that say most:
+
+    slice    whole slices of a pod, over the data-centre network: gradients are summed over it, nothing else crosses it
+    data     parameters are replicated, gradients summed
+    fsdp     parameters, gradients and optimiser state are split; a layer's matrices are gathered when it is computed
+    expert   each device has its share of the experts; tokens travel to them and back
+    model    heads, units and the vocabulary are split; activations are summed in each layer
+
+All but `model` divide the batch.
 """
 
 from __future__ import annotations
@@ -14,14 +22,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-AXES = ("data", "expert", "model")
+AXES = ("slice", "data", "fsdp", "expert", "model")
 
 RULES: Mapping[str, str | tuple[str, ...]] = {
-    "batch": ("data", "expert"),  # experts exchange tokens inside the data batch: the expert axis carries data too
-    "group": "data",  # groups of tokens while they visit the experts
+    "batch": ("slice", "data", "fsdp", "expert"),  # experts exchange tokens inside a batch: their axis carries data too
+    "group": ("slice", "data", "fsdp"),  # groups of tokens while they visit the experts
     "expert": "expert",
+    "embed": "fsdp",
     "heads": "model",
     "mlp": "model",
     "vocab": "model",
@@ -30,20 +40,48 @@ RULES: Mapping[str, str | tuple[str, ...]] = {
 _context: contextvars.ContextVar[tuple[Mesh, Mapping] | None] = contextvars.ContextVar("mesh", default=None)
 
 
-def make_mesh(data: int = -1, expert: int = 1, model: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all devices (or those given); `data=-1` takes what the other axes leave.
+def make_mesh(
+    data: int = -1,
+    expert: int = 1,
+    model: int = 1,
+    *,
+    fsdp: int = 1,
+    slices: int = 1,
+    devices: Sequence[Any] | None = None,
+) -> Mesh:
+    """A mesh over all devices (or those given); one of `data` and `fsdp` may be -1 and takes what the others leave.
 
-    Raises ValueError where the sizes do not multiply to the number of devices.
+    Axes of TPUs follow the wires between them, and `slices` the slices that they say they are of.
+
+    Raises ValueError where the sizes do not multiply to the number of devices, or where slices are not as given.
     """
-    devices = devices or jax.devices()
-    if data == -1:
-        data = len(devices) // (expert * model)
-    if data * expert * model != len(devices) or data < 1:
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = dict(zip(AXES, (slices, data, fsdp, expert, model), strict=True))
+    others = int(np.prod([n for n in sizes.values() if n != -1]))
+    open_ = [axis for axis, n in sizes.items() if n == -1]
+    if len(open_) == 1 and open_[0] in ("data", "fsdp"):
+        sizes[open_[0]] = len(devices) // others
+    shape = tuple(sizes.values())
+    if min(shape) < 1 or int(np.prod(shape)) != len(devices):
+        said = " x ".join(f"{axis}={n}" for axis, n in sizes.items() if n != 1 or axis == "data")
         raise ValueError(
-            f"mesh data={data} x expert={expert} x model={model} needs {data * expert * model} devices, "
-            f"this host sees {len(devices)}: change the mesh file or use data=-1"
+            f"mesh {said} needs {abs(int(np.prod(shape)))} devices, this host sees {len(devices)}: "
+            "change the mesh file, or use -1 for data or fsdp"
         )
-    return Mesh(np.array(devices).reshape(data, expert, model), AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(_wired(devices, shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _wired(devices: list[Any], shape: tuple[int, ...]) -> np.ndarray:
+    """Devices in `shape`, neighbours where axes talk most. Raises ValueError for other slices than there are."""
+    if devices[0].platform != "tpu":
+        return np.array(devices).reshape(shape)
+    found = len({getattr(device, "slice_index", 0) for device in devices})
+    if found != shape[0]:
+        raise ValueError(f"mesh slice={shape[0]}, but these devices are of {found}: change SLICES in the mesh file")
+    if found == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    across = (found, *(1,) * (len(shape) - 1))
+    return mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), across, devices, allow_split_physical_axes=True)
 
 
 @contextlib.contextmanager
@@ -81,13 +119,30 @@ def constrain(x: jax.Array, *words: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(words, x.shape, mesh, rules)))
 
 
+def mesh() -> Mesh | None:
+    """That of `use`."""
+    active = _context.get()
+    return active[0] if active else None
+
+
+def kind() -> tuple[str, str]:
+    """Platform ("cpu", "gpu", "tpu") and kind of the devices that a program is made for: the mesh's, which need not be
+    of this machine; the default ones outside `use`."""
+    active = _context.get()
+    device = active[0].devices.flat[0] if active else jax.devices()[0]
+    return device.platform, device.device_kind
+
+
 def devices(word: str) -> int:
     """Among how many devices a dim called so is split; 1 outside `use`."""
     active = _context.get()
     if active is None:
         return 1
     mesh, rules = active
-    axes = rules[word]
+    return _devices(mesh, rules[word])
+
+
+def _devices(mesh: Mesh, axes: str | tuple[str, ...]) -> int:
     return int(np.prod([mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes)]))
 
 
@@ -112,6 +167,17 @@ def on_each_device(function: Callable, words: Sequence[str | None], out: str) ->
         axis_names=mine,
         check_vma=False,  # loops start from zeros, which are the same on all devices
     )
+
+
+def top_k(x: jax.Array, k: int) -> jax.Array:
+    """Where the k largest of the last dim are, of an array whose first dim is the batch.
+
+    Each device looks at its own rows: left to itself XLA:CPU gathers all of them on every device first.
+    """
+    largest_k = lambda x: jax.lax.top_k(x, k)[1]  # noqa: E731
+    if len(x) % devices("batch"):
+        return largest_k(x)
+    return on_each_device(largest_k, ("batch",), "batch")(jax.lax.stop_gradient(x))
 
 
 def swap(x: jax.Array) -> jax.Array:
@@ -143,9 +209,8 @@ def put_batch(batch, mesh: Mesh):
     Raises ValueError where the rows do not divide over the devices that share a batch.
     """
     sharding = batch_sharding(mesh)
-    rows, devices = len(jax.tree.leaves(batch)[0]) * jax.process_count(), mesh.shape["data"] * mesh.shape["expert"]
+    rows, devices = len(jax.tree.leaves(batch)[0]) * jax.process_count(), _devices(mesh, RULES["batch"])
     if rows % devices:
-        raise ValueError(
-            f"{rows} rows do not divide over {devices} devices (data x expert): change batch_size or the mesh"
-        )
+        axes = " x ".join(axis for axis in RULES["batch"] if mesh.shape[axis] > 1)
+        raise ValueError(f"{rows} rows do not divide over {devices} devices ({axes}): change batch_size or the mesh")
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)

@@ -57,24 +57,31 @@ def build(model: Callable, *, vocab: int, seed: int) -> Any:
 
 
 def initial(
-    make: Callable[[], Any], init_from: str | Sequence[str] | None, rules: Sequence[checkpoint.Rule], tokeniser: str
+    make: Callable[[], Any],
+    init_from: str | Sequence[str] | None,
+    rules: Sequence[checkpoint.Rule],
+    tokeniser: str,
+    mesh: Any,
 ) -> Any:
-    """`make()`, with arrays taken from `init_from` by `rules`: of itself it then brings those that are fresh alone.
+    """`make()`, with arrays taken from `init_from` by `rules`; fresh ones are made where they lie on the mesh,
+    so that no device ever holds them all.
 
     Raises ValueError (also CheckpointError) for sources that do not fit the model, the tokeniser or each other.
     """
-    if not init_from:
-        return make()
-    sources = [checkpoint.Source(path) for path in ([init_from] if isinstance(init_from, str) else init_from)]
+    sources = [checkpoint.Source(path) for path in ([init_from] if isinstance(init_from, str) else init_from or ())]
     for source in sources:
         if source.meta.get("tokeniser") != tokeniser:
             raise ValueError(
                 f"{source.path} was trained with another tokeniser than the data: prepare the data with its own"
             )
     model = jax.eval_shape(make)
-    table = checkpoint.transplant(tree.flatten(model), sources, rules)
-    fresh = [path for path, x in table.items() if isinstance(x, jax.ShapeDtypeStruct)]
-    return tree.unflatten(model, table | jax.jit(lambda: {p: tree.flatten(make())[p] for p in fresh})())
+    table = tree.flatten(model)
+    if sources:
+        table = checkpoint.transplant(table, sources, rules)
+    fresh = {path: x for path, x in table.items() if isinstance(x, jax.ShapeDtypeStruct)}
+    where = sharding.shardings(tree.axes(model), fresh, mesh)
+    made = jax.jit(lambda: {path: tree.flatten(make())[path] for path in fresh}, out_shardings=where)()
+    return tree.unflatten(model, table | made)
 
 
 def _split(model: Any, adapters: Adapters, seed: int) -> tuple[Table, Table]:
@@ -83,9 +90,10 @@ def _split(model: Any, adapters: Adapters, seed: int) -> tuple[Table, Table]:
 
 def layout(
     model: Any, optimizer: optax.GradientTransformation, mesh, adapters: Adapters = EVERYTHING
-) -> tuple[dict[str, jax.ShapeDtypeStruct], Any]:
-    """Shapes and shardings of what moves and of the optimiser state, whose leaves lie as their parameters do."""
-    params, _ = jax.eval_shape(lambda model: _split(model, adapters, 0), model)
+) -> tuple[dict[str, jax.ShapeDtypeStruct], Any, dict[str, jax.ShapeDtypeStruct]]:
+    """Shapes and shardings of what moves, of the optimiser state, whose leaves lie as their parameters do, and of what
+    is frozen."""
+    params, frozen = jax.eval_shape(lambda model: _split(model, adapters, 0), model)
     words = tree.axes(model)
     where = sharding.shardings(words | factor_words(words), params, mesh)
 
@@ -95,18 +103,22 @@ def layout(
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=lies)
 
     opt = jax.tree_util.tree_map_with_path(beside, jax.eval_shape(optimizer.init, trained(params)))
-    return {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[p]) for p, x in params.items()}, opt
+    still = sharding.shardings(words, frozen, mesh)
+
+    def placed(table: Table, where: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+        return {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[p]) for p, x in table.items()}
+
+    return placed(params, where), opt, placed(frozen, still)
 
 
 def start(
     model: Any, optimizer: optax.GradientTransformation, mesh, adapters: Adapters = EVERYTHING, *, seed: int = 0
 ) -> State:
     """Parameters and optimiser state laid out on the mesh; new factors are a function of `seed`."""
-    like, like_opt = layout(model, optimizer, mesh, adapters)
+    like, like_opt, still = layout(model, optimizer, mesh, adapters)
     params, frozen = _split(model, adapters, seed)
     params = {path: jax.device_put(x, like[path].sharding) for path, x in params.items()}
-    where = sharding.shardings(tree.axes(model), frozen, mesh)
-    frozen = {path: jax.device_put(x, where[path]) for path, x in frozen.items()}
+    frozen = {path: jax.device_put(x, still[path].sharding) for path, x in frozen.items()}
     opt = jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda s: s.sharding, like_opt))(trained(params))
     return State(params, opt, 0, frozen)
 
@@ -167,7 +179,12 @@ def make_step(
         moved = {path: whole[path] for path in params}
         return moved, opt, metrics | {"loss": loss / micro, "grad_norm": optax.tree.norm(grads)}
 
-    return jax.jit(step_fn, donate_argnums=(0, 1), compiler_options=xla.options())
+    stays: Any = None
+    if mesh := sharding.mesh():  # else XLA would lay out what comes back as it likes, and the next step as that is
+        like, like_opt, _ = layout(model, optimizer, mesh, adapters)
+        stays = (*jax.tree.map(lambda s: s.sharding, (like, like_opt)), None)
+    options = xla.options(sharding.kind()[0])
+    return jax.jit(step_fn, donate_argnums=(0, 1), out_shardings=stays, compiler_options=options)
 
 
 def compute(model: Any, params: Table, dtype: str) -> Any:
@@ -292,7 +309,7 @@ def train(
     families = train_set.meta["families"]
     devices = mesh()
     make = functools.partial(build, model, vocab=train_set.tokeniser.vocab_size, seed=seed)
-    network = initial(make, init_from, init_rules, train_set.meta["tokeniser"])
+    network = initial(make, init_from, init_rules, train_set.meta["tokeniser"], devices)
     transform = optim.guarded(optimizer(), spike=spike)
     about = {
         "model": describe.describe(network),

@@ -24,9 +24,12 @@ PEAK_FLOPS = {
 
 
 @functools.cache
-def options() -> dict[str, str]:
-    """For `jax.jit(..., compiler_options=options())` on the default backend; none where this jaxlib lacks them."""
-    if jax.default_backend() != "cpu":
+def options(platform: str | None = None) -> dict[str, str]:
+    """For `jax.jit(..., compiler_options=options())`; none where this jaxlib lacks them.
+
+    `platform`: of the devices that are compiled for (the default backend's).
+    """
+    if (platform or jax.default_backend()) != "cpu" or jax.default_backend() != "cpu":
         return {}
     try:
         jax.jit(lambda x: x, compiler_options=CPU).lower(jnp.zeros(())).compile()

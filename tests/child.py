@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import tiny
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from moe_jax import checkpoint, optim, sharding, train
 from moe_jax.data import write_prepared
@@ -53,7 +53,7 @@ def everything(folder) -> tuple:
 
 
 def one_device() -> Mesh:
-    return Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    return sharding.make_mesh(devices=jax.devices()[:1])
 
 
 NOISY = partial(routers.BiasBalanced, jitter=0.1)

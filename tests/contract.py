@@ -21,7 +21,7 @@ from moe_jax.layers.param import Rngs
 from moe_jax.types import TokenInfo
 
 B, L, D, VOCAB = 8, 12, 16, 40
-MESHES = ({"data": 2, "expert": 4}, {"data": 4, "model": 2})
+MESHES = ({"slices": 2, "fsdp": 2, "expert": 2}, {"data": 4, "model": 2})
 CHUNKS = ((1,) * 12, (4, 4, 4), (1, 4, 1, 1, 4, 1))
 TOLERANCE = 2e-5
 

@@ -30,7 +30,7 @@ describe decode profile
 lanes
 pipeline interop subnetwork speech
 train evaluate merging seqio_data translate
-branches
+branches check_mesh
 prepare main sweep
 compare
 cli

@@ -2,7 +2,6 @@
 
 import inspect
 from functools import partial
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -141,13 +140,13 @@ def test_a_checkpoint_can_name_every_way():
 
 def test_each_backend_has_its_way(monkeypatch):
     assert grouped.best() is grouped.walk
-    for backend, way in (("tpu", grouped.megablox), ("gpu", grouped.tokamax)):
-        monkeypatch.setattr(grouped.jax, "default_backend", lambda backend=backend: backend)
+    for kind, way in (
+        (("tpu", "TPU v5"), grouped.megablox),
+        (("tpu", "TPU v6 lite"), grouped.mixed),
+        (("gpu", "NVIDIA H100"), grouped.tokamax),
+    ):
+        monkeypatch.setattr(grouped.sharding, "kind", lambda kind=kind: kind)
         assert grouped.best() is way
-    monkeypatch.setattr(grouped.jax, "devices", lambda: [SimpleNamespace(device_kind="TPU v6 lite")])
-    monkeypatch.setattr(grouped.jax, "default_backend", lambda: "tpu")
-    assert grouped.best() is grouped.mixed
-    monkeypatch.setattr(grouped.jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(grouped.importlib.util, "find_spec", lambda name: None)
     with pytest.warns(RuntimeWarning, match=r"pip install 'moe_jax\[gpu\]'"):
         assert grouped.best() is grouped.ragged_dot

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import checkpoint, main, train, tree
+from moe_jax import checkpoint, main, sharding, train, tree
 from moe_jax.interop import bring
 from moe_jax.layers.param import Rngs
 from moe_jax.tasks import families
@@ -62,8 +62,8 @@ def speech(folder: Path) -> list[str]:
 def test_every_run_parses_and_builds_the_parameters_of_its_golden_file(name, tmp_path):
     golden = GOLDEN / (name.replace("/", "-").removesuffix(".gin") + ".txt")
     table = shapes([name], GIVEN.get(name, ()) if "u2pp" not in name else speech(tmp_path))
-    replaces_jobs = name.startswith(("experiments/merging/", "experiments/neko/single.gin"))  # of what it includes
-    if name not in GIVEN and not replaces_jobs:
+    replaces = name.startswith(("experiments/merging/", "experiments/neko/single.gin", "runs/shape.gin"))
+    if name not in GIVEN and not replaces:
         main._check_all_used(gin.config._CONFIG)
     if os.environ.get("UPDATE_GOLDEN"):  # UPDATE_GOLDEN=1 pytest tests/test_main.py, then read the diff
         golden.write_text(table)
@@ -80,7 +80,7 @@ def test_every_run_from_a_pretrained_base_fills_its_model_with_it(name, tmp_path
     bound = gin.config._CONFIG[("", "moe_jax.train.train")]
     rules = copy.deepcopy(bound.get("init_rules", ()))
     make = functools.partial(train.build, configured_model(), vocab=40, seed=0)
-    model = train.initial(make, base, rules, checkpoint.Source(base).meta["tokeniser"])
+    model = train.initial(make, base, rules, checkpoint.Source(base).meta["tokeniser"], sharding.make_mesh())
     experts = () if name.endswith("dense.gin") else (4,)
     table, source = tree.flatten(model), checkpoint.Source(base)
     gate = table["blocks/ffn/experts/gate" if experts else "blocks/ffn/gate"]

@@ -4,7 +4,6 @@ Both are found by introspection, so that a new one is tested from its first day.
 """
 
 import inspect
-import re
 from functools import cache, partial
 from types import SimpleNamespace
 
@@ -178,8 +177,7 @@ def test_gradients_equal_those_of_computing_every_expert():
 
 
 def test_slots_over_the_expert_axis_exchange_rows_and_gather_nothing_of_them():
-    """What it costs: all-to-alls there and back; no device ever holds all rows. (XLA does not partition `top_k`, so
-    the logits, E numbers a position, are gathered.)"""
+    """What it costs: all-to-alls there and back; no device ever holds all rows, nor their logits."""
     from moe_jax import sharding
 
     case = layer_case("Router", "slots")
@@ -192,7 +190,7 @@ def test_slots_over_the_expert_axis_exchange_rows_and_gather_nothing_of_them():
         call = jax.jit(lambda params, x, info: case.call(tree.unflatten(case.layer, params), x, info, None, KEY)[0])
         text = call.lower(params, x, info).compile().as_text() or ""
     assert text.count(" all-to-all(") == 2
-    assert re.findall(r"= f32\[([\d,]+)\]\S* all-gather\(", text) == [f"8,12,{E}"]
+    assert "all-gather" not in text
 
 
 def test_evaluation_drops_nothing_whatever_the_dispatch():
@@ -207,7 +205,7 @@ def test_few_positions_are_computed_otherwise_than_many(backend, monkeypatch):
     seen = []
     for name in ("gathered", "side_by_side", "exchanged"):
         monkeypatch.setattr(dispatch, name, lambda decision, e, name=name, **_: seen.append(name))
-    monkeypatch.setattr(dispatch.jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(dispatch.sharding, "kind", lambda: (backend, backend))
     few = dispatch.FEW if backend == "cpu" else dispatch.GATHER_ROWS // 2
     for positions in (few, few + 1):
         experts = jnp.zeros((1, positions, 2), int)

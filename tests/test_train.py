@@ -96,7 +96,9 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(single):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), metrics, metrics_summed)
 
 
-@pytest.mark.parametrize("sizes", [{"data": 2, "expert": 4}, {"data": 4, "expert": 2}])
+@pytest.mark.parametrize(
+    "sizes", [{"data": 2, "expert": 4}, {"data": 4, "expert": 2}, {"data": 8}, {"slices": 2, "fsdp": 2, "expert": 2}]
+)
 def test_a_step_on_a_mesh_is_that_of_one_device(single, sizes):
     _, params, metrics = single
     _, params_mesh, metrics_mesh = one_step(tiny.batch(), mesh=sharding.make_mesh(**sizes))
@@ -359,7 +361,7 @@ def test_a_run_starts_from_several_models(data, dense, tmp_path):
         ({"batch_size": 4, "mesh": sharding.make_mesh}, "4 rows do not divide over 8 devices"),
         (
             {"mesh": partial(sharding.make_mesh, data=3)},
-            "data=3 x expert=1 x model=1 needs 3 devices, this host sees 8",
+            "mesh data=3 needs 3 devices, this host sees 8: change the mesh file, or use -1",
         ),
         ({"model": child.configured(d=15)}, "d=15 must be a multiple of 2 x heads=4"),
     ],

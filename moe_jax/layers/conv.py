@@ -36,7 +36,7 @@ class CausalConv(Causal):
 
     def __init__(self, d: int, *, width: int = 4, rngs: Rngs):
         self.width = width
-        self.taps = param(rngs, (width, d), (None, "embed"), jax.nn.initializers.zeros)
+        self.taps = param(rngs, (width, d), (None, None), jax.nn.initializers.zeros)
 
     def __call__(
         self, x_BxLxD: Array, info: TokenInfo, state: ConvState | None = None
@@ -60,8 +60,8 @@ class ConformerConv(Causal):
         zeros = jax.nn.initializers.zeros
         self.gate = param(rngs, (d, 2 * d), ("embed", "mlp"), fan_in())
         self.gate_bias = param(rngs, (2 * d,), ("mlp",), zeros)
-        self.taps = param(rngs, (width, d), (None, "embed"), normal(width**-0.5))
-        self.taps_bias = param(rngs, (d,), ("embed",), zeros)
+        self.taps = param(rngs, (width, d), (None, None), normal(width**-0.5))
+        self.taps_bias = param(rngs, (d,), (None,), zeros)
         self.norm = LayerNorm(d, rngs=rngs)
         self.o = param(rngs, (d, d), ("embed", "embed"), fan_in())
         self.o_bias = param(rngs, (d,), (None,), zeros)

@@ -40,7 +40,8 @@ class DenseFfn(Module):
         x_BxLxD = jnp.where(info.valid_BxL[..., None], x_BxLxD, 0)  # NaN in padding must not reach the gradient
         gate_BxLxF = activation(self.activation)(linear(x_BxLxD, self.gate[...]))
         h_BxLxF = gate_BxLxF * linear(x_BxLxD, self.up[...])
-        return linear(constrain(h_BxLxF, "batch", None, "mlp"), self.down[...]), None
+        y_BxLxD = linear(constrain(h_BxLxF, "batch", None, "mlp"), self.down[...])
+        return constrain(y_BxLxD, "batch", None, None), None
 
 
 class PlainFfn(Module):
@@ -62,4 +63,5 @@ class PlainFfn(Module):
     def __call__(self, x_BxLxD: Array, info: TokenInfo, key: Array | None = None) -> tuple[Array, None]:
         x_BxLxD = jnp.where(info.valid_BxL[..., None], x_BxLxD, 0)
         h_BxLxF = activation(self.activation)(linear(x_BxLxD, self.up[...], self.up_bias[...]))
-        return linear(constrain(h_BxLxF, "batch", None, "mlp"), self.down[...], self.down_bias[...]), None
+        y_BxLxD = linear(constrain(h_BxLxF, "batch", None, "mlp"), self.down[...], self.down_bias[...])
+        return constrain(y_BxLxD, "batch", None, None), None

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from moe_jax import losses
 from moe_jax.layers import stack
+from moe_jax.layers import vocab as vocabulary
 from moe_jax.layers.attention import Attention, CrossAttention, DecoderState
 from moe_jax.layers.conv import ConformerConv, ConvState
 from moe_jax.layers.ffn import PlainFfn
@@ -128,7 +129,7 @@ class Decoder(Module):
         Args:
           heard: what the encoder made of the audio, and its info; or `state`, whose memory has it.
         """
-        x = constrain(self.embedding[...][tokens_BxU] * self.d**0.5, "batch", None, None)
+        x = vocabulary.embed(self.embedding[...], tokens_BxU) * self.d**0.5
         keys = None if key is None else jax.random.split(key, self.layers + 1)
         x = drop(x, None if keys is None else keys[-1], self.dropout)
         call = lambda block, x, state, key: block(x, info, heard, state, key)  # noqa: E731

@@ -19,7 +19,7 @@ from moe_jax.layers.conv import CausalConv, ConvState
 from moe_jax.layers.ffn import DenseFfn
 from moe_jax.layers.param import Module, RMSNorm, Rngs, normal, param
 from moe_jax.moe.routers import MAX_TASKS
-from moe_jax.sharding import constrain
+from moe_jax.sharding import top_k
 from moe_jax.types import Array, Batch, Metrics, RouterStats, TokenInfo, value
 
 
@@ -157,7 +157,7 @@ class Corrector(Module):
 
         The state comes back as it is given: stacked over layers, or `stack.split`, which is faster token by token.
         """
-        x = constrain(self.embedding[...][tokens_BxL] * self.embedding_scale, "batch", None, None)
+        x = vocab.embed(self.embedding[...], tokens_BxL) * self.embedding_scale
         info = dataclasses.replace(info, token_BxL=tokens_BxL)
         keys = None if key is None else jax.random.split(key, self.layers)
         states, stats = [], []
@@ -213,7 +213,7 @@ class Corrector(Module):
         x, _, stats = self(batch.tokens_BxL, batch.info, key=key)
         targets, weights, task = batch.targets_BxL, batch.weights_BxL, batch.info.task_BxL
         if max_targets is not None and max_targets < targets.shape[1]:
-            _, where = jax.lax.top_k(weights, max_targets)
+            where = top_k(weights, max_targets)
             x = jnp.take_along_axis(x, where[..., None], axis=1)
             targets, weights, task = (jnp.take_along_axis(a, where, axis=1) for a in (targets, weights, task))
         nll = losses.xent(vocab.spared(x, self._matrix()), targets) * weights

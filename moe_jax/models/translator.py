@@ -22,7 +22,6 @@ from moe_jax.layers.attention import Attention, CrossAttention, DecoderState
 from moe_jax.layers.ffn import DenseFfn
 from moe_jax.layers.param import Module, RMSNorm, Rngs, normal, param
 from moe_jax.moe.routers import MAX_TASKS
-from moe_jax.sharding import constrain
 from moe_jax.types import Array, Batch, Metrics, RouterStats, Source, TokenInfo
 
 
@@ -301,7 +300,7 @@ class Translator(Module):
         return layer.router.k / layer.num_experts
 
     def _embedded(self, tokens: Array) -> Array:
-        return constrain(self.embedding[...][tokens] * self.d**0.5, "batch", None, None)
+        return vocabulary.embed(self.embedding[...], tokens) * self.d**0.5
 
 
 def _experts(ffn: Any) -> int:

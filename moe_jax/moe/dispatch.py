@@ -137,7 +137,7 @@ def dropless(decision: RoutingDecision, num_experts: int, *, product: Product | 
     `exchanged` above.
     """
     B, L, K = decision.expert_BxLxK.shape
-    on_cpu = jax.default_backend() == "cpu" and sharding.devices("batch") == 1
+    on_cpu = sharding.kind()[0] == "cpu" and sharding.devices("batch") == 1
     if on_cpu and B * L <= FEW and num_experts <= WRITTEN_OUT:
         return side_by_side(decision, num_experts)
     if B * L * K <= GATHER_ROWS:

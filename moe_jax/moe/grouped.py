@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from moe_jax import sharding
 from moe_jax.layers import stack
 from moe_jax.layers.stack import PRODUCT
 from moe_jax.moe import megablox as kernels
@@ -115,9 +116,9 @@ BEST: dict[str, Product] = {"cpu": walk, "gpu": tokamax, "tpu": megablox, "tpu l
 
 
 def best() -> Product:
-    """The default backend's way: the fastest that was measured on CPU, on others by what their compilers say."""
-    backend = jax.default_backend()
-    lite = backend == "tpu" and "lite" in jax.devices()[0].device_kind  # v5e and v6e call themselves so
+    """The devices' way: the fastest that was measured on CPU, on others by what their compilers say."""
+    backend, device = sharding.kind()
+    lite = backend == "tpu" and "lite" in device  # v5e and v6e call themselves so
     way = BEST.get(f"{backend} lite" if lite else backend, ragged_dot)
     if way is tokamax and not importlib.util.find_spec("tokamax"):
         text = "without tokamax every expert computes every row: pip install 'moe_jax[gpu]'"

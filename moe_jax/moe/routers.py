@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from moe_jax.layers.param import Module, Rngs, normal, param
+from moe_jax.sharding import top_k
 from moe_jax.types import Array, RouterStats, RoutingDecision, TokenInfo
 
 MAX_TASKS = 64  # the shape of every task table (tasks/families.py: MAX_FAMILIES)
@@ -76,7 +77,7 @@ class Router(Module):
 
     def select(self, logits_BxLxE: Array, info: TokenInfo, key: Array | None) -> Array:
         """expert_BxLxK; E is nobody."""
-        return jax.lax.top_k(logits_BxLxE, self.k)[1]
+        return top_k(logits_BxLxE, self.k)
 
     def weigh(self, logits_BxLxE: Array, expert_BxLxK: Array) -> Array:
         """weight_BxLxK."""
@@ -129,7 +130,7 @@ class BiasBalanced(Router):
         self.bias = Balance(jnp.zeros((num_experts,), jnp.float32), axes=(None,))
 
     def select(self, logits_BxLxE: Array, info: TokenInfo, key: Array | None) -> Array:
-        return jax.lax.top_k(jax.lax.stop_gradient(logits_BxLxE + self.bias[...]), self.k)[1]
+        return top_k(logits_BxLxE + self.bias[...], self.k)
 
     def after_step(self, stats: RouterStats) -> BiasBalanced:
         """b += rate * sign(mean load - load); works on stacked layers too (leading axes)."""

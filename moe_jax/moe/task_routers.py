@@ -16,6 +16,7 @@ import numpy as np
 
 from moe_jax.layers.param import Module, Rngs, normal, param
 from moe_jax.moe.routers import MAX_TASKS, Router, fixed
+from moe_jax.sharding import top_k
 from moe_jax.types import Array, RouterStats, RoutingDecision, TokenInfo
 
 FAR = -1e9  # a logit that is never chosen, and weighs nothing
@@ -102,10 +103,10 @@ class TaskMapped(Router):
         if key is None and self.inference == "free":
             return super().select(logits_BxLxE, info, key)
         mapped = self.mapped(info)
-        best_BxLxM = jax.lax.top_k(jnp.where(mapped, logits_BxLxE, -jnp.inf), self.forced)[1]
+        best_BxLxM = top_k(jnp.where(mapped, logits_BxLxE, -jnp.inf), self.forced)
         forced = mapped & jax.nn.one_hot(best_BxLxM, self.num_experts, dtype=bool).any(2)
         slots = self.k if key is None else self.forced + self.free
-        return jax.lax.top_k(jnp.where(forced, jnp.inf, logits_BxLxE), slots)[1]
+        return top_k(jnp.where(forced, jnp.inf, logits_BxLxE), slots)
 
     def __call__(self, x_BxLxD: Array, info: TokenInfo, key: Array | None = None) -> RoutingDecision:
         return dataclasses.replace(super().__call__(x_BxLxD, info, key), target_BxLxE=self.mapped(info))
