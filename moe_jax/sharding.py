@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -146,9 +148,11 @@ def _devices(mesh: Mesh, axes: str | tuple[str, ...]) -> int:
     return int(np.prod([mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes)]))
 
 
-def on_each_device(function: Callable, words: Sequence[str | None], out: str) -> Callable:
+def on_each_device(function: Callable, words: Sequence[Any], out: str) -> Callable:
     """`function` of each device's own part of its arguments, each split along its leading dim, which is called so
-    (None: whole); outside `use` the function itself. Raises ValueError, when called, for a dim that does not divide.
+    (None: whole; a list: the partitions of a list of arrays); outside `use` the function itself.
+
+    Raises ValueError, when called, for a dim that does not divide.
 
     Devices differ along the axes of "batch"; what lies along others (`model`) is left to XLA.
     """
@@ -158,7 +162,7 @@ def on_each_device(function: Callable, words: Sequence[str | None], out: str) ->
     mesh, rules = active
     # An axis of one device is not left to it: where any is, XLA:CPU aborts at a sum of bfloat16 (jaxlib 0.10).
     mine = {axis for axis, size in mesh.shape.items() if axis in rules["batch"] or size == 1}
-    spec_of = lambda word: PartitionSpec(rules[word] if word else None)  # noqa: E731
+    spec_of = lambda word: word if isinstance(word, list) else PartitionSpec(rules[word] if word else None)  # noqa: E731
     return jax.shard_map(
         function,
         mesh=mesh,
@@ -167,6 +171,42 @@ def on_each_device(function: Callable, words: Sequence[str | None], out: str) ->
         axis_names=mine,
         check_vma=False,  # loops start from zeros, which are the same on all devices
     )
+
+
+def with_parameters(
+    function: Callable, parameters: Any, word: str | None, words: Sequence[str | None], out: str
+) -> Callable:
+    """`on_each_device` of `function(parameters, *args)`, of parameters split along the dims called `word` and otherwise
+    whole; `words` are those of `args`.
+
+    What FSDP splits is gathered on the device, not before: its gradient is then scattered as it is summed, which sends
+    half of what summing all of it everywhere does. Without rematerialisation it is kept whole for the gradient.
+    """
+    active = _context.get()
+    if active is None:
+        return functools.partial(function, parameters)
+    mesh, rules = active
+    kept = (word, "embed")
+    parts: list[PartitionSpec] = []
+    for leaf in jax.tree.leaves(parameters, is_leaf=lambda x: isinstance(x, nnx.Variable)):
+        arrays = jax.tree.leaves(leaf)
+        names = [w if w in kept else None for w in getattr(leaf, "axes", ())]
+        if isinstance(leaf, nnx.Variable) and len(arrays) == 1 and names:
+            parts.append(spec(names, arrays[0].shape, mesh, rules))
+        else:
+            parts += [PartitionSpec(rules[word] if word else None)] * len(arrays)
+    arrays, form = jax.tree.flatten(parameters)
+
+    def whole(array: jax.Array, part: PartitionSpec) -> jax.Array:
+        for dim, axis in enumerate(part):
+            if axis is not None and axis == rules["embed"]:
+                array = jax.lax.all_gather(array, axis, axis=dim, tiled=True)
+        return array
+
+    def run(arrays: list[jax.Array], *args: Any) -> Any:
+        return function(jax.tree.unflatten(form, map(whole, arrays, parts)), *args)
+
+    return functools.partial(on_each_device(run, (parts, *words), out), arrays)
 
 
 def top_k(x: jax.Array, k: int) -> jax.Array:

@@ -56,9 +56,13 @@ def exchanged(
     apart = group > 1 and num_experts % group == 0
     through = partial(exchange.over_devices, group=group, share=share) if apart else exchange.here
     through = partial(through, num_experts=num_experts, product=product or best())
-    words = ("batch", "expert" if apart else None, "batch")
-    run = sharding.on_each_device(partial(_by_position, through), words, "batch")
-    return Dispatch(partial(run, decision), jnp.zeros(()))
+
+    def run(experts: Experts, x_BxLxD: Array) -> Array:
+        one = lambda experts, decision, x: _by_position(through, decision, experts, x)  # noqa: E731
+        word = "expert" if apart else None
+        return sharding.with_parameters(one, experts, word, ("batch", "batch"), "batch")(decision, x_BxLxD)
+
+    return Dispatch(run, jnp.zeros(()))
 
 
 def slots(decision: RoutingDecision, num_experts: int, *, factor: float = 1.25) -> Dispatch:
