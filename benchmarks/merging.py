@@ -22,6 +22,7 @@ import datetime
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -46,6 +47,11 @@ FIXED = {"average": [1.0], "fisher": [1.0], "regmean": [1.0]}  # means of weight
 AUTHORS = {"lors": {}, "magnitude": {}, "singular_values": {}}  # besides, as the authors had them
 THEIRS = ", authors' settings"
 EXPERTS = "experts, task known"
+
+
+def slug(arm: str) -> str:
+    """An arm's name as that of a file."""
+    return re.sub(r"\W+", "_", arm)
 
 
 def train(arm: str, seed: int) -> Path:
@@ -79,7 +85,7 @@ def candidate(arm: str, seed: int, loss: search.Loss) -> Path:
         return own[arm.removeprefix("separate/")]
     made = RUNS / f"merged-{seed}"
     made.mkdir(parents=True, exist_ok=True)
-    output = made / f"{arm.replace(', ', '.').replace(' ', '_')}.safetensors"
+    output = made / f"{slug(arm)}.safetensors"
     if output.exists():
         return output
     if arm == EXPERTS:
@@ -201,7 +207,7 @@ def run() -> None:
             )
     valid, test = losses
     for seed, arm in itertools.product(args.seeds, arms(args.methods)):
-        name = f"{arm.replace('/', '.').replace(', ', '.').replace(' ', '_')}-{seed}"
+        name = f"{slug(arm)}-{seed}"
         if run := kept.read("merging", name):
             found[arm, seed] = run
         elif not args.collect:
