@@ -4,8 +4,8 @@
 
 BLEU and chrF by direction (sacreBLEU, signatures in the runs' scores.json), their means over groups of directions, and
 the share of outputs in another language than asked. Then the new language: its directions trained with their static
-adapters alone, with their rows of the dynamic adapters' gates alone, and with everything. What is finished is not run
-again, what was interrupted goes on.
+adapters alone, with their rows of the dynamic adapters' gates alone, and with everything. What is finished
+(results/task_moe/runs) is not run again, what was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
+import itertools
 import json
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import kept
 from moe_jax import checkpoint, main, partfile
 from moe_jax.metrics import significance, translation
 from moe_jax.tasks.translation import NEW as NEW_DIRECTIONS
@@ -33,17 +35,31 @@ NEW = {"new_static": "static_adapters", "new_dynamic": "dynamic_adapters", "new_
 AGAINST = ("dense", "top_k")  # what others are compared with
 
 
-def run(arm: str, seed: int) -> Path:
-    """The arm's run folder, trained and scored if it is not."""
+def run(arm: str, seed: int) -> dict[str, Any]:
+    """What the table needs of the arm, trained and scored if it is not kept."""
     folder = Path("runs/task_moe") / f"{arm}-{seed}"
-    if not (ROOT / folder / "scores.json").exists():
+
+    def make() -> dict[str, Any]:
         print(f"--- {arm}, seed {seed} -> {folder}", flush=True)
         command = [sys.executable, "-m", "moe_jax.main", f"--gin_file=experiments/task_moe/{arm}.gin"]
         command += [f"--gin.RUN_DIR={folder}", f"--gin.SEED={seed}"]
         command += [f"--gin.BASE=runs/task_moe/{NEW[arm]}-{seed}"] if arm in NEW else []
         if code := subprocess.run(command, cwd=ROOT).returncode:
             sys.exit(code)
-    return ROOT / folder
+        return of_run(arm, seed, ROOT / folder)
+
+    return kept.once("task_moe", f"{arm}-{seed}", make)
+
+
+def of_run(arm: str, seed: int, folder: Path) -> dict[str, Any]:
+    """{"rows", "date", "chrf": what chrF is made of, a list a statistic, of each line that is not zero-shot}."""
+    out: dict[str, Any] = {"rows": rows_of(arm, seed, folder), "date": datetime.date.today().isoformat()}
+    if arm in NEW:
+        return out
+    lines = [json.loads(line) for line in (folder / "translations.jsonl").read_text("utf-8").splitlines()]
+    lines = [line for line in lines if line[0] not in ZERO_SHOT]
+    found = translation.chrf().statistics([line[2] for line in lines], [line[3] for line in lines])
+    return out | {"chrf": found.T.astype(int).tolist()}
 
 
 def groups(direction: str) -> list[str]:
@@ -88,22 +104,15 @@ def rows_of(arm: str, seed: int, folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def comparisons(folders: dict[tuple[str, int], Path], seeds: Sequence[int]) -> list[dict[str, Any]]:
+def comparisons(runs: dict[tuple[str, int], dict[str, Any]], seeds: Sequence[int]) -> list[dict[str, Any]]:
     """Each arm against those of `AGAINST` by chrF of the same lines: all trained directions' lines, all seeds'."""
     metric = translation.chrf()
-    found: dict[str, np.ndarray] = {}
-    for arm in dict.fromkeys(arm for arm, _ in folders):
-        lines = [
-            json.loads(line)
-            for seed in seeds
-            for line in (folders[arm, seed] / "translations.jsonl").read_text("utf-8").splitlines()
-        ]
-        lines = [line for line in lines if line[0] not in ZERO_SHOT]
-        found[arm] = metric.statistics([line[2] for line in lines], [line[3] for line in lines])
+    arms = [arm for arm in dict.fromkeys(arm for arm, _ in runs) if all((arm, seed) in runs for seed in seeds)]
+    found = {arm: np.concatenate([np.array(runs[arm, seed]["chrf"], float).T for seed in seeds]) for arm in arms}
     out = []
     for against in AGAINST:
         for arm in found:
-            if arm == against or found[arm].shape != found[against].shape:
+            if arm == against or against not in found or found[arm].shape != found[against].shape:
                 continue
             change = significance.compare(found[against], found[arm], metric.score)
             about = {
@@ -122,20 +131,21 @@ def run_all() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=[*ARMS, *NEW])
+    parser.add_argument("--collect", action="store_true", help="only make the table, of what is finished")
     args = parser.parse_args()
-    folders: dict[tuple[str, int], Path] = {}
-    for n, seed in enumerate(args.seeds, 1):
-        folders |= {(arm, seed): run(arm, seed) for arm in args.arms}
-        done = args.seeds[:n]
-        rows = [row for (arm, s), folder in folders.items() for row in rows_of(arm, s, folder)]
-        told = {key: folder for key, folder in folders.items() if key[0] not in NEW}
-        command = f"python -m benchmarks.task_moe --seeds {' '.join(map(str, done))}"
-        meta = {"split": "test", "date": datetime.date.today().isoformat(), "command": command}
-        table = {"experiment": "task_moe", "meta": meta, "rows": rows, "comparisons": comparisons(told, done)}
-        output = ROOT / "results" / "task_moe" / "table.json"
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partfile.write_text(output, json.dumps(table, indent=1) + "\n")
-        print(f"{output} holds seeds {done}", flush=True)
+    names = list(itertools.product(args.seeds, args.arms))
+    runs = {
+        (arm, seed): kept.read("task_moe", f"{arm}-{seed}") if args.collect else run(arm, seed) for seed, arm in names
+    }
+    runs = {key: found for key, found in runs.items() if found}
+    told = {key: found for key, found in runs.items() if key[0] not in NEW}
+    meta = {"split": "test", "date": max((found["date"] for found in runs.values()), default="")}
+    meta["command"] = f"python -m benchmarks.task_moe --seeds {' '.join(map(str, args.seeds))}"
+    rows = [row for found in runs.values() for row in found["rows"]]
+    table = {"experiment": "task_moe", "meta": meta, "rows": rows, "comparisons": comparisons(told, args.seeds)}
+    output = ROOT / "results" / "task_moe" / "table.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partfile.write_text(output, json.dumps(table, indent=1) + "\n")
 
 
 if __name__ == "__main__":

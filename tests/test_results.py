@@ -124,3 +124,21 @@ def test_a_speaker_that_is_held_out_is_in_no_other_split(tmp_path, monkeypatch):
     assert {row["speaker"] for row in made if row["split"] != "test"} == {"ann", "eve"}
     with pytest.raises(ValueError, match="has no speaker 'joe'; it has ann, bob, eve"):
         u2pp.hold_out("joe", tmp_path / "l.jsonl")
+
+
+def test_translators_are_compared_on_the_lines_of_all_seeds(tmp_path):
+    def finish(arm: str, seed: int, said: str) -> dict[str, Any]:
+        folder = tmp_path / f"{arm}-{seed}"
+        folder.mkdir()
+        (folder / "scores.json").write_text(json.dumps({"rows": []}))
+        lines = [["en-de", "source", said, "a clear answer"], ["de-ru", "source", "zero-shot", "is left out"]]
+        (folder / "translations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return json.loads(json.dumps(task_moe.of_run(arm, seed, folder)))
+
+    said = {"dense": "a clean antler", "top_k": "a clear answer", "task_gated": "no"}
+    runs = {(arm, seed): finish(arm, seed, text) for arm, text in said.items() for seed in (0, 1)}
+    del runs["task_gated", 1]  # not finished: compared with nothing
+    (found,) = task_moe.comparisons(runs, [0, 1])[:1]
+    assert (found["arm"], found["against"]) == ("top_k", "dense") and found["relative_change"] > 0
+    assert {row["arm"] for row in task_moe.comparisons(runs, [0, 1])} == {"top_k", "dense"}
+    assert len(runs["dense", 0]["chrf"][0]) == 1
