@@ -7,12 +7,12 @@ method's scale on validation data, merges, and scores on test data without the g
 mean negative log-likelihood a token (nll). What is finished (results/merging/runs) is not done again:
 stop it when you like.
 
-The normalised performance (npf) of a merge on a family is ours (the paper's formula is not known):
+The normalised performance (npf) of a merge is ours (the paper's formula is not known), of means over families:
 
-    (nll of the base - nll of the merge) / (nll of the base - nll of the family's own model)
+    (nll of the base - nll of the merge) / (nll of the base - nll of the families' own models)
 
-1 is as good as the family's own model, 0 no better than the base; "mean" is that over families. Interference is the
-nll of the merge minus that of the family's own model.
+1 is as good as the families' own models, 0 no better than the base. (A family's own quotient says nothing where its
+model hardly gains on the base, or loses.) Interference is the nll of the merge minus that of the family's own model.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from moe_jax.pipeline import Pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs" / "merging"
-SCALES = [0.1, 0.2, 0.3, 0.5, 0.7, 1.0]
+SCALES = [0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0]
 FIXED = {"average": [1.0], "fisher": [1.0], "regmean": [1.0]}  # means of weights: there is nothing to scale
 AUTHORS = {"lors": {}, "magnitude": {}, "singular_values": {}}  # besides, as the authors had them
 THEIRS = ", authors' settings"
@@ -161,7 +161,7 @@ def table(found: dict[tuple[str, int], dict[str, Any]], seeds: list[int]) -> dic
         about = {"arm": "first pass", "seed": None, "task": family, "set": "all", "metric": "wer"}
         rows.append({**about, "value": n[:, 0].sum() / n[:, 1].sum(), **nothing})
     for arm, seed in itertools.product(arms, seeds):
-        about, npf = {"arm": arm, "seed": seed, "set": "all"}, []
+        about, nlls = {"arm": arm, "seed": seed, "set": "all"}, []
         for family in FAMILIES:
             try:
                 mine = of(arm, seed, family)
@@ -181,12 +181,12 @@ def table(found: dict[tuple[str, int], dict[str, Any]], seeds: list[int]) -> dic
                 }
             )
             nll, base, own = (of(a, seed, family)["nll"][family] for a in (arm, "base", "separate"))
-            npf.append((base - nll) / (base - own))
+            nlls.append((nll, base, own))
             rows.append({**about, "metric": "nll", "value": nll, **nothing})
-            rows.append({**about, "metric": "npf", "value": npf[-1], **nothing})
             rows.append({**about, "metric": "interference", "value": nll - own, **nothing})
         else:
-            rows.append({**about, "task": "mean", "metric": "npf", "value": float(np.mean(npf)), **nothing})
+            nll, base, own = np.mean(nlls, axis=0)
+            rows.append({**about, "task": "mean", "metric": "npf", "value": (base - nll) / (base - own), **nothing})
     command = f"python -m benchmarks.merging --seeds {' '.join(map(str, seeds))}"
     meta = {"split": "test", "date": max(run["date"] for run in found.values()), "command": command}
     return {"experiment": "merging", "meta": meta, "rows": rows}

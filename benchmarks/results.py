@@ -96,9 +96,9 @@ def unique(items: Iterable[Any]) -> list[Any]:
 
 MERGED = """Word error rates of the text as the model wrote it (no guard); in brackets the relative change against
 `joint`, * where the paired randomisation test has p < 0.05 with every seed. npf, the normalised performance (ours; the
-paper's formula is not known): (nll of the base - nll of the merge) / (nll of the base - nll of the family's own model),
-the mean over families. Interference: nll a token of the merge minus that of the family's own model, the mean over
-families. Scales were chosen on validation data; "authors' settings" are theirs.
+paper's formula is not known): (nll of the base - nll of the merge) / (nll of the base - nll of the families' own
+models), each nll a mean over families. Interference: nll a token of the merge minus that of the family's own model,
+the mean over families. Scales were chosen on validation data; "authors' settings" are theirs.
 """
 
 
