@@ -80,8 +80,12 @@ def initial(
         table = checkpoint.transplant(table, sources, rules)
     fresh = {path: x for path, x in table.items() if isinstance(x, jax.ShapeDtypeStruct)}
     where = sharding.shardings(tree.axes(model), fresh, mesh)
-    made = jax.jit(lambda: {path: tree.flatten(make())[path] for path in fresh}, out_shardings=where)()
-    return tree.unflatten(model, table | made)
+
+    def made() -> Table:
+        whole = tree.flatten(make())  # once: a stack of layers takes long to trace
+        return {path: whole[path] for path in fresh}
+
+    return tree.unflatten(model, table | jax.jit(made, out_shardings=where)())
 
 
 def _split(model: Any, adapters: Adapters, seed: int) -> tuple[Table, Table]:
