@@ -479,6 +479,8 @@ def report(found: Mapping[str, Any]) -> str:
     parts = ", ".join(f"{name} {1e3 * s:,.2f}" for name, s in step["seconds"].items())
     low, high = max(step["seconds"].values()), sum(step["seconds"].values())
     lines.append(f"step            {1e3 * low:,.1f} ms if all overlaps, {1e3 * high:,.1f} if nothing does ({parts})")
+    if "slice" in found["mesh"] and not any("slice" in axes.split("+") for axes in step["sent"]):
+        lines.append("                (what hosts send between slices is not in the compiler's program: not counted)")
     if found["compiler"] == "CPU":
         lines.append("                (compiled for virtual CPU devices: memory is another compiler's)")
     over = "" if step["fits"] else f"does NOT fit: {(used - room) / GiB:,.2f} GiB too much"
