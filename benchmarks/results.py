@@ -21,8 +21,8 @@ from moe_jax.metrics.scoring import markdown as aligned
 from moe_jax.score import to_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
-HIGHER = ("bleu", "chrf", "f0.5")
-PLAIN = ("mean absolute logit difference",)  # no percentage
+HIGHER = ("bleu", "chrf", "f0.5", "agreement", "told apart")
+PLAIN = ("mean absolute logit difference", "nll", "told apart")  # no percentage
 HEAD = """# Results
 
 Made by `python -m benchmarks.results` from the files in `results/`; CI checks that it agrees. Values are percentages.
@@ -46,15 +46,36 @@ def table(data: dict[str, Any]) -> str:
         mine = [r for r in rows if (r["task"], r["metric"]) == (task, metric)]
         for arm in unique(r["arm"] for r in mine):
             out.append(line(task, metric, arm, [r for r in mine if r["arm"] == arm]))
-    if data.get("comparisons"):
-        out += ["", "Arm against arm, word errors of the same test lines, summed over seeds:\n"]
-        out += ["| task | arm | against | seeds | change | 95 % interval | p |", "|---|---|---|--:|--:|--:|--:|"]
-        for c in data["comparisons"]:
-            low, high = (f"{100 * x:+.1f}" for x in c["ci95"])
-            change, p = f"{100 * c['relative_change']:+.1f} %", f"{c['p_value']:.4f}"
-            cells = (c["task"], c["arm"], c["against"], str(len(c["seeds"])), change, f"{low} to {high}", p)
-            out.append(f"| {' | '.join(cells)} |")
-    return "\n".join(out) + "\n"
+    return "\n".join(out) + "\n" + compared(data.get("comparisons", []))
+
+
+def compared(rows: list[dict[str, Any]]) -> str:
+    """Arms against one of them, a table a metric."""
+    out = []
+    for metric, against in unique((r["metric"], r["against"]) for r in rows):
+        mine = [r for r in rows if (r["metric"], r["against"]) == (metric, against)]
+        tasks = unique(r["task"] for r in mine)
+        out += [f"\nChange of {metric} against `{against}` on the same test lines, summed over seeds:\n"]
+        out += [f"| arm | seeds | {' | '.join(tasks)} |", f"|---|--:|{'--:|' * len(tasks)}"]
+        for arm in unique(r["arm"] for r in mine):
+            row = {r["task"]: r for r in mine if r["arm"] == arm}
+            seeds = len(row[tasks[0]]["seeds"])
+            out.append(f"| {arm} | {seeds} | {' | '.join(_change(row[task]) for task in tasks)} |")
+    if rows:
+        out.append(COMPARED)
+    return "\n".join(out)
+
+
+COMPARED = """
+In brackets the 95 % interval over lines; * p < 0.05, and in how many seeds the change has the same sign. `mean`:
+families count alike.
+"""
+
+
+def _change(row: dict[str, Any]) -> str:
+    low, high = (f"{100 * x:+.1f}" for x in row["ci95"])
+    sure = f"* {row['alike']}/{len(row['seeds'])}" if row["p_value"] < 0.05 else ""
+    return f"{100 * row['relative_change']:+.1f} %{sure} ({low} to {high})"
 
 
 def line(task: str, metric: str, arm: str, rows: list[dict[str, Any]]) -> str:
@@ -318,12 +339,17 @@ def front_speed() -> str:
 RENDERERS = {"zero_shot": zero_shot, "unseen": unseen, "merging": merging, "task_moe": task_moe, "u2pp": u2pp}
 
 
+ROUTING = "The share of each task's tokens that free routing sends to each expert, by layer, the darker the larger"
+
+
 def results() -> str:
     """The text of RESULTS.md: each experiment's own remarks (results/<experiment>/notes.md) follow its table."""
     parts = [HEAD]
     for path in sorted((ROOT / "results").glob("*/table.json")):
         data = json.loads(path.read_text("utf-8"))
         parts.append(RENDERERS.get(data["experiment"], table)(data))
+        if (drawn := path.with_name("routing.svg")).exists():
+            parts.append(f"![{ROUTING}]({drawn.relative_to(ROOT)})\n")
         notes = path.with_name("notes.md")
         if notes.exists():
             parts.append(notes.read_text("utf-8"))

@@ -25,8 +25,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from moe_jax import cli, formats, launch, partfile, score
 from moe_jax.formats import Record
 from moe_jax.main import report
@@ -102,13 +100,7 @@ def mixed(paths: Sequence[Path], lines: int, known: Collection[tuple[str, str]])
                 raise formats.FormatError(path, record.line, "something is missing", fix)
             if (record.task, source) not in known:
                 found.setdefault(f"{record.task}/{source.partition('nemo-')[0] or 'nemo'}", []).append(record)
-    return {name: _sample(records, lines) for name, records in sorted(found.items())}
-
-
-def _sample(records: list[Record], lines: int) -> list[Record]:
-    digests = [hashlib.sha1(f"{r.hypotheses[0]}\t{r.reference}".encode()).digest() for r in records]
-    kept = sorted(np.argsort(digests, kind="stable")[:lines].tolist())
-    return [records[i] for i in kept]
+    return {name: formats.sample(records, lines) for name, records in sorted(found.items())}
 
 
 def shipped() -> set[tuple[str, str]]:

@@ -28,30 +28,33 @@ Rows = list[dict[str, Any]]
 THRESHOLDS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 15.0, 1e9)
 
 
-def read_rows(paths: Sequence[str], family: str | None = None) -> tuple[list[Record], Rows]:
+def read_rows(paths: Sequence[str], family: str | None = None, lines: int | None = None) -> tuple[list[Record], Rows]:
     """Labelled rows of corpus files, as records and as mappings with `task, source_set, hypotheses, reference`.
 
-    `family` is the task of the rows that do not say theirs.
+    Args:
+      family: the task of the rows that do not say theirs.
+      lines: of each set of a file at most so many, chosen by a hash of their text; None takes all.
 
     Raises FormatError for a bad record, ValueError for one without a reference or a task.
     """
-    records, rows = [], []
+    found: list[tuple[tuple[str, str, str], Record]] = []
     for path in paths:
         for record in formats.read(path):
             task = record.task or family
             if record.reference is None or task is None:
                 raise ValueError(f'{path}:{record.line}: evaluation needs "reference" and "task"; add them')
-            raw = json.loads(record.raw)
-            records.append(record)
-            rows.append(
-                {
-                    "task": task,
-                    "source_set": raw.get("source_set", "unnamed"),
-                    "hypotheses": list(record.hypotheses),
-                    "reference": record.reference,
-                }
-            )
-    return records, rows
+            found.append(((path, task, json.loads(record.raw).get("source_set", "unnamed")), record))
+    if lines is not None:
+        sets: dict[tuple[str, str, str], list[Record]] = {}
+        for of, record in found:
+            sets.setdefault(of, []).append(record)
+        kept = {id(record) for records in sets.values() for record in formats.sample(records, lines)}
+        found = [pair for pair in found if id(pair[1]) in kept]
+    rows = [
+        {"task": task, "source_set": name, "hypotheses": list(record.hypotheses), "reference": record.reference}
+        for (_, task, name), record in found
+    ]
+    return [record for _, record in found], rows
 
 
 def propose(pipeline: Pipeline, records: Sequence[Record], progress: bool = True) -> list[Proposal]:
@@ -136,6 +139,7 @@ def evaluate(
     test: Sequence[str],
     valid_data: str,
     family: str | None = None,
+    lines: int | None = None,
     beams: int = 1,
     title: str = "moe_jax",
     seed: int = 0,
@@ -149,17 +153,19 @@ def evaluate(
       valid, test: corpus files with references (`formats`); disjoint.
       valid_data: the prepared validation rows, for the routing atlas.
       family: of the rows that do not say theirs.
+      lines: of each set of a file at most so many, chosen by a hash of their text.
       beams: width of the search.
     """
     folder = Path(run_dir)
     pipeline = Pipeline.load(folder, beams=beams)
-    records, rows = read_rows(valid, family)
+    records, rows = read_rows(valid, family, lines)
     guard = tune_guard(rows, propose(pipeline, records, progress))
     params, meta = checkpoint.read_safetensors(folder / "model.safetensors")
     export(folder / "model.safetensors", params, meta, guard=dataclasses.asdict(guard))
-    records, rows = read_rows(test, family)
+    records, rows = read_rows(test, family, lines)
     proposals = propose(pipeline, records, progress)
     corrections = [guard(p) for p in proposals]
+    references = pipeline.score(records, [r["reference"] for r in rows])
     scores = scoring.score(rows, [c.text for c in corrections], seed=seed)
     before = line_errors(rows, [p.first for p in proposals])
     after = line_errors(rows, [c.text for c in corrections])
@@ -184,8 +190,10 @@ def evaluate(
             "kept": c.kept,
             "errors_before": int(b),
             "errors_after": int(a),
+            "reference_nll": r and -r.total,
+            "reference_tokens": r and len(r.tokens),
         }
-        for row, c, b, a in zip(rows, corrections, before, after, strict=True)
+        for row, c, b, a, r in zip(rows, corrections, before, after, references, strict=True)
     )
     write_text(folder / "examples.jsonl", "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in examples))
     routing = atlas(pipeline, valid_data)

@@ -52,7 +52,7 @@ def config() -> dict[str, Any]:
     return json.loads(json.dumps(bound))
 
 
-def shipped(name: str) -> str:
+def shipped(name: str = "base.safetensors") -> str:
     """The path of a file shipped with the package, such as `tokeniser.model`."""
     import moe_jax.tasks
 

@@ -188,6 +188,22 @@ class Pipeline:
             for p, r in zip(out, records, strict=True)
         ]
 
+    def score(self, records: Sequence[Record], texts: Sequence[str]) -> list[decode.Decoded | None]:
+        """How likely each text is as the correction of its record, token by token (end-of-text is one); None for a
+        record that would not be corrected (`encode`), or a text that is too long."""
+        examples = [self.encode(r) for r in records]
+        ids = [self._ids(t) for t in texts]
+        fitting = {i: e.tokens for i, e in enumerate(examples) if e is not None and len(ids[i]) <= self._longest}
+        order = sorted(fitting, key=lambda i: len(fitting[i]))
+        out: list[decode.Decoded | None] = [None] * len(records)
+        for start in range(0, len(order), self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            read = self._read([fitting[i] for i in chosen], None)
+            scored = self._after(read, range(len(chosen)), [ids[i] for i in chosen])
+            for i, text in zip(chosen, scored, strict=True):
+                out[i] = text
+        return out
+
     def encode(self, record: Record) -> Example | None:
         """The prompt, or None for a first hypothesis that is blank or too long for the model."""
         if not record.hypotheses[0].strip():
@@ -275,9 +291,16 @@ class Pipeline:
         usable = text is not None and text.strip() and not repeats(text, record.hypotheses)
         own = [text] if usable else []
         texts = dict.fromkeys([*own, *(h for h in given if h.strip())])
-        tokens = {t: [*self.tokeniser.encode(t), self.tokeniser.eos[0]] for t in texts}
-        longest = min(self.max_length, decode.ROOMS[-1])
-        return {t: ids for t, ids in tokens.items() if t in own or len(ids) <= longest}
+        tokens = {t: self._ids(t) for t in texts}
+        return {t: ids for t, ids in tokens.items() if t in own or len(ids) <= self._longest}
+
+    def _ids(self, text: str) -> list[int]:
+        """A text as it would be written."""
+        return [*self.tokeniser.encode(text), self.tokeniser.eos[0]]
+
+    @property
+    def _longest(self) -> int:
+        return min(self.max_length, decode.ROOMS[-1])
 
     def _scores(
         self, read: decode.Prefill, candidates: Sequence[Mapping[str, list[int]]], found: Sequence[decode.Decoded]
@@ -293,11 +316,18 @@ class Pipeline:
         jobs.sort(key=lambda job: len(job[2]))
         for start in range(0, len(jobs), self.batch_size):
             batch = jobs[start : start + self.batch_size]
-            padded = [*batch, *[batch[-1]] * (self.batch_size - len(batch))]
-            results = decode.score(self.model, read, [i for i, *_ in padded], [ids for *_, ids in padded])
-            for (i, text, _), result in zip(batch, results, strict=False):
+            results = self._after(read, [i for i, *_ in batch], [ids for *_, ids in batch])
+            for (i, text, _), result in zip(batch, results, strict=True):
                 out[i][text] = self._penalised(result)
         return out
+
+    def _after(self, read: decode.Prefill, rows: Sequence[int], texts: Sequence[Sequence[int]]) -> list[decode.Decoded]:
+        """`decode.score` of at most a batch, always of a full one: one compiled program a bucket."""
+        pad = self.batch_size - len(rows)
+        found = decode.score(
+            self.model, read, [*rows, *[rows[-1]] * pad], [*texts, *[texts[-1]] * pad], self.tokeniser.eos
+        )
+        return found[: len(rows)]
 
     def _penalised(self, text: decode.Decoded) -> tuple[float, float]:
         return text.total, text.total / float(decode.length_penalty(len(text.tokens), self.alpha))

@@ -22,7 +22,8 @@ GIN = Path(main.GIN)
 RUNS = sorted(str(p.relative_to(GIN)) for folder in ("runs", "experiments") for p in (GIN / folder).rglob("*.gin"))
 PRETRAINED = [r for r in RUNS if r.startswith("experiments/pretrained/")]
 # Which others include.
-PARTS = ("runs/finetune.gin", "runs/branches.gin", "runs/digits.gin", "runs/speech.gin", "runs/translate.gin")
+PARTS = ("finetune", "branches", "digits", "speech", "translate", "from_noise", "from_shipped")
+PARTS = tuple(f"runs/{part}.gin" for part in PARTS)
 COMPLETE = [r for r in RUNS if r not in (*PARTS, *PRETRAINED)]
 GIVEN = {"runs/own.gin": ["FOLDER=/data/mine", "FAMILY=asr"], "runs/base_again.gin": ["BASE=runs/base"]}
 GIVEN |= {f"experiments/task_moe/new_{kind}.gin": ["BASE=runs/x"] for kind in ("static", "dynamic", "full")}

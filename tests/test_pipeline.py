@@ -100,6 +100,28 @@ def test_order_is_kept_and_a_record_does_not_depend_on_its_neighbours(pipeline):
         assert alone.margin == pytest.approx(proposal.margin, abs=1e-3)
 
 
+def test_texts_are_as_likely_as_the_search_says_and_a_text_too_long_is_not_scored(pipeline):
+    records = [record("he she", "see he"), record("a b c d e f g h i"), record("the cat sat"), record(" "), record("x")]
+    proposals = pipeline.propose(records)
+    found = pipeline.score(records, [*(p.text for p in proposals[:4]), "word " * 100])
+    assert found[3] is None and found[4] is None
+    for proposal, scored in zip(proposals[:3], found[:3], strict=True):
+        assert scored.total == pytest.approx(proposal.score, abs=1e-3)
+        assert scored.tokens[-1] == pipeline.tokeniser.eos[0]
+
+
+def test_of_long_sets_evaluation_takes_the_lines_that_a_hash_picks(tmp_path):
+    rows = [{"hypotheses": [f"h {i}"], "reference": str(i), "task": "asr", "source_set": "ab"[i % 2]} for i in range(9)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "y.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
+    records, all_rows = evaluate.read_rows([str(tmp_path / "x.jsonl")])
+    assert [r.reference for r in records] == [row["reference"] for row in all_rows] == [str(i) for i in range(9)]
+    _, some = evaluate.read_rows([str(tmp_path / "x.jsonl")], lines=2)
+    _, again = evaluate.read_rows([str(tmp_path / "y.jsonl")], lines=2)
+    assert sorted(row["source_set"] for row in some) == ["a", "a", "b", "b"]
+    assert some == again[::-1] and [row["reference"] for row in some] == sorted(row["reference"] for row in some)
+
+
 SENTENCES = [record(f"the cat sat on {n} mats of {' '.join('abcdefg'[: n % 7])}".strip()) for n in range(11)]
 
 

@@ -33,12 +33,24 @@ def test_every_row_has_the_keys_of_an_evidence_table(path):
         assert row["value"] >= 0 or row["metric"] in ("npf", "interference")
 
 
+ROUTING = {
+    "tasks": ["asr", "ocr"],
+    "experts": ["0", "1"],
+    "load": [[[1.0, 0.0], [0.0, 1.0]]],
+    "agreement": {"asr": 0.5},
+}
+
+
 def test_arms_are_compared_on_the_lines_and_seeds_that_both_have(tmp_path, monkeypatch):
     def finish(arm: str, seed: int, corrections: list[str]) -> None:
         folder = tmp_path / arms.run_folder("x", arm, seed)
         folder.mkdir(parents=True)
         (folder / "scores.json").write_text("{}")
-        lines = [{"task": "asr", "reference": "a b", "correction": c} for c in corrections]
+        (folder / "routing.json").write_text(json.dumps(ROUTING))
+        lines = [
+            {"task": task, "reference": "a b", "correction": c, "reference_nll": len(c) / 2, "reference_tokens": 2}
+            for task, c in zip(("asr", "ocr"), corrections, strict=True)
+        ]
         (folder / "examples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         kept.write("x", f"{arm}-{seed}", arms.of_run(folder))
 
@@ -50,9 +62,22 @@ def test_arms_are_compared_on_the_lines_and_seeds_that_both_have(tmp_path, monke
     finish("dense", 2, ["a b", "a b"])
     shutil.rmtree(tmp_path / "runs")  # what is compared lies beside the table
     asked = ["moe", "dense"], [0, 1, 2]
-    (found,) = arms.comparisons(arms.read("x", *asked), *asked)
-    assert (found["arm"], found["against"], found["seeds"]) == ("moe", "dense", [0, 1])
-    assert found["relative_change"] == pytest.approx(1 / 4 - 1)  # one word error against four
+    runs = arms.read("x", *asked)
+    found = {(c["metric"], c["task"]): c for c in arms.comparisons(runs, *asked, "dense")}
+    assert {(c["arm"], c["against"], tuple(c["seeds"])) for c in found.values()} == {("moe", "dense", (0, 1))}
+    changes = {key: c["relative_change"] for key, c in found.items()}
+    asr, ocr, mean = -1, 1 / 2 - 1, 1 / 4 - 1  # none of two word errors, one of two, one of four
+    assert changes == {
+        ("wer", "asr"): asr,
+        ("wer", "ocr"): ocr,
+        ("wer", "mean"): pytest.approx(mean),
+        **{("nll", task): pytest.approx(0) for task in ("asr", "ocr", "mean")},
+    }
+    assert (found["wer", "asr"]["alike"], found["wer", "ocr"]["alike"]) == (2, 1)
+    rows = {(r["task"], r["metric"]): r["value"] for r in arms.likelihoods("moe", 0, runs["moe", 0])}
+    assert rows["mean", "nll"] == pytest.approx(3 / 4) and rows["asr", "agreement"] == 0.5
+    assert rows["all", "told apart"] == pytest.approx(1)
+    assert "moe, layer 0" in (arms.picture(runs, ["moe"], 0) or "")
 
 
 def test_a_run_becomes_rows_of_its_arm_and_the_references_stand_once():

@@ -30,9 +30,21 @@ from pathlib import Path
 from typing import TextIO
 
 from moe_jax.formats import json_list, lines, objects
-from moe_jax.formats.record import Bad, FormatError, Part, Record
+from moe_jax.formats.record import Bad, FormatError, Part, Record, sample
 
-__all__ = ["FORMATS", "Bad", "FormatError", "Part", "Record", "by_extension", "detect", "parts", "read", "split_file"]
+__all__ = [
+    "FORMATS",
+    "Bad",
+    "FormatError",
+    "Part",
+    "Record",
+    "by_extension",
+    "detect",
+    "parts",
+    "read",
+    "sample",
+    "split_file",
+]
 
 PathLike = str | os.PathLike[str]
 

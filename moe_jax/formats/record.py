@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 
@@ -65,6 +66,15 @@ class Bad:
 
     error: FormatError
     raw: str
+
+
+def sample(records: Sequence[Record], size: int) -> list[Record]:
+    """At most `size` of the records, in their order: those that a hash of their text picks, whatever the order."""
+    digests = [
+        hashlib.sha1(f"{r.hypotheses[0]}\t{r.reference}".encode("utf-8", "surrogatepass")).digest() for r in records
+    ]
+    kept = sorted(range(len(records)), key=lambda i: digests[i])[:size]
+    return [records[i] for i in sorted(kept)]
 
 
 # A file is its parts in order: text between records (copied as it is), records, and bad records.
