@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from moe_jax import __version__, check_mesh, compare, correct, launch, main, score, sweep, translate
+from moe_jax import __version__, check_mesh, compare, correct, launch, main, score, sweep, translate, tune
 from moe_jax.formats import Record
 from moe_jax.merging import command
 from moe_jax.speech import transcribe
@@ -26,6 +26,9 @@ def entry(argv: Sequence[str] | None = None) -> int:
         commands.add_parser("correct", help="correct a file of hypotheses", description=correct.__doc__)
     )
     score.add_arguments(commands.add_parser("score", help="score test sets, ours beside other systems"))
+    tune.add_arguments(
+        commands.add_parser("tune", help="tune a checkpoint's guard on lists of your own", description=tune.__doc__)
+    )
     transcribe.add_arguments(
         commands.add_parser("transcribe", help="recognise speech: audio files to n-best lists for correct")
     )
@@ -73,7 +76,7 @@ def entry(argv: Sequence[str] | None = None) -> int:
         if args.command == "score":
             return score.main(args, scored)
         own = {"merge": command.main, "transcribe": transcribe.main, "translate": translate.main}
-        own |= {"sweep": sweep.main, "compare": compare.main}
+        own |= {"sweep": sweep.main, "compare": compare.main, "tune": tune.main}
         if args.command in own:
             return own[args.command](args)
         others = {"export": _export, "import": _import, "statistics": _statistics, "subnetwork": _subnetwork}

@@ -122,6 +122,23 @@ def test_of_long_sets_evaluation_takes_the_lines_that_a_hash_picks(tmp_path):
     assert some == again[::-1] and [row["reference"] for row in some] == sorted(row["reference"] for row in some)
 
 
+def test_the_guard_is_tuned_on_lists_of_ones_own(shipped, tmp_path, capsys):
+    lists = tmp_path / "mine.json"
+    lists.write_text(json.dumps([{"input": [f"take {i}", f"tack {i}"], "output": f"take {i}"} for i in range(24)]))
+    command = ["tune", f"--checkpoint={shipped}", f"--input={lists}", f"--output={tmp_path}/tuned.safetensors"]
+    assert cli.entry(command) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "first pass: 0 word errors, 0 lines fixed, 0 broken"
+    assert said[3].startswith("tuned (on the other lines, 5 folds): 0 word errors")  # what is right is left alone
+    tuned = Pipeline.load(tmp_path / "tuned.safetensors")
+    assert tuned.guard.several == evaluate.THRESHOLDS[-1]
+    for path, leaf in tree.flatten(tuned.model).items():
+        np.testing.assert_array_equal(leaf, tree.flatten(Pipeline.load(shipped).model)[path])
+    assert cli.entry(command) == 2 and "is there already" in capsys.readouterr().err
+    lists.write_text(json.dumps([{"input": ["a"], "output": "b"}]))
+    assert cli.entry(command[:-1]) == 2 and "too few to tune on" in capsys.readouterr().err
+
+
 SENTENCES = [record(f"the cat sat on {n} mats of {' '.join('abcdefg'[: n % 7])}".strip()) for n in range(11)]
 
 
