@@ -48,6 +48,8 @@ class Adapters:
     def __post_init__(self):
         if isinstance(self.targets, str) or isinstance(self.full, str):
             raise ValueError(f"adapters: give lists of patterns, not targets={self.targets!r}, full={self.full!r}")
+        if not self.targets and not self.full:
+            raise ValueError("adapters: nothing would train; give patterns of leaves as targets, full or both")
         if self.rank < 1 or self.frozen_dtype not in ("float32", "bfloat16"):
             raise ValueError(
                 f"adapters: rank={self.rank} must be 1 or more, frozen_dtype={self.frozen_dtype!r} float32 or bfloat16"

@@ -384,7 +384,8 @@ class Rule:
     mix      one expert of each source, in their order, on a new expert axis (Sukhbaatar et al. 2024)
     average  the mean of all sources
 
-    With `layers`, the rule takes those of a stack of layers alone, and the next rule that matches has the others.
+    times `factor`. With `layers`, the rule takes those of a stack of layers alone, and the next rule that matches has
+    the others; with `more`, the next rule that matches has all of it too.
     """
 
     pattern: str
@@ -394,8 +395,14 @@ class Rule:
     noise: float = 0.0
     seed: int = 0
     layers: tuple[int, ...] = ()
+    factor: float = 1.0
+    more: bool = False
 
     def __call__(self, path: str, sources: Sequence[jax.Array]) -> jax.Array:
+        changed = self._changed(path, sources)
+        return changed if self.factor == 1 else changed * self.factor
+
+    def _changed(self, path: str, sources: Sequence[jax.Array]) -> jax.Array:
         if self.op == "mix":
             return jnp.stack(sources, axis=-3)
         if self.op == "average":
@@ -421,14 +428,31 @@ class Rule:
         raise CheckpointError(f"unknown rule {self.op!r}; known: copy, upcycle, widen, mix, average")
 
 
-FFN, EXPERTS = r"/ffn/(gate|up|down)$", r"/ffn/experts/\1"
+FFN, EXPERTS, SHARED = r"/ffn/(gate|up|down)$", r"/ffn/experts/\1", r"/ffn/shared/\1"
+IN, OUT = r"/ffn/(gate|up)$", r"/ffn/(down)$"  # of its matrices those that read, and the one that writes
 
 
-def upcycle(experts: int, noise: float = 0.0, seed: int = 0, dense_layers: Sequence[int] = ()) -> tuple[Rule, ...]:
-    """Dense -> MoE: every expert starts as the dense feed-forward layer (and `noise`), the router is fresh. The layers
-    numbered `dense_layers` stay dense (as `Corrector.dense_layers` of the model has it)."""
+def upcycle(
+    experts: int, noise: float = 0.0, seed: int = 0, dense_layers: Sequence[int] = (), shared: float | None = None
+) -> tuple[Rule, ...]:
+    """Dense -> MoE: every expert starts as the dense feed-forward layer (and `noise`), the router is fresh.
+
+    Args:
+      dense_layers: numbers of the layers that stay dense (as `Corrector.dense_layers` of the model has it).
+      shared: of a layer with a shared expert (`MoeFfn.shared`), of as many units: it starts as the dense layer too, and
+        gives this share of the dense layer's output (ours), the experts the rest.
+
+    Raises ValueError for a share outside 0 to 1.
+    """
     dense = [Rule(r"^blocks/", "dense_blocks/", layers=tuple(dense_layers))] if dense_layers else []
-    return (*dense, Rule(FFN, EXPERTS, "upcycle", experts, noise, seed), Rule(r"^", "", "copy"))
+    made = Rule(FFN, EXPERTS, "upcycle", experts, noise, seed)
+    if shared is None:
+        return (*dense, made, Rule(r"^", "", "copy"))
+    if not 0 <= shared <= 1:
+        raise ValueError(f"the shared expert gives a share of 0 to 1 of the dense layer's output, not {shared}")
+    beside = (Rule(IN, SHARED, more=True), Rule(OUT, SHARED, factor=shared, more=True))
+    parted = (dataclasses.replace(made, pattern=IN), dataclasses.replace(made, pattern=OUT, factor=1 - shared))
+    return (*dense, *beside, *parted, Rule(r"^", "", "copy"))
 
 
 def widen(times: int) -> tuple[Rule, ...]:
@@ -500,7 +524,9 @@ def _shares(path: str, xs: Sequence[jax.Array], rules: Sequence[Rule]) -> Iterat
             continue
         if not rule.layers:
             yield rule, xs
-            return
+            if not rule.more:
+                return
+            continue
         mine = np.isin(np.arange(len(xs[0])), rule.layers)
         yield rule, [x[mine] for x in xs]
         xs = [x[~mine] for x in xs]

@@ -121,6 +121,7 @@ def like(
     ffn: Callable | None = None,
     router: Callable | None = None,
     dense_layers: Sequence[int] = (),
+    shared: float | None = None,
     auxiliary: Mapping[str, float] | None = None,
     remat: str = "none",
     unroll: int = 1,
@@ -134,6 +135,7 @@ def like(
       router: of a base that is a mixture of experts already, in place of its own, whose gate it goes on with (NeKo
         from Mixtral). It must choose as many experts, and weigh them, as the base's does.
       dense_layers: numbers of the layers that keep the dense one.
+      shared: not None: beside the experts there is a shared one, as the dense layer is (`checkpoint.upcycle`).
       auxiliary, remat, unroll: of `Corrector`; none of them is the checkpoint's.
 
     Raises ValueError where the tokeniser is another, there is no dense layer or no router to take the place of, or the
@@ -151,7 +153,8 @@ def like(
         if dense.func is not ffns.DenseFfn:
             raise ValueError(f"{path} is a mixture of experts already: leave ffn as it is")
         own = partial(experts.Gated, activation=dense.keywords["activation"])
-        changes["ffn"] = partial(ffn, hidden=dense.keywords["hidden"], experts=own)
+        beside = {} if shared is None else {"shared": dense}
+        changes["ffn"] = partial(ffn, hidden=dense.keywords["hidden"], experts=own, **beside)
         if dense_layers:
             changes |= {"dense": dense, "dense_layers": tuple(dense_layers)}
     if router is None:

@@ -50,11 +50,11 @@ def task_map(
     found = {}
     for task, given in (experts or {}).items():
         number = family_id(task, ids) if isinstance(task, str) else task
-        if not 1 <= number < MAX_FAMILIES:
+        if type(number) is not int or not 1 <= number < MAX_FAMILIES:
             raise ValueError(f"task map: task id {task} is outside 1..{MAX_FAMILIES - 1}")
-        found[number] = tuple(given) if isinstance(given, Sequence) else (given,)
+        found[number] = tuple(given) if isinstance(given, list | tuple) else (given,)
         for expert in found[number]:
-            if expert not in range(num_experts):
+            if type(expert) is not int or expert not in range(num_experts):
                 raise ValueError(f"task map: {task!r} -> expert {expert!r}, but there are experts 0..{num_experts - 1}")
     return found
 

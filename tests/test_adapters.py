@@ -99,6 +99,7 @@ def test_frozen_leaves_in_bfloat16_are_rounded_but_routers_are_not(model):
         ({"targets": ("norm",)}, "scale is no matrix, it cannot have factors"),
         ({"targets": ("(q",)}, r"'\(q' is no regular expression"),
         ({"targets": "/attention/q$"}, "give lists of patterns"),
+        ({"targets": ()}, "nothing would train"),
         ({"rank": 0}, "rank=0 must be 1 or more"),
         ({"frozen_dtype": "int8"}, "frozen_dtype='int8' float32 or bfloat16"),
     ],

@@ -273,6 +273,17 @@ def test_an_upcycled_model_begins_as_the_dense_one(k, key):
     assert float(jnp.abs(gate).max()) > 0  # the router is fresh, not zero
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_shared_expert_gives_its_share_of_the_dense_layer(share):
+    dense = tiny.model()
+    ffn = partial(tiny.moe(partial(routers.TopK, k=2), hidden=24), shared=partial(tiny.dense, hidden=24))
+    upcycled = start_from(dense, ffn, checkpoint.upcycle(tiny.E, shared=share))
+    np.testing.assert_allclose(outputs(upcycled), outputs(dense), atol=1e-5)
+    np.testing.assert_allclose(upcycled.ffn.shared.down[...], share * dense.ffn.down[...], rtol=1e-6)
+    with pytest.raises(ValueError, match="a share of 0 to 1"):
+        checkpoint.upcycle(tiny.E, shared=2.0)
+
+
 @pytest.mark.parametrize("times", [1, 2, 3])
 def test_a_widened_model_begins_as_the_narrow_one(times):
     dense = tiny.model()

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import checkpoint, main, sharding, train, tree
+from moe_jax import branches, checkpoint, main, sharding, train, tree
 from moe_jax.interop import bring
 from moe_jax.layers.param import Rngs
 from moe_jax.tasks import families
@@ -22,12 +22,12 @@ GIN = Path(main.GIN)
 RUNS = sorted(str(p.relative_to(GIN)) for folder in ("runs", "experiments") for p in (GIN / folder).rglob("*.gin"))
 PRETRAINED = [r for r in RUNS if r.startswith("experiments/pretrained/")]
 # Which others include.
-PARTS = ("finetune", "branches", "digits", "speech", "translate", "from_noise", "from_shipped")
+PARTS = ("finetune", "branches", "digits", "speech", "translate", "from_noise", "from_shipped", "mix")
 PARTS = tuple(f"runs/{part}.gin" for part in PARTS)
 COMPLETE = [r for r in RUNS if r not in (*PARTS, *PRETRAINED)]
 GIVEN = {"runs/own.gin": ["FOLDER=/data/mine", "FAMILY=asr"], "runs/base_again.gin": ["BASE=runs/base"]}
 GIVEN |= {f"experiments/task_moe/new_{kind}.gin": ["BASE=runs/x"] for kind in ("static", "dynamic", "full")}
-ROUTERS = sorted(p.stem for p in (GIN / "routers").glob("*.gin") if p.stem != "moe")
+ROUTERS = sorted(p.stem for p in (GIN / "routers").glob("*.gin") if p.stem not in ("moe", "shared"))
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -130,6 +130,18 @@ def test_every_router_file_makes_an_moe_of_the_tiny_corrector(router):
         assert build()["blocks/ffn/experts/gate"].shape == (4, 4, 192, 512)
 
 
+def test_a_shared_expert_stands_beside_those_of_any_router():
+    lines = shapes(["runs/quickstart.gin", "routers/shared.gin"]).splitlines()
+    table = dict(line.split() for line in lines)
+    assert table["blocks/ffn/shared/down"] == "4x512x192" and table["blocks/ffn/experts/down"] == "4x4x512x192"
+
+
+def test_mixed_branches_are_the_experts_that_their_families_are_mapped_to():
+    found = task_map(["experiments/neko/btx_mapped.gin"], [])  # of tasks 1, 2, ...
+    mapped = [found[families.FAMILIES[family] - 1] for family in branches.FAMILIES]
+    assert mapped == [(0,), (1,), (2,), (3,)]
+
+
 def task_map(files: list[str], bindings: Sequence[str]) -> list[tuple[int, ...]]:
     """The experts of tasks 1 to 5 of the configured model."""
     gin.clear_config()
@@ -141,8 +153,15 @@ def task_map(files: list[str], bindings: Sequence[str]) -> list[tuple[int, ...]]
 def test_a_task_map_may_come_from_the_command_line():
     by_name = task_map(["runs/quickstart.gin"], ['MAP={"asr": 3, "ocr": [0, 1]}', "WEIGHTS=full", "INFERENCE=forced"])
     assert by_name == [(3,), (0, 1), (2,), (3,), (0,)]
-    with pytest.raises(ValueError, match="unknown task family 'asrr'; known: asr, ocr"):
-        task_map(["runs/quickstart.gin"], ['MAP={"asrr": 3}'])
+    wrong = {
+        '{"asrr": 3}': "unknown task family 'asrr'; known: asr, ocr",
+        '{"asr": 9}': "'asr' -> expert 9, but there are experts 0..3",
+        '{"asr": True}': "'asr' -> expert True, but there are experts 0..3",
+        "{3.5: 1}": "task id 3.5 is outside 1..63",
+    }
+    for given, message in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            task_map(["runs/quickstart.gin"], [f"MAP={given}"])
 
 
 def test_a_task_map_may_name_data_sets():

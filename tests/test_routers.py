@@ -253,6 +253,9 @@ def test_a_checkpoint_describes_the_map(router):
         ({2: 4}, "task 2 -> expert 4, but there are experts 0..3"),
         ({2: (1, 5)}, "task 2 -> expert 5, but there are experts 0..3"),
         ((0, 0, -1), "task 2 -> expert -1, but there are experts 0..3"),
+        ({2: True}, "task 2 -> expert True, but there are experts 0..3"),
+        ({2: "1"}, "task 2 -> expert '1', but there are experts 0..3"),
+        ({2.5: 1}, "task id 2.5 is outside 1..63"),
     ],
 )
 def test_a_wrong_task_map_is_refused(experts, message):

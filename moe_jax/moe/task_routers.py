@@ -33,14 +33,15 @@ def task_table(experts: TaskMap, num_experts: int) -> tuple[tuple[int, ...], ...
     table = [(), *((task % num_experts,) for task in range(MAX_TASKS - 1))]
     items = experts.items() if isinstance(experts, Mapping) else list(enumerate(experts or ()))[1:]
     for task, given in items:
-        if not 1 <= task < MAX_TASKS:
+        if type(task) is not int or not 1 <= task < MAX_TASKS:
             raise ValueError(f"task map: task id {task} is outside 1..{MAX_TASKS - 1}")
-        table[task] = tuple(sorted({given} if isinstance(given, int) else set(given)))
+        table[task] = tuple(given) if isinstance(given, list | tuple) else (given,)
         for expert in table[task]:
-            if not 0 <= expert < num_experts:
+            if type(expert) is not int or not 0 <= expert < num_experts:
                 raise ValueError(
-                    f"task map: task {task} -> expert {expert}, but there are experts 0..{num_experts - 1}"
+                    f"task map: task {task} -> expert {expert!r}, but there are experts 0..{num_experts - 1}"
                 )
+        table[task] = tuple(sorted(set(table[task])))
     return tuple(table)
 
 
