@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
@@ -188,10 +189,25 @@ def write_prepared(
             **about,
         }
         (aside / "meta.json").write_text(json.dumps(meta, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        aside.rename(folder)
+        _place(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return meta
+
+
+def _place(aside: Path, folder: Path) -> None:
+    """Renames `aside`. Of two processes that made the same at once, the second finds it there.
+
+    Raises ValueError where the other made something else.
+    """
+    try:
+        aside.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+        ours, theirs = (path / "meta.json" for path in (aside, folder))
+        if not theirs.exists() or theirs.read_bytes() != ours.read_bytes():
+            raise ValueError(f"{folder}: another process made something else there; choose another folder") from None
 
 
 def _counted(

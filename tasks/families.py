@@ -7,6 +7,7 @@ from 16 are free for a run's own data sets.
 
 import random
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 MAX_FAMILIES = 64
 
@@ -52,10 +53,11 @@ def task_map(
         number = family_id(task, ids) if isinstance(task, str) else task
         if type(number) is not int or not 1 <= number < MAX_FAMILIES:
             raise ValueError(f"task map: task id {task} is outside 1..{MAX_FAMILIES - 1}")
-        found[number] = tuple(given) if isinstance(given, list | tuple) else (given,)
-        for expert in found[number]:
+        several: list[Any] = [*given] if isinstance(given, list | tuple) else [given]
+        for expert in several:
             if type(expert) is not int or expert not in range(num_experts):
                 raise ValueError(f"task map: {task!r} -> expert {expert!r}, but there are experts 0..{num_experts - 1}")
+        found[number] = tuple(several)
     return found
 
 

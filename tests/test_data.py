@@ -1,6 +1,7 @@
 """Prepared data: packing loses nothing, batches depend on the seed and the step alone, damage is refused."""
 
 import hashlib
+import itertools
 import json
 import subprocess
 import sys
@@ -316,6 +317,28 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, tokeniser, examples, mes
     with pytest.raises(ValueError, match=message):
         write_prepared(tmp_path / "new", examples, length=8, tokeniser=tokeniser, families=FAMILIES)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_of_two_processes_that_prepare_one_folder_the_second_finds_it_there(same, tmp_path, tokeniser, monkeypatch):
+    monkeypatch.setattr("os.getpid", itertools.count(1).__next__)
+
+    def made(seed):
+        return [e._replace(tokens=[1 + t % 281 for t in e.tokens]) for e in make_examples(seed, 3)]
+
+    def write(examples):
+        return write_prepared(tmp_path / "x", examples, length=LENGTH, tokeniser=tokeniser, families=FAMILIES)
+
+    def meanwhile():
+        yield from made(0)
+        write(made(0 if same else 1))
+
+    if same:
+        assert write(meanwhile()) == Prepared.open(tmp_path / "x").meta
+    else:
+        with pytest.raises(ValueError, match="another process made something else there"):
+            write(meanwhile())
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
 def test_an_existing_folder_is_not_overwritten(folder, tokeniser):

@@ -35,13 +35,13 @@ def task_table(experts: TaskMap, num_experts: int) -> tuple[tuple[int, ...], ...
     for task, given in items:
         if type(task) is not int or not 1 <= task < MAX_TASKS:
             raise ValueError(f"task map: task id {task} is outside 1..{MAX_TASKS - 1}")
-        table[task] = tuple(given) if isinstance(given, list | tuple) else (given,)
-        for expert in table[task]:
+        several: list[Any] = [*given] if isinstance(given, list | tuple) else [given]
+        for expert in several:
             if type(expert) is not int or not 0 <= expert < num_experts:
                 raise ValueError(
                     f"task map: task {task} -> expert {expert!r}, but there are experts 0..{num_experts - 1}"
                 )
-        table[task] = tuple(sorted(set(table[task])))
+        table[task] = tuple(sorted(set(several)))
     return tuple(table)
 
 
