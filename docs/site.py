@@ -10,11 +10,14 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[1]
 SITE = {"RESULTS.md": "results.md", "docs/merging.md": "merging.md", "docs/profiling.md": "profiling.md"}
 SITE |= {"docs/architecture.md": "architecture.md"}
+PICTURES = {path.relative_to(ROOT).as_posix(): f"{path.parent.name}.svg" for path in ROOT.glob("results/*/routing.svg")}
+SITE |= PICTURES
 
 
 def on_files(files: Files, config) -> Files:
     pages = {"index.md": linked("README.md", config.repo_url), "results.md": linked("RESULTS.md", config.repo_url)}
     pages["gin.md"] = configurations()
+    pages |= {name: (ROOT / path).read_text("utf-8") for path, name in PICTURES.items()}
     for name, content in pages.items():
         files.append(File.generated(config, name, content=content))
     return files
