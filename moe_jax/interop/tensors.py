@@ -6,14 +6,31 @@ Every tensor is accounted for, in both directions: one that is missing, left ove
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 
+# What weights may be, as safetensors calls it, and what they become: nothing computes in 64 bits.
+FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float32"}
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxlong = _BRIEF.maxother = 100
+_BRIEF.maxlevel = 1
+
 
 class InteropError(ValueError):
     """One line: what, where, how to mend it."""
+
+
+def brief(value: Any) -> str:
+    """A value of a file in a message, however long it is."""
+    return _BRIEF.repr(value)
+
+
+def plain(name: str) -> str:
+    """The same without quotes."""
+    return brief(name)[1:-1]
 
 
 class Source(Protocol):
