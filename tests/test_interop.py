@@ -75,14 +75,63 @@ def test_export_is_the_way_back(name, tmp_path):
         np.testing.assert_allclose(hf_models.computed(tmp_path / "again")[0], found["logits"], atol=1e-4)
 
 
-def test_shards_are_one_model(tmp_path, monkeypatch):
-    hf_models.write(tmp_path / "model", "mixtral")
-    table, meta = bring.bring(tmp_path / "model")
+def shards(folder: Path, monkeypatch) -> dict[str, np.ndarray]:
+    """A mixture in many files and an index; returns its table."""
+    hf_models.write(folder.with_name("whole"), "mixtral")
+    table, meta = bring.bring(folder.with_name("whole"))
     monkeypatch.setattr(bring, "SHARD", 4096)
-    bring.give(table, meta, tmp_path / "shards")
+    bring.give(table, meta, folder)
+    return table
+
+
+def test_shards_are_one_model(tmp_path, monkeypatch):
+    table = shards(tmp_path / "shards", monkeypatch)
     assert len(list((tmp_path / "shards").glob("model-*-of-*.safetensors"))) > 2
     for path, x in bring.bring(tmp_path / "shards")[0].items():
         np.testing.assert_array_equal(x, table[path])
+
+
+def save(path: Path, table: dict[str, np.ndarray]) -> None:
+    """Safetensors of any dtype: the package writes a few."""
+    kinds = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64", "int32": "I32"}
+    kinds |= {"uint8": "U8", "bool": "BOOL", "uint32": "U32", "float8_e4m3fn": "F8_E4M3"}
+    header, data = {}, b""
+    for name, x in table.items():
+        ends = [len(data), len(data) + x.nbytes]
+        header[name] = {"dtype": kinds[str(x.dtype)], "shape": x.shape, "data_offsets": ends}
+        data += x.tobytes()
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+@pytest.mark.parametrize(
+    ("first", "others", "becomes"),
+    [
+        ("float16", "float32", "float32"),
+        ("bfloat16", "float16", "float32"),
+        ("bfloat16", "bfloat16", "bfloat16"),
+        ("float16", "float64", "float32"),
+    ],
+)
+def test_layers_of_several_dtypes_are_not_rounded_to_one(first, others, becomes, tmp_path):
+    hf_models.write(tmp_path / "model", "llama")
+    path = tmp_path / "model" / "model.safetensors"
+    table = {n: x.astype(jnp.dtype(first if ".layers.0." in n else others)) for n, x in load_file(path).items()}
+    save(path, table)
+    gate = bring.bring(tmp_path / "model")[0]["blocks/ffn/gate"]
+    assert gate.dtype == becomes
+    for layer in range(3):
+        was = table[f"model.layers.{layer}.mlp.gate_proj.weight"].astype(np.float32)
+        np.testing.assert_array_equal(gate[layer].astype(np.float32), was.T)
+
+
+def test_norms_around_0_are_not_rounded_when_1_is_added(tmp_path):
+    hf_models.write(tmp_path / "model", "gemma")
+    path = tmp_path / "model" / "model.safetensors"
+    table = {name: x.astype(jnp.bfloat16) for name, x in load_file(path).items()}
+    save(path, table)
+    norm = bring.bring(tmp_path / "model")[0]["norm/scale"]
+    np.testing.assert_array_equal(norm, table["model.norm.weight"].astype(np.float32) + 1)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("llama", "mixtral"), ("qwen2", "qwen2_moe")])
@@ -166,7 +215,7 @@ def change(path: Path, **values) -> None:
         ("llama", {"hidden_size": "gone"}, "hidden_size is None, it must be a number above 0"),
         ("llama", {"num_hidden_layers": 2.5}, "num_hidden_layers is 2.5, it must be a whole number"),
         ("llama", {"num_hidden_layers": 1 << 40}, "a sensible one"),
-        ("llama", {"num_hidden_layers": 4}, "lacks the tensor model.layers.3.input_layernorm.weight and 8 more"),
+        ("llama", {"num_hidden_layers": 4}, "lacks the tensor model.layers.3"),
         ("llama", {"num_hidden_layers": 2}, "has no place for the tensor model.layers.2"),
         ("llama", {"intermediate_size": 20}, r"down_proj.weight is \(16, 24\), its configuration asks for \(16, 20\)"),
         ("llama", {"num_attention_heads": 3}, "heads"),
@@ -201,32 +250,122 @@ def test_tensors_that_do_not_fit(tmp_path):
     refused(tmp_path / "model", "lm_head.weight is not the embedding")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [
+        ("int32", "is I32; known: F16, BF16, F32, F64"),
+        ("uint8", "is U8"),
+        ("bool", "is BOOL"),
+        ("uint32", "is U32"),
+        ("float8_e4m3fn", "is F8_E4M3"),
+    ],
+)
+def test_weights_are_floats(dtype, message, tmp_path):
+    hf_models.write(tmp_path / "model", "llama")
+    path = tmp_path / "model" / "model.safetensors"
+    table = load_file(path)
+    save(path, table | {"model.norm.weight": table["model.norm.weight"].astype(jnp.dtype(dtype))})
+    refused(tmp_path / "model", f"model: model.norm.weight {message}")
+    save(path, table | {"lm_head.weight": table["model.embed_tokens.weight"].astype(jnp.dtype(dtype))})
+    refused(tmp_path / "model", f"model: lm_head.weight {message}")
+
+
+@pytest.mark.parametrize(
+    ("number", "dtype", "flags", "message"),
+    [
+        (np.nan, "float32", [], "up_proj.weight holds a number that is not finite"),
+        (np.inf, "float16", [], "up_proj.weight holds a number that is not finite"),
+        (1e300, "float64", [], "up_proj.weight holds a number that is not finite"),
+        (1e6, "float32", ["--dtype", "float16"], "blocks/ffn/up holds a number that float16 cannot hold"),
+    ],
+)
+def test_weights_are_finite(number, dtype, flags, message, tmp_path):
+    hf_models.write(tmp_path / "model", "llama")
+    path = tmp_path / "model" / "model.safetensors"
+    table = {name: x.astype(dtype) for name, x in load_file(path).items()}
+    table["model.layers.1.mlp.up_proj.weight"][0, 0] = number
+    save_file(table, path)
+    refused(tmp_path / "model", message, *flags)
+
+
+def test_export_does_not_make_weights_infinite(tmp_path, capsys):
+    hf_models.write(tmp_path / "model", "llama")
+    table, meta = bring.bring(tmp_path / "model")
+    table["embedding"][0, 0] = 1e6
+    checkpoint.write_safetensors(tmp_path / "base.safetensors", table, meta)
+    for to in ("moe_jax", "huggingface"):
+        flags = ["--dtype", "float16", "--to", to, "--output", str(tmp_path / "out")]
+        assert cli.entry(["export", "--checkpoint", str(tmp_path / "base.safetensors"), *flags]) == 2
+        assert "embedding holds a number that float16 cannot hold" in capsys.readouterr().err
+        assert not list(tmp_path.glob("out*"))
+
+
 def test_files_that_lie(tmp_path):
     hf_models.write(tmp_path / "model", "llama")
     path = tmp_path / "model" / "model.safetensors"
     whole = path.read_bytes()
     header = int.from_bytes(whole[:8], "little")
-    for data in (
+    about, data = json.loads(whole[8 : 8 + header]), whole[8 + header :]
+    start, end = about["model.norm.weight"]["data_offsets"]
+
+    def moved(*offsets: int) -> bytes:
+        text = json.dumps(about | {"model.norm.weight": about["model.norm.weight"] | {"data_offsets": offsets}})
+        return len(text).to_bytes(8, "little") + text.encode() + data
+
+    assert moved(start, end)[-len(data) :] == data
+    for bad in (
         whole[: len(whole) // 2],
         (1 << 60).to_bytes(8, "little") + whole[8:],
-        whole[:8] + whole[8 : 8 + header].replace(b'"shape":[24,16]', b'"shape":[99,16]') + whole[8 + header :],
+        whole[:8] + whole[8 : 8 + header].replace(b'"shape":[24,16]', b'"shape":[99,16]') + data,
+        moved(start - 64, end - 64),  # overlaps the one before
+        moved(len(data), len(data) + 64),  # after the end
+        moved((1 << 64) - 64, 0),
         b"",
         b"\x80\x04K\x01.",
     ):
-        path.write_bytes(data)
+        path.write_bytes(bad)
         refused(tmp_path / "model", "model.safetensors: ")
     path.unlink()
     (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"\x80\x04K\x01.")
     refused(tmp_path / "model", "pickled weights are not read")
 
 
-@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "weights.bin", "deeper/model.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../outside.safetensors",
+        "/etc/passwd",
+        "weights.bin",
+        "deeper/model.safetensors",
+        "..\\outside.safetensors",
+        "a\0b.safetensors",
+        f"{'a' * 100_000}.safetensors",
+    ],
+)
 def test_an_index_names_files_of_its_folder(name, tmp_path):
     hf_models.write(tmp_path / "model", "llama")
     (tmp_path / "model" / "model.safetensors").rename(tmp_path / "outside.safetensors")
     index = {"weight_map": {"model.norm.weight": name}}
     (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
     refused(tmp_path / "model", "which is no safetensors file of its folder")
+
+
+def test_an_index_says_what_its_files_hold(tmp_path, monkeypatch):
+    shards(tmp_path / "shards", monkeypatch)
+    path = tmp_path / "shards" / "model.safetensors.index.json"
+    index = json.loads(path.read_text())["weight_map"]
+    first, last = sorted(set(index.values()))[:: len(set(index.values())) - 1]
+    swap = {first: last, last: first}
+    for changed, message in (
+        (index | {"model.ghost": first}, f"says that model.ghost is in {first}, it is in no file"),
+        ({k: v for k, v in index.items() if k != "model.norm.weight"}, "model.norm.weight is in no file, it is in"),
+        ({k: swap.get(v, v) for k, v in index.items()}, f"is in ({first}, it is in {last}|{last}, it is in {first})"),
+    ):
+        path.write_text(json.dumps({"weight_map": changed}))
+        refused(tmp_path / "shards", message)
+    path.write_text(json.dumps({"weight_map": index}))
+    (tmp_path / "shards" / last).unlink()
+    refused(tmp_path / "shards", f"{last}: cannot read")
 
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"model_type": ', "[" * 100_000])
