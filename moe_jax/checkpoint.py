@@ -244,9 +244,19 @@ def enumerate_leaves(tree: Any) -> list[tuple[str, Any]]:
 def write_safetensors(path: Path | str, params: Table, meta: Mapping[str, Any], dtype: Any = None) -> None:
     """One file: arrays by path and JSON metadata; an array at a time, written aside, then renamed."""
     dtypes = {name: jnp.dtype(dtype or x.dtype) for name, x in params.items()}
-    arrays = (np.asarray(x).astype(dtypes[name], copy=False) for name, x in params.items())
+    arrays = (cast(name, x, dtypes[name]) for name, x in params.items())
     shapes = {name: tuple(x.shape) for name, x in params.items()}
     stream_safetensors(path, shapes, dtypes, arrays, {"moe_jax": json.dumps(dict(meta))})
+
+
+def cast(name: str, x: Any, dtype: Any) -> np.ndarray:
+    """Raises CheckpointError where that makes a number infinite."""
+    x = np.asarray(x)
+    with np.errstate(over="ignore"):
+        y = x.astype(dtype, copy=False)
+    if y.dtype != x.dtype and not np.isfinite(y).all() and np.isfinite(x).all():
+        raise CheckpointError(f"{name} holds a number that {y.dtype} cannot hold; take --dtype bfloat16 or float32")
+    return y
 
 
 class Source(Mapping[str, jax.Array]):

@@ -131,7 +131,8 @@ def _export(args: argparse.Namespace) -> int:
     if args.to == "huggingface":
         from moe_jax.interop import bring
 
-        kind = bring.give({name: x.astype(args.dtype) for name, x in table.items()}, meta, args.output)
+        table = {name: checkpoint.cast(name, x, args.dtype) for name, x in table.items()}
+        kind = bring.give(table, meta, args.output)
         print(f"{args.output}: a {kind} model of {tree.count(table) / 1e6:.2f} M parameters")
         return 0
     checkpoint.write_safetensors(args.output, table, meta, dtype=args.dtype)

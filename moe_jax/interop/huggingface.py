@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from moe_jax.checkpoint import dtypes, slice_of
 from moe_jax.interop import tensors
-from moe_jax.interop.tensors import InteropError, Naming
+from moe_jax.interop.tensors import InteropError, Naming, brief, plain
 
 NAMINGS: dict[str, Naming] = {
     "llama": tensors.LLAMA,
@@ -262,32 +263,42 @@ class Folder:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._files = {name: self._open(name) for name in self._names()}
+        index = self._index()
+        self._files = {name: self._open(name) for name in (sorted(set(index.values())) if index else [WEIGHTS])}
         self._where: dict[str, str] = {}
         for name, file in self._files.items():
             for tensor in file.keys():  # noqa: SIM118
                 if tensor in self._where:
-                    raise InteropError(f"{folder}: {tensor} is in {self._where[tensor]} and in {name}; remove one")
+                    both = f"{self._where[tensor]} and in {name}"
+                    raise InteropError(f"{folder}: {plain(tensor)} is in {both}; remove one")
                 self._where[tensor] = name
-        self.shapes = {t: tuple(self._files[n].get_slice(t).get_shape()) for t, n in self._where.items()}
+        if index and (odd := index.items() ^ self._where.items()):
+            tensor = min(odd)[0]
+            said, found = (where.get(tensor, "no file") for where in (index, self._where))
+            what = f"says that {plain(tensor)} is in {said}, it is in {found}"
+            raise InteropError(f"{folder}/{INDEX}: {what}; fetch the index and the files again")
+        slices = {tensor: self._files[name].get_slice(tensor) for tensor, name in self._where.items()}
+        self.shapes = {tensor: tuple(part.get_shape()) for tensor, part in slices.items()}
+        self.kinds: dict[str, str] = {tensor: part.get_dtype() for tensor, part in slices.items()}
 
     @functools.cached_property
     def dtypes(self) -> dict[str, np.dtype]:
         return {t: d for file in self._files.values() for t, d in dtypes(file).items()}
 
-    def _names(self) -> list[str]:
+    def _index(self) -> dict[str, str] | None:
+        """Tensor -> file; None where all are in one."""
         if (self.folder / WEIGHTS).is_file():
-            return [WEIGHTS]
+            return None
         if not (self.folder / INDEX).is_file():
             raise InteropError(f"{self.folder}: holds neither {WEIGHTS} nor {INDEX}; pickled weights are not read")
         index = read_json(self.folder / INDEX).get("weight_map")
         if not isinstance(index, dict) or not all(isinstance(n, str) for n in index.values()) or not index:
             raise InteropError(f"{self.folder}/{INDEX}: has no weight_map of tensors to files; fetch it again")
-        names = sorted(set(index.values()))
-        for name in names:
-            if Path(name).name != name or not name.endswith(".safetensors"):
-                raise InteropError(f"{self.folder}/{INDEX}: names {name!r}, which is no safetensors file of its folder")
-        return names
+        for name in set(index.values()):
+            if not re.fullmatch(r"[^/\\\0-\x1f]{1,200}\.safetensors", name):
+                what = f"names {brief(name)}, which is no safetensors file of its folder"
+                raise InteropError(f"{self.folder}/{INDEX}: {what}; fetch it again")
+        return index
 
     def _open(self, name: str) -> Any:
         path = self.folder / name
@@ -306,4 +317,4 @@ class Folder:
         return slice_of(self._files[self._where[name]], name, index)
 
     def read(self, name: str) -> np.ndarray:
-        return np.asarray(self._files[self._where[name]].get_tensor(name))
+        return self.slice(name, ())

@@ -6,21 +6,42 @@ Every tensor is accounted for, in both directions: one that is missing, left ove
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
+import jax.numpy as jnp
 import numpy as np
+
+# What weights may be, as safetensors calls it, and what they become: nothing computes in 64 bits.
+FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float32"}
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxlong = _BRIEF.maxother = 100
+_BRIEF.maxlevel = 1
 
 
 class InteropError(ValueError):
     """One line: what, where, how to mend it."""
 
 
+def brief(value: Any) -> str:
+    """A value of a file in a message, however long it is."""
+    return _BRIEF.repr(value)
+
+
+def plain(name: str) -> str:
+    """The same without quotes."""
+    return brief(name)[1:-1]
+
+
 class Source(Protocol):
-    """Tensors by name; nothing is read before it is asked for."""
+    """Tensors by name; nothing is read before it is asked for. `kinds`: their dtypes, as safetensors calls them."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    @property
+    def kinds(self) -> Mapping[str, str]: ...
 
     def read(self, name: str) -> np.ndarray: ...
 
@@ -92,8 +113,9 @@ def places(model: Any, shapes: Mapping[str, tuple[int, ...]], naming: Naming) ->
 
     Raises InteropError for a leaf that the format has no name for.
     """
+    dense = set(model.dense_layers)
     numbers = {
-        "blocks": [n for n in range(model.layers) if n not in model.dense_layers],
+        "blocks": [n for n in range(model.layers) if n not in dense],
         "dense_blocks": list(model.dense_layers),
     }
     for path, shape in shapes.items():
@@ -116,7 +138,8 @@ def _layout(path: str, model: Any, naming: Naming) -> tuple[Callable, Callable]:
     """Functions from our layout to theirs and back: their matrices are (out, in)."""
     last = path.rsplit("/", 1)[-1]
     if last == "scale":
-        return lambda x: x - naming.norm_offset, lambda x: x + naming.norm_offset
+        offset = np.float32(naming.norm_offset)  # in float32, as Gemma adds it: a sum near 1 would be rounded
+        return (lambda x: x - offset, lambda x: x + offset) if offset else (np.asarray, np.asarray)
     if path == "embedding" or last.endswith("_bias"):
         return np.asarray, np.asarray
     turn = lambda x: np.swapaxes(x, -1, -2)  # noqa: E731
@@ -132,32 +155,56 @@ def _layout(path: str, model: Any, naming: Naming) -> tuple[Callable, Callable]:
 
 
 def read(model: Any, shapes: Mapping[str, tuple[int, ...]], naming: Naming, source: Source, name: str) -> dict:
-    """Our table path -> array, in the dtype of the source, of its tensors; `name` is what messages call it.
+    """Our table path -> array of the source's tensors; `name` is what messages call it. A leaf has the dtype of its
+    tensors, or float32 where they differ or something is added to them.
 
-    Raises InteropError before anything is read where a tensor is missing, left over or of another shape.
+    Raises InteropError before anything is read where a tensor is missing, left over, of another shape or no floats;
+    and for numbers that are not finite.
     """
-    found = list(places(model, shapes, naming))
-    given, wanted = dict(source.shapes), {place.name: place.shape for place in found}
+    given = dict(source.shapes)
     twin = naming.top["output"]
     if model.tied and twin in given and given[twin] == given.get(naming.top["embedding"]):
         del given[twin]  # written although it is the embedding, as some tools do
-    for what, names in (("lacks", wanted.keys() - given), ("has no place for", given.keys() - wanted)):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            tensors = f"the tensor {min(names)}{more}"
-            raise InteropError(f"{name}: {what} {tensors}: not what its configuration describes")
-    for tensor, shape in wanted.items():
-        if given[tensor] != shape:
-            raise InteropError(f"{name}: {tensor} is {given[tensor]}, its configuration asks for {shape}")
-    table: dict[str, np.ndarray] = {}
+    found = list(_fitting(places(model, shapes, naming), given, name))
+    if left := given.keys() - {place.name for place in found}:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        tensors = f"the tensor {plain(min(left))}{more}"
+        raise InteropError(f"{name}: has no place for {tensors}: not what its configuration describes")
+    for tensor, kind in source.kinds.items():
+        if kind not in FLOATS:
+            known = ", ".join(FLOATS)
+            raise InteropError(f"{name}: {tensor} is {kind}; known: {known}; take the model in one of these")
+    dtypes: dict[str, np.dtype] = {}
     for place in found:
-        x = place.ours(source.read(place.name))
-        if not place.index:
-            table[place.path] = x
-            continue
-        if place.path not in table:
-            table[place.path] = np.empty(shapes[place.path], x.dtype)
-        table[place.path][place.index] = x
+        dtype = np.dtype(jnp.dtype(FLOATS[source.kinds[place.name]]))
+        added = naming.norm_offset and place.path.endswith("/scale")
+        if dtypes.setdefault(place.path, dtype) != dtype or added:
+            dtypes[place.path] = np.dtype(np.float32)
+    table = {path: np.empty(shapes[path], dtype) for path, dtype in dtypes.items()}
+    for place in found:
+        x = source.read(place.name)
+        if not _finite(x):
+            raise InteropError(
+                f"{name}: {place.name} holds a number that is not finite; take another copy of the model"
+            )
+        table[place.path][place.index] = place.ours(x)
     if model.tied and twin in source.shapes and not np.array_equal(source.read(twin), table["embedding"]):
         raise InteropError(f"{name}: {twin} is not the embedding, but its configuration says tie_word_embeddings")
     return table
+
+
+def _fitting(wanted: Iterator[Place], given: Mapping[str, tuple[int, ...]], name: str) -> Iterator[Place]:
+    """Stops at the first that does not fit: a configuration may ask for more than could ever be listed."""
+    for place in wanted:
+        if place.name not in given:
+            raise InteropError(f"{name}: lacks the tensor {place.name}: not what its configuration describes")
+        if given[place.name] != place.shape:
+            shape = brief(given[place.name])
+            raise InteropError(f"{name}: {place.name} is {shape}, its configuration asks for {place.shape}")
+        yield place
+
+
+def _finite(x: np.ndarray) -> bool:
+    """As float32, in which models are computed."""
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(x.astype(np.float32, copy=False)).all())
