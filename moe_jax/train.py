@@ -56,6 +56,15 @@ def build(model: Callable, *, vocab: int, seed: int) -> Any:
     return model(vocab=vocab, rngs=Rngs(params=jax.random.fold_in(jax.random.key(seed), 1)))
 
 
+def _sources(init_from: str | Sequence[str] | None) -> list[checkpoint.Source]:
+    return [checkpoint.Source(path) for path in ([init_from] if isinstance(init_from, str) else init_from or ())]
+
+
+def _positions(init_from: str | Sequence[str] | None) -> dict[str, int]:
+    """How many a pretrained base was made for, which whoever exports what came of it wants to know."""
+    return {k: v for source in _sources(init_from) for k, v in source.meta.items() if k == "positions"}
+
+
 def initial(
     make: Callable[[], Any],
     init_from: str | Sequence[str] | None,
@@ -68,7 +77,7 @@ def initial(
 
     Raises ValueError (also CheckpointError) for sources that do not fit the model, the tokeniser or each other.
     """
-    sources = [checkpoint.Source(path) for path in ([init_from] if isinstance(init_from, str) else init_from or ())]
+    sources = _sources(init_from)
     for source in sources:
         if source.meta.get("tokeniser") != tokeniser:
             raise ValueError(
@@ -323,6 +332,7 @@ def train(
         "layout": train_set.meta.get("layout", "aligned"),
         **{k: train_set.meta[k] for k in ("max_hypotheses", "max_sources") if k in train_set.meta},
         "length": train_set.meta["length"],
+        **_positions(init_from),
         "batch_size": batch_size,
         "seed": seed,
     }

@@ -71,6 +71,7 @@ def test_export_is_the_way_back(name, tmp_path):
     for tensor in was:
         np.testing.assert_allclose(now[tensor], was[tensor], atol=1e-7, err_msg=tensor)  # Gemma's norms go by + 1 - 1
     assert bring.bring(tmp_path / "again")[1]["model"] == meta["model"]
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["max_position_embeddings"] == 64
     if LIVE:
         np.testing.assert_allclose(hf_models.computed(tmp_path / "again")[0], found["logits"], atol=1e-4)
 
@@ -213,21 +214,35 @@ def change(path: Path, **values) -> None:
         ("llama", {"mlp_bias": True}, "mlp_bias"),
         ("llama", {"hidden_act": "relu"}, "hidden_act is 'relu'; known: silu"),
         ("llama", {"hidden_size": "gone"}, "hidden_size is None, it must be a number above 0"),
+        ("llama", {"hidden_size": 10**400}, "hidden_size is 1000"),
         ("llama", {"num_hidden_layers": 2.5}, "num_hidden_layers is 2.5, it must be a whole number"),
-        ("llama", {"num_hidden_layers": 1 << 40}, "a sensible one"),
+        ("llama", {"num_hidden_layers": 1 << 40}, "a whole number from 1 to 4096"),
         ("llama", {"num_hidden_layers": 4}, "lacks the tensor model.layers.3"),
+        ("llama", {"num_hidden_layers": 4096}, "lacks the tensor model.layers.3"),
+        ("mixtral", {"num_local_experts": 1 << 24}, "lacks the tensor model.layers.0.*experts.4"),
+        ("qwen2_moe", {"num_hidden_layers": 4096, "decoder_sparse_step": 9}, "lacks the tensor model.layers"),
         ("llama", {"num_hidden_layers": 2}, "has no place for the tensor model.layers.2"),
         ("llama", {"intermediate_size": 20}, r"down_proj.weight is \(16, 24\), its configuration asks for \(16, 20\)"),
-        ("llama", {"num_attention_heads": 3}, "heads"),
+        ("llama", {"num_attention_heads": 3}, "config.json: num_attention_heads is 3, .* num_key_value_heads, 2"),
+        ("llama", {"head_dim": 5}, "config.json: head_dim is 5, it must be even"),
+        ("llama", {"rope_parameters": {"rope_type": ["x"]}}, r"rope_type is \['x'\]; known"),
+        ("llama", {"rope_parameters": {"rope_theta": 10**400}}, "rope_theta is 1000"),
+        ("llama", {"rope_parameters": {"rope_theta": 1e-300}}, "rope_theta is 1e-300"),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'"),
         ("llama", {"rope_parameters": {"rope_type": "linear"}}, "linear rope's factor is None"),
         ("llama", {"rope_scaling": {"type": "linear", "factor": 0}, "rope_parameters": "gone"}, "factor is 0"),
         ("llama", {"rms_norm_eps": float("inf")}, "rms_norm_eps is inf"),
+        ("llama", {"rms_norm_eps": 10**400}, "rms_norm_eps is 1000"),
+        ("llama", {"rms_norm_eps": 1.0}, "rms_norm_eps is 1.0, it must be below 1"),
+        ("llama", {"max_position_embeddings": 15}, "max_position_embeddings is 15, .* from 16 to"),
+        ("mistral", {"sliding_window": 8}, "sliding_window is 8, .* from 16 to"),
         ("llama", {"quantization_config": {"bits": 4}}, "take the folder of the unquantised model"),
         ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9, but there are 4 experts"),
         ("qwen2_moe", {"mlp_only_layers": [7]}, "mlp_only_layers is .7., it must be numbers of layers"),
+        ("qwen2_moe", {"mlp_only_layers": [0, 1, 2]}, "leave no layer with experts"),
         ("llama", {"vocab_size": 41}, r"embed_tokens.weight is \(40, 16\)"),
         ("llama", {"vocab_size": 8}, "token ids up to 39, but an embedding of 8 rows"),
+        ("llama", {"vocab_size": 400}, "40 tokens for an embedding of 400 rows"),
     ],
 )
 def test_a_configuration_that_does_not_fit(name, values, message, tmp_path):
@@ -377,18 +392,17 @@ def test_a_configuration_that_is_no_json_object(text, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("how", "message"),
+    ("flag", "value", "message"),
     [
-        ({"length": 0}, "length=0 must be between 1 and 1024"),
-        ({"length": 4096}, "length=4096 must be"),
-        ({"layout": "aligned"}, "aligned"),
-        ({"layout": "chatml"}, "im_start"),
+        ("--length", "0", "length=0 must be between 16 and 1024"),
+        ("--length", "4096", "length=4096 must be"),
+        ("--layout", "aligned", "aligned"),
+        ("--layout", "chatml", "im_start"),
     ],
 )
-def test_what_would_not_load_is_not_imported(how, message, tmp_path):
+def test_what_would_not_load_is_not_imported(flag, value, message, tmp_path):
     hf_models.write(tmp_path / "model", "llama")
-    with pytest.raises(ValueError, match=message):
-        bring.bring(tmp_path / "model", **how)
+    refused(tmp_path / "model", message, flag, value)
 
 
 def test_a_model_is_not_longer_than_it_was_made_for(tmp_path):

@@ -96,6 +96,7 @@ ADDED = next(token for token in json.loads(hf.tokenizer_json())["added_tokens"] 
     ("changes", "message"),
     [
         ({"config": {"vocab_size": 270}}, "ids up to 271, but an embedding of 270 rows"),
+        ({"config": {"vocab_size": 560}}, "272 tokens for an embedding of 560 rows"),
         ({"config": {"vocab_size": None}}, "an embedding of None rows"),
         ({"config": {"vocab_size": "288"}}, "an embedding of 288 rows"),
         ({"generation_config": {"eos_token_id": []}, "tokenizer_config": {"eos_token": None}}, "no end-of-text token"),
@@ -105,7 +106,10 @@ ADDED = next(token for token in json.loads(hf.tokenizer_json())["added_tokens"] 
         ({"tokenizer": {"model": {"type": "Pickle"}}}, "not a tokeniser that the package tokenizers reads"),
         ({"tokenizer": {"added_tokens": [{"id": "x"}]}}, "not a tokeniser that the package tokenizers reads"),
         (
-            {"tokenizer": {"model": SPELLS, "pre_tokenizer": None, "added_tokens": [{**ADDED, "id": 1}]}},
+            {
+                "tokenizer": {"model": SPELLS, "pre_tokenizer": None, "added_tokens": [{**ADDED, "id": 1}]},
+                "config": {"vocab_size": 4},
+            },
             "would become the control token",
         ),
     ],

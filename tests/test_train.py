@@ -254,14 +254,16 @@ def test_a_run_starts_from_an_exported_dense_model(data, tmp_path, tokeniser):
     np.testing.assert_allclose(valid, read_log(tmp_path / "dense")[-1]["valid/loss"], rtol=1e-5)
 
     # No step at all: what the run starts from, validated and exported.
+    table, meta = checkpoint.read_safetensors(source)
+    checkpoint.write_safetensors(source, table, meta | {"positions": 77})  # as of a pretrained model
     child.run(tmp_path / "none", data, model=moe, steps=0, init_from=str(source), init_rules=rules)
-    started, _ = checkpoint.read_safetensors(tmp_path / "none" / "model.safetensors")
+    started, about = checkpoint.read_safetensors(tmp_path / "none" / "model.safetensors")
+    assert about["positions"] == 77
     again, _ = checkpoint.read_safetensors(tmp_path / "moe" / "model.safetensors")
     assert all(np.array_equal(started[path], again[path]) for path in again)
     (line,) = read_log(tmp_path / "none")
     assert (line["step"], line["valid/loss"]) == (0, pytest.approx(valid, rel=1e-5))
 
-    table, meta = checkpoint.read_safetensors(source)
     checkpoint.write_safetensors(source, table, meta | {"tokeniser": "another"})
     with pytest.raises(ValueError, match="trained with another tokeniser than"):
         child.run(tmp_path / "other", data, model=moe, init_from=str(source), init_rules=rules)

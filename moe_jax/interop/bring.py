@@ -51,8 +51,8 @@ def bring(source: Path | str, *, length: int = 1024, layout: str = "instruct") -
         tokeniser = pretrained.from_folder(source)
         given, naming = huggingface.Folder(source), huggingface.NAMINGS[values["model_type"]]
     check_layout(tokeniser, layout)
-    if not 1 <= length <= LONGEST:
-        raise InteropError(f"length={length} must be between 1 and {LONGEST} tokens")
+    if not huggingface.SHORTEST <= length <= LONGEST:
+        raise InteropError(f"length={length} must be between {huggingface.SHORTEST} and {LONGEST} tokens")
     model = describe.abstract(description)
     if tokeniser.vocab_size != model.vocab:
         raise InteropError(f"{source}: vocab_size is {tokeniser.vocab_size}, the embedding has {model.vocab} rows")
@@ -63,6 +63,7 @@ def bring(source: Path | str, *, length: int = 1024, layout: str = "instruct") -
         "families": {},
         "layout": layout,
         "length": min(filter(None, (length, bound, model.attention.window))),
+        **({"positions": bound} if bound else {}),
         **tokeniser.meta(),
     }
     return table, meta
@@ -81,6 +82,8 @@ def give(table: Mapping[str, Any], meta: Mapping[str, Any], output: Path | str) 
     model = describe.abstract(meta["model"])
     tokeniser = Tokeniser.of_meta(meta)
     config = huggingface.config(model)
+    if isinstance(meta.get("positions"), int):
+        config["max_position_embeddings"] = meta["positions"]
     config |= {"eos_token_id": list(tokeniser.eos), "bos_token_id": tokeniser.bos}
     if config.get("shared_expert_intermediate_size") and model.ffn.shared is None:
         described = json.loads(json.dumps(meta["model"]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,6 +33,9 @@ SCALING = {  # what each type of scaled rotary frequencies is given by
 }
 IDLE = 1  # units of the shared expert that their qwen2_moe must have, where ours has none: its weights are zero
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SMALLEST, LARGEST = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
+SHORTEST = 16  # tokens of prompt and correction together
+DEEPEST = 1 << 12  # layers
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -67,20 +69,20 @@ class Config:
         return self.positive(name, value)
 
     def positive(self, name: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise self.error(f"{name} is {value!r}, it must be a number above 0")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not SMALLEST <= value <= LARGEST:
+            raise self.error(f"{name} is {brief(value)}, it must be a number above 0 that float32 can hold")
         return value
 
-    def size(self, name: str, default: int | None = None) -> int:
+    def size(self, name: str, default: int | None = None, *, least: int = 1, most: int = 1 << 24) -> int:
         value = self.number(name, default)
-        if value != int(value) or value > 1 << 24:
-            raise self.error(f"{name} is {value!r}, it must be a whole number, and a sensible one")
+        if value != int(value) or not least <= value <= most:
+            raise self.error(f"{name} is {brief(value)}, it must be a whole number from {least} to {most}")
         return int(value)
 
     def refuse(self, name: str, why: str) -> None:
         """Of what we do not compute."""
         if value := self.values.get(name):
-            raise self.error(f"{name} is {value!r}, which moe_jax does not compute ({why})")
+            raise self.error(f"{name} is {brief(value)}, which moe_jax does not compute ({why})")
 
 
 def describe(values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -91,7 +93,7 @@ def describe(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     c = Config(values, where)
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in NAMINGS:
-        raise c.error(f"model_type is {kind!r}; known: {', '.join(NAMINGS)}")
+        raise c.error(f"model_type is {brief(kind)}; known: {', '.join(NAMINGS)}")
     c.refuse("quantization_config", "take the folder of the unquantised model")
     c.refuse("mlp_bias", "a bias of feed-forward layers")
     c.refuse("use_bidirectional_attention", "attention to what comes later")
@@ -101,14 +103,12 @@ def describe(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     if kind == "gemma" and act == "gelu":  # what Gemma's first configurations say, and never meant
         act = "gelu_pytorch_tanh"
     if not isinstance(act, str) or act not in ACTIVATIONS:
-        raise c.error(f"hidden_act is {act!r}; known: {', '.join(ACTIVATIONS)}")
-    d, heads, layers = c.size("hidden_size"), c.size("num_attention_heads"), c.size("num_hidden_layers")
+        raise c.error(f"hidden_act is {brief(act)}; known: {', '.join(ACTIVATIONS)}")
+    d, layers = c.size("hidden_size"), c.size("num_hidden_layers", most=DEEPEST)
     more = {} if act == "silu" else {"activation": ACTIVATIONS[act]}
     dense = {"class": "DenseFfn", "args": {"hidden": c.size("intermediate_size"), **more}}
     attention = {
-        "heads": heads,
-        "kv_heads": c.size("num_key_value_heads", heads),
-        "head": c.size("head_dim", d // heads),
+        **_heads(c, d),
         "bias": kind in ("qwen2", "qwen2_moe") and values.get("qkv_bias", True) is not False,
         "window": _window(c, kind),
         **_rotary(c),
@@ -122,7 +122,7 @@ def describe(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         "ffn": dense,
         "conv_width": 0,
         "embedding_scale": d**0.5 if kind == "gemma" else 1.0,
-        "norm_eps": c.number("rms_norm_eps", 1e-6),
+        "norm_eps": _epsilon(c),
         "tied": kind == "gemma" if tied is None else bool(tied),
     }
     if kind == "mixtral":
@@ -132,14 +132,32 @@ def describe(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"class": "Corrector", "args": args}
 
 
-def bound(values: Mapping[str, Any], where: str) -> int:
-    """Positions that the model was made for."""
-    return Config(values, where).size("max_position_embeddings", 1 << 20)
+def bound(values: Mapping[str, Any], where: str) -> int | None:
+    """Positions that the model was made for, where it says."""
+    c, name = Config(values, where), "max_position_embeddings"
+    return None if values.get(name) is None else c.size(name, least=SHORTEST)
+
+
+def _heads(c: Config, d: int) -> dict[str, int]:
+    heads = c.size("num_attention_heads")
+    shared, head = c.size("num_key_value_heads", heads), c.size("head_dim", d // heads)
+    if heads % shared:
+        raise c.error(f"num_attention_heads is {heads}, it must be a multiple of num_key_value_heads, {shared}")
+    if head % 2:
+        raise c.error(f"head_dim is {head}, it must be even")
+    return {"heads": heads, "kv_heads": shared, "head": head}
+
+
+def _epsilon(c: Config) -> float:
+    value = c.number("rms_norm_eps", 1e-6)
+    if value >= 1:
+        raise c.error(f"rms_norm_eps is {brief(value)}, it must be below 1")
+    return value
 
 
 def _window(c: Config, kind: str) -> int | None:
     uses = c.values.get("use_sliding_window", kind in ("mistral", "mixtral"))
-    return c.size("sliding_window") if uses and c.values.get("sliding_window") else None
+    return c.size("sliding_window", least=SHORTEST) if uses and c.values.get("sliding_window") else None
 
 
 def _rotary(c: Config) -> dict[str, Any]:
@@ -153,8 +171,8 @@ def _rotary(c: Config) -> dict[str, Any]:
     base = rope.pop("rope_theta", None) or c.values.get("rope_theta", 10_000.0)
     if rope.pop("partial_rotary_factor", 1.0) != 1.0:
         raise c.error("partial_rotary_factor: moe_jax turns whole heads")
-    if kind not in SCALING:
-        raise c.error(f"rope_type is {kind!r}; known: {', '.join(SCALING)}")
+    if not isinstance(kind, str) or kind not in SCALING:
+        raise c.error(f"rope_type is {brief(kind)}; known: {', '.join(SCALING)}")
     scaling = {name: float(c.positive(f"{kind} rope's {name}", rope.get(name))) for name in SCALING[kind]}
     if kind == "llama3" and not scaling["high_freq_factor"] > scaling["low_freq_factor"]:
         raise c.error("llama3 rope's high_freq_factor must be above its low_freq_factor")
@@ -179,13 +197,16 @@ def _moe(c: Config, experts: int, hidden: int, more: Mapping[str, Any], **args: 
 def _qwen2_moe(c: Config, dense: Any, layers: int, more: Mapping[str, Any]) -> dict[str, Any]:
     every, only = c.size("decoder_sparse_step", 1), c.values.get("mlp_only_layers") or []
     if not isinstance(only, list) or not all(isinstance(n, int) and 0 <= n < layers for n in only):
-        raise c.error(f"mlp_only_layers is {only!r}, it must be numbers of layers")
+        raise c.error(f"mlp_only_layers is {brief(only)}, it must be numbers of layers")
+    only = set(only)
     shared = {"class": "DenseFfn", "args": {"hidden": c.size("shared_expert_intermediate_size"), **more}}
     sizes = c.size("num_experts"), c.size("moe_intermediate_size")
     ffn = _moe(c, *sizes, more, shared=shared, gated_shared=True)
     if not c.values.get("norm_topk_prob", False):
         ffn["args"]["router"]["args"]["weights"] = "full"
     numbers = [n for n in range(layers) if n in only or (n + 1) % every]
+    if len(numbers) == layers:
+        raise c.error("mlp_only_layers and decoder_sparse_step leave no layer with experts; call it a qwen2")
     return {"ffn": ffn, **({"dense": dense, "dense_layers": numbers} if numbers else {})}
 
 

@@ -44,12 +44,17 @@ class Pretrained(Tokeniser):
         if {"tokenizer", "eos", "bos", "vocab_size"} - about.keys():
             raise ValueError(f"{name}: not a tokeniser of moe_jax; give the folder of the Hugging Face model instead")
         self._tokenizer = _tokenizer(about["tokenizer"], name)
-        tokens = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        tokens = set(self._tokenizer.get_vocab(with_added_tokens=True).values())
         eos, bos, self._vocab_size = about["eos"], about["bos"], about["vocab_size"]
         if type(self._vocab_size) is not int or max(tokens, default=0) >= self._vocab_size:
             raise ValueError(
                 f"{name}: token ids up to {max(tokens, default=0)}, but an embedding of {self._vocab_size} rows: "
                 "this tokeniser belongs to another model"
+            )
+        rows, few = self._vocab_size, len(tokens)
+        if rows - few > max(rows // 20, min(few, 1024)):  # rows are padded: of Qwen2's by 290, of DeepSeek's by 2.4 %
+            raise ValueError(
+                f"{name}: {few} tokens for an embedding of {rows} rows: this tokeniser belongs to another model"
             )
         ends: list[Any] = eos if isinstance(eos, list) else [None]
         for i in ends if bos is None else [*ends, bos]:
