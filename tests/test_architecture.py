@@ -31,7 +31,7 @@ lanes
 pipeline interop subnetwork speech
 train evaluate merging seqio_data translate
 branches check_mesh
-prepare main sweep
+prepare main sweep tune
 compare
 cli
 """
