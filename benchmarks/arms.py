@@ -207,11 +207,12 @@ def picture(runs: dict[tuple[str, int], dict[str, Any]], arms: list[str], seed: 
     return heat_maps(parts) if parts else None
 
 
-def collect(experiment: str, arms: list[str], seeds: list[int], against: str) -> dict[str, Any]:
-    """The table of all finished runs."""
+def collect(
+    experiment: str, runs: dict[tuple[str, int], dict[str, Any]], arms: list[str], seeds: list[int], against: str
+) -> dict[str, Any]:
+    """The table of all finished runs, as `read` has them."""
     rows: list[dict[str, Any]] = []
     meta: dict[str, Any] = {}
-    runs = read(experiment, arms, seeds)
     for (arm, seed), found in runs.items():
         scores = found["scores"]
         rows += [] if rows else references_of(scores)
@@ -240,9 +241,10 @@ def main() -> None:
                 run_arm(args.experiment, arm, seed, extra)
     out = ROOT / "results" / args.experiment / "table.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    made = collect(args.experiment, arms, args.seeds, args.against or arms[0])
+    runs = read(args.experiment, arms, args.seeds)
+    made = collect(args.experiment, runs, arms, args.seeds, args.against or arms[0])
     partfile.write_text(out, json.dumps(made, indent=1) + "\n")
-    if drawn := picture(read(args.experiment, arms, args.seeds), arms, args.seeds[0]):
+    if drawn := picture(runs, arms, args.seeds[0]):
         partfile.write_text(out.with_name("routing.svg"), drawn)
     print(f"{out.relative_to(ROOT)} written; now python -m benchmarks.results")
 

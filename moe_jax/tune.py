@@ -44,8 +44,7 @@ def main(args: argparse.Namespace) -> int:
     guard = evaluate.tune_guard(rows, proposals)
     print(f"tuned on all {len(rows)} lines: {guard}")
     if args.output:
-        path = Path(args.checkpoint)
-        params, meta = checkpoint.read_safetensors(path / "model.safetensors" if path.is_dir() else path)
+        params, meta = checkpoint.read_safetensors(args.checkpoint)
         export(args.output, params, meta, guard=dataclasses.asdict(guard))
         print(f"{args.output}: the same weights with these thresholds")
     else:
