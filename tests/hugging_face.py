@@ -13,7 +13,8 @@ VOCAB_SIZE = 288  # of the embedding; the tokeniser has fewer tokens, of which "
 
 
 @functools.cache
-def tokenizer_json() -> str:
+def tokenizer_json(more: int = 0) -> str:
+    """`more`: tokens that no text needs, for large ids."""
     built = tokenizers.Tokenizer(models.BPE())
     built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     built.decoder = decoders.ByteLevel()
@@ -22,16 +23,16 @@ def tokenizer_json() -> str:
     )
     built.train_from_iterator(["the cat sat on the mat"] * 5, trainer)
     built.add_special_tokens([END, START, STOP])
-    built.add_tokens(["<tool>"])
+    built.add_tokens(["<tool>", *(f"<{i}>" for i in range(more))])
     built.enable_truncation(4)
     return built.to_str()
 
 
-def write(folder: Path, **changes: Any) -> Path:
-    """Writes the files; `changes` are to the configs' values, by name."""
+def write(folder: Path, more: int = 0, **changes: Any) -> Path:
+    """Writes the files; `changes` are to the configs' values, by name. For `more` see `tokenizer_json`."""
     folder.mkdir(exist_ok=True)
     files: dict[str, dict[str, Any]] = {
-        "tokenizer": json.loads(tokenizer_json()),
+        "tokenizer": json.loads(tokenizer_json(more)),
         "config": {"vocab_size": VOCAB_SIZE, "bos_token_id": 1},
         "generation_config": {"eos_token_id": [END]},
         "tokenizer_config": {"eos_token": {"content": STOP}, "bos_token": START},

@@ -248,7 +248,7 @@ def pretrained(tmp_path) -> Path:
     pytest.importorskip("tokenizers")
     import hugging_face
 
-    return hugging_face.write(tmp_path / "hf", config={"vocab_size": 70_000})
+    return hugging_face.write(tmp_path / "hf", more=69_720, config={"vocab_size": 70_000})
 
 
 @pytest.fixture
