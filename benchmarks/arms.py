@@ -41,9 +41,9 @@ def run_folder(experiment: str, arm: str, seed: int) -> Path:
 
 
 def make_base(experiment: str) -> None:
-    """What the arms of `neko` start from, made where it is not: see gin/runs/noise.gin."""
+    """What the arms of `neko` and `neko_wide` start from, made where it is not: see gin/runs/noise.gin."""
     noise, base = ROOT / "prepared" / "denoise", ROOT / "runs" / "noise"
-    if experiment != "neko" or (base / "model.safetensors").exists():
+    if not experiment.startswith("neko") or (base / "model.safetensors").exists():
         return
     if not noise.exists():
         command = [sys.executable, "-m", "moe_jax.tasks.builders.denoise", str(noise), "--passes", "2"]

@@ -226,6 +226,31 @@ def planned(files: Sequence[str], bindings: Sequence[str]) -> tuple[dict[str, An
     return jobs["train.train"], jobs.get("prepare.prepare") or jobs.get("data.prepare")
 
 
+def buildable() -> None:
+    """What is wrong with a model or its adapters, such as a task map or a pattern that matches no leaf, is said before
+    the first job runs: preparing data takes longer. Raises ValueError as the job would. Holds no array, and leaves it
+    to the jobs to start JAX's backend."""
+    import copy
+
+    import gin
+
+    try:
+        jobs = gin.query_parameter("main.run.jobs")
+    except ValueError:
+        return  # none: `run` says so
+    for job in jobs:
+        scope, _, name = job.scoped_selector.rpartition("/")
+        if name != "train.train":
+            continue
+        from moe_jax import train
+
+        with gin.config_scope(scope or None):
+            bound = gin.get_bindings(job.selector, resolve_references=False)
+            model, adapters = (copy.deepcopy(bound.get(key)) for key in ("model", "adapters"))  # of a reference: itself
+            if model is not None:
+                train.check(model, **{"adapters": adapters} if adapters else {})
+
+
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
@@ -264,6 +289,7 @@ def start(args: argparse.Namespace) -> int:
             return 0
         if args.distributed or args.coordinator:
             hosts.join(args.coordinator, args.processes, args.process, args.heartbeat)
+        buildable()
         gin.get_configurable(run)()
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)

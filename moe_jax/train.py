@@ -101,6 +101,13 @@ def _split(model: Any, adapters: Adapters, seed: int) -> tuple[Table, Table]:
     return adapters.split(tree.flatten(model), tree.axes(model), jax.random.fold_in(jax.random.key(seed), 2))
 
 
+def check(model: Callable, adapters: Adapters = EVERYTHING) -> None:
+    """Raises what `train` would raise of a model that cannot be built, or of adapters that do not fit it. No array is
+    made."""
+    made = jax.eval_shape(functools.partial(build, model, vocab=64, seed=0))  # its size is the tokeniser's to say
+    jax.eval_shape(lambda model: _split(model, adapters, 0), made)
+
+
 def layout(
     model: Any, optimizer: optax.GradientTransformation, mesh, adapters: Adapters = EVERYTHING
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], Any, dict[str, jax.ShapeDtypeStruct]]:

@@ -188,6 +188,23 @@ def refused(files, bindings) -> str:
     return str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("bindings", "says"),
+    [
+        (["MAP={'asr': 9}"], "task map: 'asr' -> expert 9, but there are experts 0..3"),
+        (["MAP={'poetry': 1}"], "unknown task family 'poetry'"),
+        (["TARGETS=['/nothing/']"], "no path of this model matches '/nothing/'"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_said_before_data_are_prepared(bindings, says, tmp_path, capsys):
+    files = ["runs/quickstart.gin", *(["adapters/lora.gin"] if "TARGETS" in bindings[0] else [])]
+    bindings = [*bindings, f"DATA={tmp_path / 'data'}", f"RUN_DIR={tmp_path / 'run'}"]
+    argv = [*(f"--gin_file={file}" for file in files), *(f"--gin_bindings={b}" for b in bindings)]
+    assert main.main(argv) == 2
+    assert says in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_misspelt_macro_names_the_right_one():
     assert "did you mean STEPS?" in refused(["runs/quickstart.gin"], ["STPES=3"])
 
