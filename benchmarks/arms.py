@@ -40,17 +40,18 @@ def run_folder(experiment: str, arm: str, seed: int) -> Path:
     return Path("runs") / experiment / f"{arm}-{seed}"
 
 
-def make_base(experiment: str) -> None:
-    """What the arms of `neko` and `neko_wide` start from, made where it is not: see gin/runs/noise.gin."""
+def make_base() -> Path:
+    """The run folder of what correctors start from (gin/runs/noise.gin), made where it is not."""
     noise, base = ROOT / "prepared" / "denoise", ROOT / "runs" / "noise"
-    if not experiment.startswith("neko") or (base / "model.safetensors").exists():
-        return
+    if (base / "model.safetensors").exists():
+        return base
     if not noise.exists():
         command = [sys.executable, "-m", "moe_jax.tasks.builders.denoise", str(noise), "--passes", "2"]
         subprocess.run(command, cwd=ROOT, check=True)
     command = [sys.executable, "-m", "moe_jax.main", "--gin_file=runs/noise.gin"]
     if code := subprocess.run(command, cwd=ROOT, env={**os.environ, "MOE_JAX_DENOISE": str(noise)}).returncode:
         sys.exit(code)
+    return base
 
 
 def run_arm(experiment: str, arm: str, seed: int, extra: list[str]) -> None:
@@ -58,7 +59,8 @@ def run_arm(experiment: str, arm: str, seed: int, extra: list[str]) -> None:
     folder = run_folder(experiment, arm, seed)
 
     def make() -> dict[str, Any]:
-        make_base(experiment)
+        if experiment.startswith("neko"):
+            make_base()
         print(f"--- {arm}, seed {seed} -> {folder}", flush=True)
         command = [sys.executable, "-m", "moe_jax.main", f"--gin_file=experiments/{experiment}/{arm}.gin"]
         command += [f"--gin.RUN_DIR={folder}", f"--gin.SEED={seed}", *extra]

@@ -35,7 +35,7 @@ def prepare(
     Args:
       mixture: a registered task or mixture, or rates of such: {"own": 1.0, "correct_all": 0.5}.
       tokeniser: the path of one, or of a Hugging Face model's folder.
-      layout: "aligned", "list", "tagged" (translation), or a template (`text/templates.py`).
+      layout: "aligned", "list", both also with "+task", "tagged" (translation), or a template (`text/templates.py`).
       ids: task ids that differ from those of `tasks/families.py`, also of single data sets: {"asr/austen-whisper": 16}.
       own: tasks of the user's own that the mixture may name: name -> (family, folder of train.jsonl, valid.jsonl).
 

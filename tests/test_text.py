@@ -181,6 +181,17 @@ def test_examples_end_with_the_reference_and_eos():
 
 
 @pytest.mark.parametrize("layout", prompts.LAYOUTS)
+def test_a_prompt_says_its_task_where_it_is_asked_to_and_the_task_is_known(layout):
+    make = functools.partial(encode_example, tokeniser(), ["the cat"], reference="the mat", max_length=99)
+    bare = make(layout=layout)
+    assert bare == make(layout=layout, family="asr") == make(layout=f"{layout}+task")
+    for family in ("asr", "asr/austen-whisper"):
+        said = make(layout=f"{layout}+task", family=family)
+        name = tokeniser().encode("asr")
+        assert said.tokens == [*name, *bare.tokens] and said.roles == [*[prompts.READ] * len(name), *bare.roles]
+
+
+@pytest.mark.parametrize("layout", prompts.LAYOUTS)
 @pytest.mark.parametrize("reference", [None, "the cat sat on the mat"])
 def test_too_long_drops_hypotheses_then_sources_then_gives_none(layout, reference):
     rng = random.Random(0)

@@ -11,6 +11,11 @@ read, are in `templates.py`; `encode_example` takes the names of either, and one
 hypothesis is the source sentence, and whose tag says the language to write, after Johnson et al. (arXiv 1611.04558):
 
     tagged:   <2de> where is the cat <fix>
+
+A prompt says nothing of its task, unless the layout is "aligned+task" or "list+task": then the family's name, where it
+is known, stands in front, as instructions do in templates of that switch. Routers do not see it but through the text.
+
+    aligned+task:  asr <hyp> mitch cal <alt> wrestles <or> rascals </alt> <fix>
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ from moe_jax.text.tokeniser import ALT, CONTROLS, END_ALT, FIX, HYP, OR, SRC, To
 
 READ, WRITE = 1, 2  # roles of tokens; 0 is padding
 LAYOUTS = ("aligned", "list")
+SAYING = {f"{layout}+task": layout for layout in LAYOUTS}
 TAGGED = "tagged"
 MIN_SIMILARITY = 0.5  # share of words in common, under which alternatives cost more tokens than they save
 
@@ -138,7 +144,7 @@ def align(first: Words, others: Sequence[Words]) -> Strand:
 
 def check_layout(tokeniser: Tokeniser, layout: str) -> None:
     """Raises ValueError, in one line, for a layout that there is not, or that this tokeniser cannot write."""
-    if layout not in (*LAYOUTS, TAGGED):
+    if layout not in (*LAYOUTS, *SAYING, TAGGED):
         templates.check(tokeniser, layout)
     elif not isinstance(tokeniser, Unigram):
         raise ValueError(
@@ -171,8 +177,8 @@ def encode_example(
     correction is kept: 1.3 x the tokens of the first hypothesis + 16.
 
     Args:
-      layout: one of `LAYOUTS`, "tagged", or a template (`templates.py`).
-      family: the task where it is known: templates that say it ask, and "tagged", for a direction: "translate/en-de".
+      layout: one of `LAYOUTS`, with "+task" if wanted, "tagged", or a template (`templates.py`).
+      family: the task where it is known: layouts that say it ask, and "tagged", for a direction: "translate/en-de".
 
     Raises ValueError, in one line, for a layout that cannot be written, or a direction without a tag.
     """
@@ -199,6 +205,9 @@ def _prompt(
 ) -> list[int]:
     if isinstance(tokeniser, Unigram) and layout == TAGGED:
         return [_tag(tokeniser, family), *tokeniser.encode(hypotheses[0]), FIX]
+    if isinstance(tokeniser, Unigram) and layout in SAYING:
+        said = tokeniser.encode(family.split("/")[0]) if family else []
+        return [*said, *_prompt(tokeniser, hypotheses, sources, SAYING[layout], family)]
     if isinstance(tokeniser, Unigram) and layout in LAYOUTS:
         return Prompt.build(hypotheses, sources, layout).encode(tokeniser)
     return templates.encode(tokeniser, layout, hypotheses, sources, family)
