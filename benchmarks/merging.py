@@ -1,18 +1,21 @@
-"""Merge the corrector tuned on four families apart by every method, score it, and leave results/merging/table.json.
+"""Merge models that were tuned apart by every method, score them, and leave results/merging_<setting>/table.json.
 
-    python -m benchmarks.merging --seeds 0 1 2
+    python -m benchmarks.merging corrector --seeds 0 1 2
+    python -m benchmarks.merging translator --seeds 0 1 2
+    python -m benchmarks.merging recogniser --list prompts.jsonl --seeds 0 1 2
 
-Trains the arms of gin/experiments/merging (separate, joint, sequential) where they are not finished, chooses each
-method's scale on validation data, merges, and scores on test data without the guard: text by word error rate, and the
-mean negative log-likelihood a token (nll). What is finished (results/merging/runs) is not done again:
-stop it when you like.
+Of one base, a model is tuned on each task alone (`separate`), on all in as many steps together (`joint`), and on one
+after another (`sequential`); what the settings are, benchmarks/merging_settings.py says. Each method's scale is chosen
+on validation data, and the merges are scored on test data: text (without the guard), and the mean negative
+log-likelihood a token (nll). What is finished (results/merging_<setting>/runs) is not done again: stop it when you
+like.
 
-The normalised performance (npf) of a merge is ours (the paper's formula is not known), of means over families:
+The normalised performance (npf) of a merge is ours (the paper's formula is not known), of means over tasks:
 
-    (nll of the base - nll of the merge) / (nll of the base - nll of the families' own models)
+    (nll of the base - nll of the merge) / (nll of the base - nll of the tasks' own models)
 
-1 is as good as the families' own models, 0 no better than the base. (A family's own quotient says nothing where its
-model hardly gains on the base, or loses.) Interference is the nll of the merge minus that of the family's own model.
+1 is as good as the tasks' own models, 0 no better than the base. (A task's own quotient says nothing where its model
+hardly gains on the base, or loses.) Interference is the nll of the merge minus that of the task's own model.
 """
 
 from __future__ import annotations
@@ -21,10 +24,8 @@ import argparse
 import datetime
 import itertools
 import json
-import math
+import os
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,16 +33,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks import kept
-from moe_jax import evaluate, main, partfile, prepare
-from moe_jax.branches import FAMILIES
+from benchmarks.merging_settings import ROOT, Corrector, Nll, Setting, Speech, Translator
+from moe_jax import branches, partfile
 from moe_jax.merging import experts, merge, search, statistics
 from moe_jax.merging.methods import METHODS
-from moe_jax.metrics import errors, significance
-from moe_jax.metrics.normalisers import family_normaliser
-from moe_jax.pipeline import Pipeline
+from moe_jax.metrics import significance
 
-ROOT = Path(__file__).resolve().parents[1]
-RUNS = ROOT / "runs" / "merging"
 SCALES = [0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0]
 FIXED = {"average": [1.0], "fisher": [1.0], "regmean": [1.0]}  # means of weights: there is nothing to scale
 AUTHORS = {"lors": {}, "magnitude": {}, "singular_values": {}}  # besides, as the authors had them
@@ -54,168 +51,163 @@ def slug(arm: str) -> str:
     return re.sub(r"\W+", "_", arm)
 
 
-def train(arm: str, seed: int) -> Path:
-    """The run folder of an arm of gin/experiments/merging, trained if it is not."""
-    folder = RUNS / f"{arm}-{seed}"
-    last = {"joint": folder}.get(arm, folder / FAMILIES[-1])
-    if not (last / "model.safetensors").exists():
-        print(f"--- {arm}, seed {seed} -> {folder}", flush=True)
-        command = [sys.executable, "-m", "moe_jax.main", f"--gin_file=experiments/merging/{arm}.gin"]
-        command += [f"--gin.RUN_DIR={folder.relative_to(ROOT)}", f"--gin.SEED={seed}"]
-        if code := subprocess.run(command, cwd=ROOT).returncode:
-            sys.exit(code)
-    return last
-
-
-def arms(methods: Sequence[str]) -> list[str]:
+def arms(setting: Setting, methods: Sequence[str]) -> list[str]:
     """All that is compared: what was trained, and each method's merges."""
-    own = [f"separate/{family}" for family in FAMILIES]
+    own = [f"separate/{task}" for task in setting.tasks]
     merged = [arm for name in methods for arm in (name, f"{name}{THEIRS}") if arm == name or name in AUTHORS]
-    return ["base", *own, "joint", "sequential", *merged, EXPERTS]
+    return ["base", *own, "joint", "sequential", *merged, *([EXPERTS] if setting.to_experts else [])]
 
 
-def candidate(arm: str, seed: int, loss: search.Loss) -> Path:
-    """The arm's checkpoint, made if it is not. `loss`: on validation data, by which a method's scale is chosen."""
-    if arm == "base":
-        return Path(main.shipped("base.safetensors"))
-    if arm in ("joint", "sequential"):
-        return train(arm, seed)
-    own = {family: train("separate", seed).parent / family for family in FAMILIES}
-    if arm.startswith("separate/"):
-        return own[arm.removeprefix("separate/")]
-    made = RUNS / f"merged-{seed}"
-    made.mkdir(parents=True, exist_ok=True)
-    output = made / f"{slug(arm)}.safetensors"
-    if output.exists():
-        return output
-    if arm == EXPERTS:
-        experts.to_experts(str(output), models={family: str(path) for family, path in own.items()})
-        return output
-    name = arm.removesuffix(THEIRS)
-    models: list[Any] = [str(path) for path in own.values()]
-    if kind := METHODS[name].statistics:
-        models = [{"path": p, "statistics": s} for p, s in zip(models, _statistics(kind, own, made), strict=True)]
-    if name == "slerp":  # of two and two
-        models = [{"merge": {"method": "slerp", "models": pair}} for pair in (models[:2], models[2:])]
-    recipe: dict[str, Any] = {"base": main.shipped("base.safetensors"), "models": models, "method": name}
-    if arm == name:
-        space = {"scale": FIXED.get(name, SCALES)}
-        folder = str(made / f"{name}.search")
-        found = search.search(folder, recipe=recipe, space=space, valid=loss.data, loss=loss)
-        print(f"{name}: {found.options}, valid nll {found.loss:.4f}", flush=True)
-        recipe["options"] = found.options
-    merge.merge(str(output), **recipe)
-    return output
+def paired(models: list[Any], method: str) -> dict[str, Any]:
+    """A recipe's models, two and two, for what goes from one model to one other."""
+    while len(models) > 2:
+        twos = [models[i : i + 2] for i in range(0, len(models), 2)]
+        models = [{"merge": {"method": method, "models": two}} if len(two) == 2 else two[0] for two in twos]
+    return {"models": models, "method": method}
 
 
-def _statistics(kind: str, own: dict[str, Path], made: Path) -> list[str]:
-    out = []
-    for family, path in own.items():
-        output = made / f"{family}.{kind}.safetensors"
+class Bench:
+    """The models of a setting and a seed, each made where it is not."""
+
+    def __init__(self, setting: Setting, seed: int, valid: Nll):
+        self.setting, self.seed, self.valid = setting, seed, valid
+        self.folder = ROOT / "runs" / "merging" / f"{setting.name}-{seed}"
+
+    def tuned(self, arm: str) -> dict[str, Path]:
+        """The run folders of `separate` or `sequential`, by task."""
+        out: dict[str, Path] = {}
+        at = base = self.setting.base()
+        for task, steps in branches.shares(self.setting.steps, self.setting.sizes()).items():
+            start = at if arm == "sequential" else base
+            at = out[task] = self.setting.tune(task, steps, start, self.folder / arm / task, self.seed)
+        return out
+
+    def joint(self) -> Path:
+        return self.setting.tune(None, self.setting.steps, self.setting.base(), self.folder / "joint", self.seed)
+
+    def candidate(self, arm: str) -> Path:
+        """An arm's checkpoint."""
+        if arm == "base":
+            return self.setting.base()
+        if arm == "joint":
+            return self.joint()
+        self.joint()  # whose data say how the steps are shared
+        if arm == "sequential":
+            return list(self.tuned(arm).values())[-1]
+        own = self.tuned("separate")
+        if arm.startswith("separate/"):
+            return own[arm.removeprefix("separate/")]
+        output = self.folder / f"{slug(arm)}.safetensors"
         if not output.exists():
-            statistics.gather(str(path), str(ROOT / "prepared" / f"correct_all_{family}"), kind, str(output), rows=64)
-        out.append(str(output))
-    return out
+            self._merge(arm, own, output)
+        return output
+
+    def _merge(self, arm: str, own: dict[str, Path], output: Path) -> None:
+        if arm == EXPERTS:
+            experts.to_experts(str(output), models={task: str(path) for task, path in own.items()})
+            return
+        name = arm.removesuffix(THEIRS)
+        models: list[Any] = [str(path) for path in own.values()]
+        if kind := METHODS[name].statistics:
+            models = [{"path": str(path), "statistics": self._statistics(kind, t, path)} for t, path in own.items()]
+        recipe: dict[str, Any] = {"base": str(self.setting.base()), "models": models, "method": name}
+        recipe |= paired(models, name) if name == "slerp" else {}
+        if arm == name:
+            space, about = {"scale": FIXED.get(name, SCALES)}, str(ROOT / "prepared" / self.setting.joint)
+            mean = lambda path: float(np.mean(list(self.valid(path).values())))  # noqa: E731
+            found = search.search(
+                str(self.folder / f"{name}.search"), recipe=recipe, space=space, valid=about, loss=mean
+            )
+            print(f"{name}: {found.options}, valid nll {found.loss:.4f}", flush=True)
+            recipe["options"] = found.options
+        merge.merge(str(output), **recipe)
+
+    def _mean(self, path: str) -> float:
+        return float(np.mean(list(self.valid(path).values())))
+
+    def _statistics(self, kind: str, task: str, path: Path) -> str:
+        output = self.folder / f"{task}.{kind}.safetensors"
+        if not output.exists():
+            statistics.gather(str(path), str(ROOT / "prepared" / self.setting.data(task)), kind, str(output), rows=64)
+        return str(output)
+
+    def scored(self, arm: str, test: Nll) -> dict[str, Any]:
+        """What `kept` keeps: {"nll": task -> nll, "lines": task -> what the setting's score takes the sums of}."""
+        path = self.candidate(arm)
+        tasks = [arm.removeprefix("separate/")] if arm.startswith("separate/") else self.setting.tasks
+        print(f"--- scoring {arm}, seed {self.seed}", flush=True)
+        return {
+            "nll": {task: x for task, x in test(str(path)).items() if task in tasks},
+            "lines": {task: self.setting.lines(path, task, told=arm == EXPERTS) for task in tasks},
+            "date": datetime.date.today().isoformat(),
+        }
 
 
-def scored(arm: str, seed: int, path: Path, nll: search.Loss) -> dict[str, Any]:
-    """{"nll": family -> nll, "word_errors": family -> those of each test line}: what `kept` keeps."""
-    families = [arm.split("/")[1]] if arm.startswith("separate/") else list(FAMILIES)
-    print(f"--- scoring {arm}, seed {seed}", flush=True)
-    counts = {}
-    for family in families:
-        pipeline = Pipeline.load(path, task=family if arm == EXPERTS else None)
-        records, rows = evaluate.read_rows(main.corpus("test", [family]))
-        texts = [p.guarded(-math.inf).text for p in evaluate.propose(pipeline, records)]
-        counts[family] = [c.errors for c in _compared(rows, texts, family)]
-    return {
-        "nll": {f: x for f, x in nll.by_family(str(path)).items() if f in families},
-        "word_errors": counts,
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def _compared(rows: list[dict[str, Any]], texts: list[str], family: str) -> list[errors.ErrorCounts]:
-    return errors.line_errors([row["reference"] for row in rows], texts, family_normaliser(family))
-
-
-def table(found: dict[tuple[str, int], dict[str, Any]], seeds: list[int]) -> dict[str, Any]:
+def table(setting: Setting, found: dict[tuple[str, int], dict[str, Any]], command: str) -> dict[str, Any]:
     """The evidence table. `found`: (arm, seed) -> what `scored` returns."""
-    first = {}
-    for family in FAMILIES:
-        _, lines = evaluate.read_rows(main.corpus("test", [family]))
-        compared = _compared(lines, [line["hypotheses"][0] for line in lines], family)
-        first[family] = np.array([(c.errors, c.reference_length) for c in compared])
-    arms = dict.fromkeys("separate" if arm.startswith("separate/") else arm for arm, _ in found)
+    nothing = {"ci95": None, "p_value": None}
+    seeds = sorted({seed for _, seed in found})
 
-    def of(arm: str, seed: int, family: str) -> dict[str, Any]:
-        return found[f"separate/{family}" if arm == "separate" else arm, seed]
+    def of(arm: str, seed: int, task: str) -> dict[str, Any]:
+        return found[f"separate/{task}" if arm == "separate" else arm, seed]
 
-    def counts(run: dict[str, Any], family: str) -> np.ndarray:
-        return np.stack([run["word_errors"][family], first[family][:, 1]], 1)
+    def lines(arm: str, seed: int, task: str) -> np.ndarray:
+        return np.array(of(arm, seed, task)["lines"][task], float)
 
     rows: list[dict[str, Any]] = []
-    nothing = {"ci95": None, "p_value": None}
-    for family in FAMILIES:
-        n = first[family]
-        about = {"arm": "first pass", "seed": None, "task": family, "set": "all", "metric": "wer"}
-        rows.append({**about, "value": n[:, 0].sum() / n[:, 1].sum(), **nothing})
-    for arm, seed in itertools.product(arms, seeds):
+    names = dict.fromkeys("separate" if arm.startswith("separate/") else arm for arm, _ in found)
+    for arm, seed in itertools.product(names, seeds):
         about, nlls = {"arm": arm, "seed": seed, "set": "all"}, []
-        for family in FAMILIES:
+        for task in setting.tasks:
             try:
-                mine = of(arm, seed, family)
-            except KeyError:
+                mine, other = lines(arm, seed, task), lines("joint", seed, task)
+                three = [of(a, seed, task)["nll"][task] for a in (arm, "base", "separate")]
+            except KeyError:  # not made yet
                 break
-            n = counts(mine, family)
-            change = significance.compare(counts(of("joint", seed, family), family), n)
-            about["task"] = family
-            rows.append(
-                {
-                    **about,
-                    "metric": "wer",
-                    "value": n[:, 0].sum() / n[:, 1].sum(),
-                    "relative_change": change.relative_change,  # against the joint model
-                    "ci95": change.ci95,
-                    "p_value": change.p_value,
-                }
-            )
-            nll, base, own = (of(a, seed, family)["nll"][family] for a in (arm, "base", "separate"))
-            nlls.append((nll, base, own))
-            rows.append({**about, "metric": "nll", "value": nll, **nothing})
-            rows.append({**about, "metric": "interference", "value": nll - own, **nothing})
+            change = significance.compare(other, mine, setting.score)
+            about["task"] = task
+            value = float(setting.score(mine.sum(0, keepdims=True))[0])
+            text = {"metric": setting.metric, "value": value, "relative_change": change.relative_change}
+            rows.append({**about, **text, "ci95": change.ci95, "p_value": change.p_value})  # against the joint model
+            rows.append({**about, "metric": "nll", "value": three[0], **nothing})
+            rows.append({**about, "metric": "interference", "value": three[0] - three[2], **nothing})
+            nlls.append(three)
         else:
             nll, base, own = np.mean(nlls, axis=0)
             rows.append({**about, "task": "mean", "metric": "npf", "value": (base - nll) / (base - own), **nothing})
-    command = f"python -m benchmarks.merging --seeds {' '.join(map(str, seeds))}"
     meta = {"split": "test", "date": max(run["date"] for run in found.values()), "command": command}
-    return {"experiment": "merging", "meta": meta, "rows": rows}
+    return {"experiment": f"merging_{setting.name}", "meta": meta, "rows": rows}
 
 
 def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("setting", choices=["corrector", "recogniser", "translator"])
+    parser.add_argument("--list", type=Path, help="recogniser: its utterances, lines of audio, text, lang and split")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--collect", action="store_true", help="only make the table, of what is finished")
     args = parser.parse_args()
+    if args.setting == "recogniser" and not args.list:
+        parser.error("recogniser: give its utterances by --list LIST")
+    listed = args.list and args.list.absolute()
+    os.chdir(ROOT)  # prepared data are known by paths from here
+    setting = Speech(listed) if listed else {"corrector": Corrector, "translator": Translator}[args.setting]()
+    experiment = f"merging_{setting.name}"
+    if not args.collect:
+        setting.prepare()
+        valid, test = setting.nll("valid"), setting.nll("test")
     found = {}
-    losses = [search.Loss(str(ROOT / "prepared" / f"correct_all.{split}")) for split in ("valid", "test")]
-    for loss, split in zip(losses, ("valid", "test"), strict=True):
-        if not args.collect:
-            prepare.prepare(
-                loss.data, mixture="correct_all", tokeniser=main.shipped("tokeniser.model"), split=split, passes=1
-            )
-    valid, test = losses
-    for seed, arm in itertools.product(args.seeds, arms(args.methods)):
-        name = f"{slug(arm)}-{seed}"
-        if run := kept.read("merging", name):
-            found[arm, seed] = run
-        elif not args.collect:
-            found[arm, seed] = scored(arm, seed, candidate(arm, seed, valid), test)
-            kept.write("merging", name, found[arm, seed])
-    output = ROOT / "results" / "merging" / "table.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partfile.write_text(output, json.dumps(table(found, args.seeds), indent=1) + "\n")
+    for seed in args.seeds:
+        for arm in arms(setting, args.methods):
+            name = f"{slug(arm)}-{seed}"
+            if one := kept.read(experiment, name):
+                found[arm, seed] = one
+            elif not args.collect:
+                found[arm, seed] = Bench(setting, seed, valid).scored(arm, test)
+                kept.write(experiment, name, found[arm, seed])
+    command = f"python -m benchmarks.merging {setting.name}{' --list LIST' if listed else ''} --seeds "
+    made = table(setting, found, command + " ".join(map(str, args.seeds)))
+    partfile.write_text(ROOT / "results" / experiment / "table.json", json.dumps(made, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -117,11 +117,12 @@ def unique(items: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(items))
 
 
-MERGED = """Word error rates of the text as the model wrote it (no guard); in brackets the relative change against
-`joint`, * where the paired randomisation test has p < 0.05 with every seed. npf, the normalised performance (ours; the
-paper's formula is not known): (nll of the base - nll of the merge) / (nll of the base - nll of the families' own
-models), each nll a mean over families. Interference: nll a token of the merge minus that of the family's own model,
-the mean over families. Scales were chosen on validation data; "authors' settings" are theirs.
+MERGED = """Scores of the text as the model wrote it (no guard): word errors of the corrector, character errors of the
+recogniser (CTC's likeliest path), chrF of the translator; in brackets the relative change against `joint`, * where the
+paired randomisation test has p < 0.05 with every seed. npf, the normalised performance (ours; the paper's formula is
+not known): (nll of the base - nll of the merge) / (nll of the base - nll of the tasks' own models), nll a mean over
+tasks. Interference: nll a token of the merge (of the recogniser: its loss an utterance) minus that of the task's own
+model, the mean over tasks. Scales were chosen on validation data; "authors' settings" are theirs.
 """
 
 
@@ -129,8 +130,10 @@ def merging(data: dict[str, Any]) -> str:
     """Merged models beside what they are measured against: a line an arm, the best npf first."""
     rows, meta = data["rows"], data["meta"]
     tasks = [t for t in unique(r["task"] for r in rows) if t != "mean"]
+    text = next(r["metric"] for r in rows if r["metric"] not in ("nll", "interference", "npf"))
+    name = f"{text.upper() if text != 'chrf' else 'chrF'} {'↑' if text in HIGHER else '↓'}"
     out = [f"## {data['experiment']}\n", f"`{meta['command']}` · {meta['split']} · {meta['date']}\n", MERGED]
-    out.append(f"| arm | seeds | {' | '.join(f'{t} WER ↓' for t in tasks)} | npf ↑ | interference ↓ |")
+    out.append(f"| arm | seeds | {' | '.join(f'{t} {name}' for t in tasks)} | npf ↑ | interference ↓ |")
     out.append("|---|--:|" + "--:|" * (len(tasks) + 2))
 
     def of(arm: str, metric: str, task: str | None = None) -> list[dict[str, Any]]:
@@ -142,7 +145,7 @@ def merging(data: dict[str, Any]) -> str:
     for arm in sorted(unique(r["arm"] for r in rows), key=lambda arm: -mean(of(arm, "npf", "mean"))):
         cells = []
         for task in tasks:
-            found = of(arm, "wer", task)
+            found = of(arm, text, task)
             changes = [r["relative_change"] for r in found if r.get("relative_change")]
             sure = all(r["p_value"] is not None and r["p_value"] < 0.05 for r in found)
             change = f" ({100 * np.mean(changes):+.1f} %{'*' if sure else ''})" if changes else ""
@@ -338,7 +341,13 @@ def front_speed() -> str:
     return "\n".join(out)
 
 
-RENDERERS = {"zero_shot": zero_shot, "unseen": unseen, "merging": merging, "task_moe": task_moe, "u2pp": u2pp}
+RENDERERS = {
+    "zero_shot": zero_shot,
+    "unseen": unseen,
+    **{f"merging{setting}": merging for setting in ("", "_corrector", "_recogniser", "_translator")},
+    "task_moe": task_moe,
+    "u2pp": u2pp,
+}
 
 
 ROUTING = "The share of each task's tokens that free routing sends to each expert, by layer, the darker the larger"

@@ -52,7 +52,6 @@ def train(
     steps: int,
     optimizer: Callable[..., optax.GradientTransformation],
     schedule: Callable[..., optax.Schedule],
-    in_turn: bool = False,
 ) -> None:
     """Trains each on the seqio mixture `correct_all_<family>`.
 
@@ -65,14 +64,12 @@ def train(
       steps: of all branches together.
       optimizer: configured, called with the schedule.
       schedule: configured, called with a branch's steps.
-      in_turn: each goes on from the one before (sequential training), not from the same base.
 
     Raises ValueError for fewer steps than families.
     """
     counted = Prepared.open(joint).meta["tasks"]
     of = shares(steps, {family: counted[family]["tokens"] for family in families})
     print(f"steps by family: {', '.join(f'{family} {n}' for family, n in of.items())}")
-    before: dict[str, Any] = {}
     for family, folder in zip(families, folders(run_dir, families), strict=True):
         task, n = f"correct_all_{family}", of[family]
         own, held_out = f"{data}/{task}", f"{data}/{task}.valid"
@@ -86,10 +83,7 @@ def train(
             eval_every=n,
             save_every=n,
             optimizer=lambda n=n: optimizer(schedule(steps=n)),
-            **before,
         )
-        if in_turn:
-            before = {"init_from": folder, "init_rules": ()}
 
 
 def evaluate(

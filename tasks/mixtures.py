@@ -5,6 +5,7 @@ correct_five  the same with text normalisation and its inverse, where the corpus
 correct_all_asr, ...  what correct_all has of one family, for a model of that family alone
 correct_base  generated noise (two thirds) and the families, to pretrain a base model
 translate_all          the directions that are trained on (`translation.TRAINED`), at temperature 2 too
+translate_from_en      of these the ones from English
 translate_and_denoise  the same with masked text in each of their languages
 
 In these every third example of speech, print and writers comes with a first pass that is right: recognisers
@@ -67,5 +68,11 @@ TRANSLATE_AND_DENOISE = seqio.MixtureRegistry.add(
 TRANSLATE_ALL = seqio.MixtureRegistry.add(
     "translate_all",
     [translate.TASKS[direction].name for direction in translation.TRAINED if not translation.denoises(direction)],
+    default_rate=by_size,
+)
+
+TRANSLATE_FROM_EN = seqio.MixtureRegistry.add(
+    "translate_from_en",
+    [translate.TASKS[d].name for d in translation.TRAINED if d.startswith("en-") and not translation.denoises(d)],
     default_rate=by_size,
 )

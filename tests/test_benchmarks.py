@@ -11,7 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import exchange, gpu, input_pipeline, measure, moe_layer, peer, rtf, scaling, tpu_aot
+from benchmarks import exchange, gpu, input_pipeline, measure, merging, moe_layer, peer, rtf, scaling, tpu_aot
+from benchmarks.merging_settings import Setting
 from moe_jax import tree
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.ffn import DenseFfn
@@ -288,3 +289,43 @@ def test_rivals_of_equal_size():
     assert sizes["moe top 1"] == sizes["moe top 2"] > 2 * sizes["dense"]
     assert 0.95 < sizes["wide"] / sizes["moe top 2"] < 1.05
     assert made["moe top 1"].ffn.router.k == 1 and made["moe top 2"].ffn.router.k == 2
+
+
+def test_models_that_merge_two_and_two_are_a_tree():
+    def two(*models):
+        return {"merge": {"method": "slerp", "models": list(models)}}
+
+    assert merging.paired([*"ab"], "slerp") == {"models": ["a", "b"], "method": "slerp"}
+    assert merging.paired([*"abcde"], "slerp")["models"] == [two(two("a", "b"), two("c", "d")), "e"]
+
+
+def test_a_merge_is_measured_from_the_base_to_the_tasks_own_models():
+    class Two(Setting):
+        name, tasks, metric = "corrector", ("asr", "ocr"), "wer"
+
+    def run(asr: float, ocr: float, wrong: int) -> dict:
+        return {
+            "nll": {"asr": asr, "ocr": ocr},
+            "lines": {t: [[wrong, 10]] * 9 for t in ["asr", "ocr"]},
+            "date": "d",
+        }
+
+    found = {
+        ("base", 0): run(3.0, 2.0, 4),
+        ("separate/asr", 0): run(1.0, 9.0, 1),  # of its own task alone
+        ("separate/ocr", 0): run(9.0, 1.0, 1),
+        ("joint", 0): run(1.5, 1.0, 2),
+        ("lors", 0): run(2.0, 1.5, 3),
+    }
+    rows = merging.table(Two(), found, "command")["rows"]
+    value = {(r["arm"], r["task"], r["metric"]): r["value"] for r in rows}
+    assert {arm: value[arm, "mean", "npf"] for arm in ("base", "separate", "joint", "lors")} == {
+        "base": 0.0,
+        "separate": 1.0,
+        "joint": pytest.approx((2.5 - 1.25) / 1.5),
+        "lors": pytest.approx(0.5),
+    }
+    assert value["lors", "asr", "interference"] == 1.0 and value["lors", "ocr", "interference"] == 0.5
+    assert value["lors", "asr", "wer"] == pytest.approx(0.3)
+    (change,) = (r for r in rows if (r["arm"], r["task"], r["metric"]) == ("lors", "ocr", "wer"))
+    assert change["relative_change"] == pytest.approx(0.5) and change["p_value"] < 0.05

@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,12 +23,13 @@ GIN = Path(main.GIN)
 RUNS = sorted(str(p.relative_to(GIN)) for folder in ("runs", "experiments") for p in (GIN / folder).rglob("*.gin"))
 PRETRAINED = [r for r in RUNS if r.startswith("experiments/pretrained/")]
 # Which others include.
-PARTS = ("finetune", "branches", "digits", "speech", "translate", "from_noise", "from_shipped", "mix")
+PARTS = ("finetune", "branches", "digits", "speech", "translate", "from_noise", "from_shipped", "mix", "told", "wide")
 PARTS = tuple(f"runs/{part}.gin" for part in PARTS)
 COMPLETE = [r for r in RUNS if r not in (*PARTS, *PRETRAINED)]
 GIVEN = {"runs/own.gin": ["FOLDER=/data/mine", "FAMILY=asr"], "runs/base_again.gin": ["BASE=runs/base"]}
 GIVEN |= {f"experiments/task_moe/new_{kind}.gin": ["BASE=runs/x"] for kind in ("static", "dynamic", "full")}
 ROUTERS = sorted(p.stem for p in (GIN / "routers").glob("*.gin") if p.stem not in ("moe", "shared"))
+SPEECH = re.compile("u2pp|recogniser")
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -51,18 +53,18 @@ def shapes(files: list[str], bindings: Sequence[str] = ()) -> str:
     return "".join(f"{path} {'x'.join(map(str, leaf.shape))}\n" for path, leaf in sorted(built.items()))
 
 
-def speech(folder: Path) -> list[str]:
-    """A folder that says what prepared speech says to a model."""
+def speech(folder: Path, name: str) -> list[str]:
+    """What runs of a folder need that says what prepared speech says to a model."""
     frontend = {"rate": 8000, "mels": 80, "mean": [0.0] * 80, "scale": [1.0] * 80}
     meta = {"format": 1, "rows": 1, "frames": 9, "lengths": [9], "max_targets": 1, "speeds": [1.0], "tokeniser": "x"}
     (folder / "meta.json").write_text(json.dumps(meta | {"frontend": frontend, "sha256": {"index": "x"}}))
-    return ["MANIFEST=list.jsonl", f"DATA={folder}"]
+    return ["MANIFEST=list.jsonl", f"{'FRONTEND' if 'recogniser' in name else 'DATA'}={folder}"]
 
 
 @pytest.mark.parametrize("name", COMPLETE)
 def test_every_run_parses_and_builds_the_parameters_of_its_golden_file(name, tmp_path):
     golden = GOLDEN / (name.replace("/", "-").removesuffix(".gin") + ".txt")
-    table = shapes([name], GIVEN.get(name, ()) if "u2pp" not in name else speech(tmp_path))
+    table = shapes([name], GIVEN.get(name, ()) if not SPEECH.search(name) else speech(tmp_path, name))
     replaces = name.startswith(("experiments/merging/", "experiments/neko/single.gin", "runs/shape.gin"))
     if name not in GIVEN and not replaces:
         main._check_all_used(gin.config._CONFIG)
@@ -268,6 +270,12 @@ def test_no_python_file_lives_under_gin():
     """An __init__.py there would shadow the gin package."""
     assert not list(GIN.rglob("*.py"))
     assert train.__name__ == "moe_jax.train"
+
+
+def test_files_of_speech_and_text_load_in_one_process():
+    for name in ("experiments/u2pp/dense.gin", "experiments/neko/btm.gin", "experiments/task_moe/dense.gin"):
+        gin.clear_config()  # what gin has registered stays, and is looked for by the end of its name
+        main.load([name], ["MANIFEST=list.jsonl"] if "u2pp" in name else [])
 
 
 def test_a_process_may_run_one_configuration_after_another(tmp_path, capsys):

@@ -294,7 +294,7 @@ def test_texts_of_several_finals_are_joined_the_best_first():
 
 
 def test_a_run_is_scored(run):
-    evaluate.evaluate(str(run), manifest=str(run / "list.jsonl"), split="test", beam=3)
+    evaluate.error_rates(str(run), manifest=str(run / "list.jsonl"), split="test", beam=3)
     table = (run / "wer.md").read_text()
     assert table.count("\n| ") == 11 and "2 utterances (1 could not be read)" in table and "7.wav" in table
     rows = {(r["decoding"], r["metric"]): r for r in json.loads((run / "scores.json").read_text())["rows"]}
@@ -307,4 +307,4 @@ def test_a_run_is_scored(run):
     records = list(formats.read(run / "nbest.json"))
     assert [r.reference for r in records] == ["abc", "abc"]
     with pytest.raises(ValueError, match="no utterance of the split 'valid'"):
-        evaluate.evaluate(str(run), manifest=str(run / "list.jsonl"), split="valid")
+        evaluate.error_rates(str(run), manifest=str(run / "list.jsonl"), split="valid")

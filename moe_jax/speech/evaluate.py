@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 
 @hosts.alone
-def evaluate(
+def error_rates(
     run_dir: str, *, manifest: str, split: str | None = "test", chunk: int = 16, beam: int = 10, nbest: int = 5
 ) -> None:
     """Word and character error rates of a run's best model on a list of utterances: whole recordings and chunks of

@@ -1,0 +1,231 @@
+"""What `benchmarks.merging` merges: a model, the tasks that it is tuned on apart, and how its outputs are scored."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from benchmarks.arms import make_base
+from moe_jax import branches, evaluate, formats, main, partfile, prepare, translate
+from moe_jax.data import Prepared
+from moe_jax.formats import manifest
+from moe_jax.merging.search import Loss
+from moe_jax.metrics import errors, significance, translation
+from moe_jax.metrics.normalisers import family_normaliser
+from moe_jax.pipeline import Pipeline
+from moe_jax.speech import data as speech
+from moe_jax.speech.evaluate import counted
+from moe_jax.speech.recognise import Recogniser
+from moe_jax.tasks import translation as directions
+
+ROOT = Path(__file__).resolve().parents[1]
+Nll = Callable[[str], dict[str, float]]
+
+
+def trained(file: str, bindings: Mapping[str, Any]) -> Path:
+    """The run folder RUN_DIR, made by `python -m moe_jax.main` where it has no model yet. Paths are those of ROOT."""
+    folder = ROOT / bindings["RUN_DIR"]
+    if not (folder / "model.safetensors").exists():
+        print(f"--- {file} -> {bindings['RUN_DIR']}", flush=True)
+        command = [sys.executable, "-m", "moe_jax.main", f"--gin_file={file}"]
+        command += [f"--gin.{name}={value}" for name, value in bindings.items()]
+        if code := subprocess.run(command, cwd=ROOT).returncode:
+            sys.exit(code)
+    return folder
+
+
+class Setting:
+    """A model and its tasks.
+
+    Attributes:
+      name: `corrector`, ...: of its gin file, too.
+      tasks: in the order of sequential training.
+      joint: the name of the prepared data of all of them.
+      steps: of all tasks together, in joint training and apart.
+      metric, score: of the text: its name, and what makes it of what `lines` has.
+      to_experts: whether its dense models become the experts of one.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    joint: str
+    steps: int
+    metric: str
+    score: Callable[[np.ndarray], np.ndarray] = staticmethod(significance.error_rate)
+    to_experts = False
+
+    def base(self) -> Path:
+        """The run folder of what is tuned, made where it is not."""
+        raise NotImplementedError
+
+    def data(self, task: str | None) -> str:
+        """The name of the prepared data of a task, or of all."""
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Makes what `nll` reads."""
+        raise NotImplementedError
+
+    def sizes(self) -> dict[str, int]:
+        """task -> how much of the joint data it is."""
+        raise NotImplementedError
+
+    def nll(self, split: str) -> Nll:
+        """A function of a checkpoint: task -> nll a token (of the recogniser: its loss an utterance)."""
+        raise NotImplementedError
+
+    def lines(self, path: Path, task: str, told: bool) -> list[list[float]]:
+        """Of each test line what `score` takes the sums of; `told`: the model is told the task."""
+        raise NotImplementedError
+
+    def tune(self, task: str | None, steps: int, start: Path, folder: Path, seed: int) -> Path:
+        """The run folder `folder`: `start` trained on a task, or on all."""
+        about = {"RUN_DIR": folder.relative_to(ROOT), "START": start.relative_to(ROOT), "STEPS": steps, "EVERY": steps}
+        return trained(f"experiments/merging/{self.name}.gin", about | {"SEED": seed} | self.bindings(task))
+
+    def bindings(self, task: str | None) -> dict[str, Any]:
+        """What its gin file is told of a task."""
+        of = f"prepared/{self.data(task)}"
+        return {"DATA": of, "VALID_DATA": f"{of}.valid"}
+
+
+class Text(Setting):
+    """Trained on seqio mixtures; `named`: a task as prepared data have it."""
+
+    tokeniser: str
+    named = "{}"
+    about: Mapping[str, Any] = MappingProxyType({})
+
+    def bindings(self, task: str | None) -> dict[str, Any]:
+        return super().bindings(task) | {"MIXTURE": self.data(task)}
+
+    def prepare(self) -> None:
+        about = {"mixture": self.joint, "tokeniser": main.shipped(self.tokeniser), "passes": 1, **self.about}
+        for split in ("valid", "test"):
+            prepare.prepare(str(ROOT / "prepared" / f"{self.joint}.{split}"), split=split, **about)
+
+    def sizes(self) -> dict[str, int]:
+        seen = Prepared.open(ROOT / "prepared" / self.joint).meta["tasks"]
+        return {task: seen[self.named.format(task)]["tokens"] for task in self.tasks}
+
+    def nll(self, split: str) -> Nll:
+        loss = Loss(str(ROOT / "prepared" / f"{self.joint}.{split}"))
+
+        def of(path: str) -> dict[str, float]:
+            found = loss.by_family(path)
+            return {task: found[self.named.format(task)] for task in self.tasks}
+
+        return of
+
+
+class Corrector(Text):
+    """On the four families of the embedded corpus, from a base that knows text and noise."""
+
+    name, tasks, joint, steps, metric = "corrector", branches.FAMILIES, "correct_all", 240, "wer"
+    tokeniser, to_experts = "tokeniser.model", True
+    LINES = 250  # of each family
+
+    def base(self) -> Path:
+        return make_base()
+
+    def data(self, task: str | None) -> str:
+        return f"correct_all_{task}" if task else self.joint
+
+    def lines(self, path: Path, task: str, told: bool) -> list[list[float]]:
+        records, rows = evaluate.read_rows(main.corpus("test", [task]))
+        chosen = {id(record) for record in formats.sample(records, self.LINES)}
+        kept = [(record, row) for record, row in zip(records, rows, strict=True) if id(record) in chosen]
+        pipeline = Pipeline.load(path, task=task if told else None)
+        texts = [p.guarded(-math.inf).text for p in evaluate.propose(pipeline, [record for record, _ in kept])]
+        found = errors.line_errors([row["reference"] for _, row in kept], texts, family_normaliser(task))
+        return [[c.errors, c.reference_length] for c in found]
+
+
+class Translator(Text):
+    """From English into seven languages, from a translator of twenty directions."""
+
+    name, joint, steps, metric = "translator", "translate_from_en", 140, "chrf"
+    tasks = tuple(d for d in directions.TRAINED if d.startswith("en-") and not directions.denoises(d))
+    score = staticmethod(translation.chrf().score)
+    tokeniser, named = "translate.model", "translate/{}"
+    about = MappingProxyType({"layout": "tagged", "length": 128, "ids": directions.direction_ids()})
+    LINES = 100  # of each direction
+
+    def base(self) -> Path:
+        return trained("experiments/task_moe/dense.gin", {"RUN_DIR": "runs/task_moe/dense-0", "SEED": 0})
+
+    def data(self, task: str | None) -> str:
+        return f"translate_{task.replace('-', '_')}" if task else self.joint
+
+    def lines(self, path: Path, task: str, told: bool) -> list[list[float]]:
+        sources, references = zip(*main.parallel("test", [task])[task][: self.LINES], strict=True)
+        written = translate.Translate.load(path, beams=1)(list(sources), task)
+        return translation.chrf().statistics(written, list(references)).tolist()
+
+
+class Speech(Setting):
+    """On the recorded prompts of several languages, from a Conformer of them all. `listed`: a list of utterances with
+    audio, text, lang, seconds and split."""
+
+    name, joint, steps, metric = "recogniser", "prompts_five", 250, "cer"
+
+    def __init__(self, listed: Path):
+        self.listed: dict[str, list[dict[str, Any]]] = {}
+        for line in map(json.loads, listed.read_text("utf-8").splitlines()):
+            audio = os.path.relpath(listed.parent / line["audio"], ROOT / "prepared")
+            self.listed.setdefault(line["lang"], []).append(line | {"audio": audio})
+        self.tasks = tuple(sorted(self.listed))
+
+    def base(self) -> Path:
+        about = {"RUN_DIR": "runs/merging/recogniser", "START": None, "STEPS": 3000, "EVERY": 300, "WARMUP": 300}
+        return trained("experiments/merging/recogniser.gin", about | {"RATE": 2e-3, "SEED": 0} | self.bindings(None))
+
+    def data(self, task: str | None) -> str:
+        return f"prompts_{task}" if task else self.joint
+
+    def _list(self, task: str | None) -> str:
+        """The path of the list of a task's utterances, or of all, from ROOT."""
+        return f"prepared/{self.data(task)}.jsonl"
+
+    def bindings(self, task: str | None) -> dict[str, Any]:
+        of = {"MANIFEST": self._list(task), "TOKENISER": f"prepared/{self.joint}" if task else None}
+        return super().bindings(task) | of
+
+    def prepare(self) -> None:
+        for task in (None, *self.tasks):
+            lines = [x for of, xs in self.listed.items() if task in (None, of) for x in xs]
+            path = ROOT / self._list(task)
+            path.parent.mkdir(exist_ok=True)
+            partfile.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        joint = str(ROOT / "prepared" / self.joint)
+        speech.prepare(joint, manifest=self._list(None), split="train", speeds=[0.9, 1.0, 1.1])
+        for task in self.tasks:
+            for split in ("valid", "test"):
+                folder = str(ROOT / "prepared" / f"{self.data(task)}.{split}")
+                speech.prepare(folder, manifest=self._list(task), split=split, tokeniser=joint)
+
+    def sizes(self) -> dict[str, int]:
+        return {task: round(sum(x["seconds"] for x in xs)) for task, xs in self.listed.items()}
+
+    def nll(self, split: str) -> Nll:
+        of = {task: Loss(str(ROOT / "prepared" / f"{self.data(task)}.{split}")) for task in self.tasks}
+        return lambda path: {task: loss.by_family(path)["asr"] for task, loss in of.items()}
+
+    def lines(self, path: Path, task: str, told: bool) -> list[list[float]]:
+        by = Recogniser.load(path, way="greedy")
+        said = []
+        for one in manifest.read(ROOT / self._list(task), "test"):
+            if isinstance(one, manifest.Skipped):
+                raise ValueError(f"{one.where}: {one.reason}")
+            found = by(one.samples(by.rate))
+            said.append({"reference": one.text, "texts": {"greedy": found[0].text if found else ""}})
+        return counted(said, "greedy", self.metric).tolist()
