@@ -265,6 +265,20 @@ def test_tensors_that_do_not_fit(tmp_path):
     refused(tmp_path / "model", "lm_head.weight is not the embedding")
 
 
+def test_frequencies_that_a_model_was_saved_with_are_those_of_its_configuration(tmp_path):
+    hf_models.write(tmp_path / "model", "llama")
+    path, name = tmp_path / "model" / "model.safetensors", "model.layers.1.self_attn.rotary_emb.inv_freq"
+    tensors, before = load_file(path), bring.bring(tmp_path / "model")[0]
+    turns = np.array([1.0, 0.01], np.float32)  # heads of 4 at a base of 10,000
+    save_file(tensors | {name: turns.astype(np.float16)}, path)
+    after = bring.bring(tmp_path / "model")[0]
+    assert before.keys() == after.keys() and all(np.array_equal(before[k], after[k]) for k in before)
+    save_file(tensors | {name: turns * np.array([1, 2], np.float32)}, path)
+    refused(tmp_path / "model", f"{name} holds other frequencies than rope_theta, 10000, gives")
+    save_file(tensors | {name: turns[:1]}, path)
+    refused(tmp_path / "model", f"has no place for the tensor {name}")
+
+
 @pytest.mark.parametrize(
     ("dtype", "message"),
     [
@@ -462,7 +476,8 @@ def write_gguf(path: Path, table: dict[str, np.ndarray], meta: dict, kind: str =
     w.add_key_length(heads["head"])
     w.add_rope_dimension_count(values.pop("turned", heads["head"]))
     w.add_layer_norm_rms_eps(args["norm_eps"])
-    w.add_rope_freq_base(heads["rope_base"])
+    if values.pop("base", True):
+        w.add_rope_freq_base(heads["rope_base"])
     w.add_tokenizer_model(values.pop("tokeniser", "gpt2"))
     w.add_tokenizer_pre("smollm")
     w.add_token_list(WORDS)
@@ -489,6 +504,8 @@ def test_a_gguf_file_is_the_same_model(tmp_path):
     write_gguf(tmp_path / "model.gguf", table, meta)
     again, about = bring.bring(tmp_path / "model.gguf")
     np.testing.assert_allclose(logits(built(again, about), hf_models.PROMPT), found["logits"], atol=1e-4)
+    write_gguf(tmp_path / "bare.gguf", table, meta, base=False)  # it is 10,000 where a file does not say
+    assert bring.bring(tmp_path / "bare.gguf")[1]["model"] == about["model"]
     q = gguf.File(tmp_path / "model.gguf").read("blk.0.attn_q.weight")  # rotary pairs lie beside each other there
     theirs = load_file(tmp_path / "model" / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
     np.testing.assert_array_equal(q.reshape(4, 2, 2, 16).swapaxes(1, 2).reshape(16, 16), theirs)

@@ -103,6 +103,7 @@ ADDED = next(token for token in json.loads(hf.tokenizer_json())["added_tokens"] 
         ({"generation_config": {"eos_token_id": 280}}, "280 is no token"),
         ({"generation_config": {"eos_token_id": [-1]}}, "-1 is no token"),
         ({"generation_config": {"eos_token_id": 1.5}}, "1.5 is no token"),
+        ({"generation_config": {"eos_token_id": "\ud800"}}, r"'\\ud800', which is no text"),
         ({"tokenizer": {"model": {"type": "Pickle"}}}, "not a tokeniser that the package tokenizers reads"),
         ({"tokenizer": {"added_tokens": [{"id": "x"}]}}, "not a tokeniser that the package tokenizers reads"),
         (

@@ -168,7 +168,8 @@ def _rotary(c: Config) -> dict[str, Any]:
     rope = {k: v for k, v in found.items() if v is not None}
     kind = rope.pop("type", None)
     kind = rope.setdefault("rope_type", kind or "default")
-    base = rope.pop("rope_theta", None) or c.values.get("rope_theta", 10_000.0)
+    given = (rope.pop("rope_theta", None), c.values.get("rope_theta"))
+    base = next((base for base in given if base is not None), 10_000.0)
     if rope.pop("partial_rotary_factor", 1.0) != 1.0:
         raise c.error("partial_rotary_factor: moe_jax turns whole heads")
     if not isinstance(kind, str) or kind not in SCALING:

@@ -6,6 +6,7 @@ Every tensor is accounted for, in both directions: one that is missing, left ove
 from __future__ import annotations
 
 import dataclasses
+import re
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 import numpy as np
 
+FREQUENCIES = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 # What weights may be, as safetensors calls it, and what they become: nothing computes in 64 bits.
 FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float32"}
 _BRIEF = reprlib.Repr()
@@ -158,13 +160,21 @@ def read(model: Any, shapes: Mapping[str, tuple[int, ...]], naming: Naming, sour
     """Our table path -> array of the source's tensors; `name` is what messages call it. A leaf has the dtype of its
     tensors, or float32 where they differ or something is added to them.
 
-    Raises InteropError before anything is read where a tensor is missing, left over, of another shape or no floats;
+    Raises InteropError before weights are read where a tensor is missing, left over, of another shape or no floats;
     and for numbers that are not finite.
     """
     given = dict(source.shapes)
     twin = naming.top["output"]
     if model.tied and twin in given and given[twin] == given.get(naming.top["embedding"]):
         del given[twin]  # written although it is the embedding, as some tools do
+    if not model.attention.rope_scaling:
+        half, base = model.attention.head // 2, model.attention.rope_base
+        wanted = base ** (-np.arange(half) / half)
+        for tensor in [t for t, shape in given.items() if FREQUENCIES.fullmatch(t) and shape == (half,)]:
+            if not np.allclose(source.read(tensor).astype(np.float32), wanted, rtol=0.01):  # some are of 16 bits
+                what = f"{tensor} holds other frequencies than rope_theta, {base:g}, gives"
+                raise InteropError(f"{name}: {what}; mend its configuration, or take another copy of the model")
+            del given[tensor]  # what early Llama models were saved with, though it follows from the configuration
     found = list(_fitting(places(model, shapes, naming), given, name))
     if left := given.keys() - {place.name for place in found}:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""

@@ -114,7 +114,10 @@ def from_folder(folder: str | os.PathLike) -> Pretrained:
         if isinstance(given, list):
             return [i for one in given for i in ids(one)]
         content = given.get("content") if isinstance(given, Mapping) else given
-        i = built.token_to_id(content) if isinstance(content, str) else content
+        try:
+            i = built.token_to_id(content) if isinstance(content, str) else content
+        except UnicodeEncodeError:
+            raise ValueError(f"{folder}: an end-of-text or begin-of-text is {content!r}, which is no text") from None
         return [] if i is None else [i]
 
     ends = [settings.get("eos_token"), generation.get("eos_token_id"), config.get("eos_token_id")]
