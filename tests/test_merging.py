@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import shutil
+import subprocess
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import yaml
 from safetensors.numpy import load_file, save_file
 
 from moe_jax import checkpoint, cli, describe, main, tree
@@ -243,6 +245,44 @@ def test_it_is_what_peft_computes(name):
     else:
         said, ours = merge_utils.task_arithmetic(theirs, weights), merged(name, given, scale=1.0)
     np.testing.assert_allclose(ours, said.numpy(), atol=1e-6)
+
+
+KIT = shutil.which("mergekit-yaml")
+KITS = {  # method -> how many models, our options, and what the kit calls both
+    "average": (3, {}, {"merge_method": "linear"}),
+    "task_arithmetic": (3, {"scale": 0.5}, {"merge_method": "task_arithmetic", "parameters": {"lambda": 0.5}}),
+    "ties": (3, {"density": 0.2}, {"merge_method": "ties", "parameters": {"density": 0.2, "normalize": True}}),
+    "breadcrumbs": (
+        3,
+        {"scale": 0.25},
+        {"merge_method": "breadcrumbs", "parameters": {"density": 0.14, "gamma": 0.01, "lambda": 0.25}},
+    ),
+    "slerp": (2, {}, {"merge_method": "slerp", "parameters": {"t": 0.5}}),
+}
+
+
+@pytest.mark.skipif(not KIT, reason="needs mergekit-yaml in PATH: pip install mergekit, in an environment of its own")
+@pytest.mark.parametrize("name", KITS)
+def test_folders_merge_as_mergekit_merges_them(name, tmp_path):
+    count, options, theirs = KITS[name]
+    folders = [tmp_path / f"model{i}" for i in range(count + 1)]
+    for i, folder in enumerate(folders):
+        hf_models.write(folder, "llama")
+        table, noise = load_file(folder / "model.safetensors"), np.random.default_rng(i)
+        for key, x in table.items() if i else ():
+            table[key] = x + 0.05 * noise.standard_normal(x.shape, np.float32)
+        save_file(table, folder / "model.safetensors", metadata={"format": "pt"})
+    base, *models = map(str, folders)
+    merge.merge(str(tmp_path / "ours"), base=base, models=models, method=name, options=options, progress=False)
+    asked = {"models": [{"model": m, "parameters": {"weight": 1.0}} for m in models], "dtype": "float32", **theirs}
+    asked |= {"slerp": {"base_model": models[0]}, "average": {}}.get(name, {"base_model": base})
+    asked["parameters"] = {"normalize": name == "average", **theirs.get("parameters", {})}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(asked))
+    subprocess.run([str(KIT), tmp_path / "recipe.yaml", tmp_path / "theirs"], check=True, capture_output=True)
+    ours, said = (load_file(tmp_path / who / "model.safetensors") for who in ("ours", "theirs"))
+    assert ours.keys() == said.keys()
+    for key, x in said.items():
+        np.testing.assert_allclose(ours[key], x, atol=1e-6, err_msg=key)
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
