@@ -45,11 +45,12 @@ def make_base() -> Path:
     noise, base = ROOT / "prepared" / "denoise", ROOT / "runs" / "noise"
     if (base / "model.safetensors").exists():
         return base
+    own = {k: v for k, v in os.environ.items() if k != "MOE_JAX_DATA"}  # the same base, whatever its arms learn
     if not noise.exists():
         command = [sys.executable, "-m", "moe_jax.tasks.builders.denoise", str(noise), "--passes", "2"]
-        subprocess.run(command, cwd=ROOT, check=True)
+        subprocess.run(command, cwd=ROOT, check=True, env=own)
     command = [sys.executable, "-m", "moe_jax.main", "--gin_file=runs/noise.gin"]
-    if code := subprocess.run(command, cwd=ROOT, env={**os.environ, "MOE_JAX_DENOISE": str(noise)}).returncode:
+    if code := subprocess.run(command, cwd=ROOT, env={**own, "MOE_JAX_DENOISE": str(noise)}).returncode:
         sys.exit(code)
     return base
 

@@ -113,11 +113,8 @@ class Bench:
         recipe: dict[str, Any] = {"base": str(self.setting.base()), "models": models, "method": name}
         recipe |= paired(models, name) if name == "slerp" else {}
         if arm == name:
-            space, about = {"scale": FIXED.get(name, SCALES)}, str(ROOT / "prepared" / self.setting.joint)
-            mean = lambda path: float(np.mean(list(self.valid(path).values())))  # noqa: E731
-            found = search.search(
-                str(self.folder / f"{name}.search"), recipe=recipe, space=space, valid=about, loss=mean
-            )
+            asked: dict[str, Any] = {"recipe": recipe, "space": {"scale": FIXED.get(name, SCALES)}, "loss": self._mean}
+            found = search.search(str(self.folder / f"{name}.search"), valid=f"{self.setting.joint}.valid", **asked)
             print(f"{name}: {found.options}, valid nll {found.loss:.4f}", flush=True)
             recipe["options"] = found.options
         merge.merge(str(output), **recipe)
@@ -182,13 +179,13 @@ def table(setting: Setting, found: dict[tuple[str, int], dict[str, Any]], comman
 def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("setting", choices=["corrector", "recogniser", "translator"])
-    parser.add_argument("--list", type=Path, help="recogniser: its utterances, lines of audio, text, lang and split")
+    parser.add_argument("--list", type=Path, help="recogniser: utterances, lines of audio, text, lang, seconds, split")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--collect", action="store_true", help="only make the table, of what is finished")
     args = parser.parse_args()
-    if args.setting == "recogniser" and not args.list:
-        parser.error("recogniser: give its utterances by --list LIST")
+    if (args.setting == "recogniser") != bool(args.list):
+        parser.error("give its utterances to the recogniser, and to it alone, by --list LIST")
     listed = args.list and args.list.absolute()
     os.chdir(ROOT)  # prepared data are known by paths from here
     setting = Speech(listed) if listed else {"corrector": Corrector, "translator": Translator}[args.setting]()

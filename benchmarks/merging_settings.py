@@ -53,6 +53,7 @@ class Setting:
       steps: of all tasks together, in joint training and apart.
       metric, score: of the text: its name, and what makes it of what `lines` has.
       to_experts: whether its dense models become the experts of one.
+      every: what its gin file calls the steps between evaluations.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Setting:
     metric: str
     score: Callable[[np.ndarray], np.ndarray] = staticmethod(significance.error_rate)
     to_experts = False
+    every = "EVERY"
 
     def base(self) -> Path:
         """The run folder of what is tuned, made where it is not."""
@@ -89,7 +91,12 @@ class Setting:
 
     def tune(self, task: str | None, steps: int, start: Path, folder: Path, seed: int) -> Path:
         """The run folder `folder`: `start` trained on a task, or on all."""
-        about = {"RUN_DIR": folder.relative_to(ROOT), "START": start.relative_to(ROOT), "STEPS": steps, "EVERY": steps}
+        about = {
+            "RUN_DIR": folder.relative_to(ROOT),
+            "START": start.relative_to(ROOT),
+            "STEPS": steps,
+            self.every: steps,
+        }
         return trained(f"experiments/merging/{self.name}.gin", about | {"SEED": seed} | self.bindings(task))
 
     def bindings(self, task: str | None) -> dict[str, Any]:
@@ -156,7 +163,7 @@ class Translator(Text):
     name, joint, steps, metric = "translator", "translate_from_en", 140, "chrf"
     tasks = tuple(d for d in directions.TRAINED if d.startswith("en-") and not directions.denoises(d))
     score = staticmethod(translation.chrf().score)
-    tokeniser, named = "translate.model", "translate/{}"
+    tokeniser, named, every = "translate.model", "translate/{}", "EVERY_STEPS"
     about = MappingProxyType({"layout": "tagged", "length": 128, "ids": directions.direction_ids()})
     LINES = 100  # of each direction
 
@@ -180,7 +187,9 @@ class Speech(Setting):
 
     def __init__(self, listed: Path):
         self.listed: dict[str, list[dict[str, Any]]] = {}
-        for line in map(json.loads, listed.read_text("utf-8").splitlines()):
+        for number, line in enumerate(map(json.loads, listed.read_text("utf-8").splitlines()), 1):
+            if lacks := {"audio", "text", "lang", "seconds", "split"} - line.keys():
+                sys.exit(f"{listed}:{number}: lacks {', '.join(sorted(lacks))}")
             audio = os.path.relpath(listed.parent / line["audio"], ROOT / "prepared")
             self.listed.setdefault(line["lang"], []).append(line | {"audio": audio})
         self.tasks = tuple(sorted(self.listed))
@@ -214,10 +223,13 @@ class Speech(Setting):
                 speech.prepare(folder, manifest=self._list(task), split=split, tokeniser=joint)
 
     def sizes(self) -> dict[str, int]:
-        return {task: round(sum(x["seconds"] for x in xs)) for task, xs in self.listed.items()}
+        train = {task: [x["seconds"] for x in self.listed[task] if x["split"] == "train"] for task in self.tasks}
+        return {task: round(sum(seconds)) for task, seconds in train.items()}
 
     def nll(self, split: str) -> Nll:
-        of = {task: Loss(str(ROOT / "prepared" / f"{self.data(task)}.{split}")) for task in self.tasks}
+        folders = {task: str(ROOT / "prepared" / f"{self.data(task)}.{split}") for task in self.tasks}
+        # One at a time: larger batches are of like lengths, and filled up.
+        of = {task: Loss(folder, speech.Speech.open(folder).rows, batch_size=1) for task, folder in folders.items()}
         return lambda path: {task: loss.by_family(path)["asr"] for task, loss in of.items()}
 
     def lines(self, path: Path, task: str, told: bool) -> list[list[float]]:

@@ -117,7 +117,7 @@ def abstract(data: Any) -> Any:
 def like(
     path: str,
     *,
-    vocab: int,
+    vocab: int | None,
     ffn: Callable | None = None,
     router: Callable | None = None,
     dense_layers: Sequence[int] = (),
@@ -130,7 +130,7 @@ def like(
     """A new model as deep and wide as that of the checkpoint at `path`: what `train.model` is for a pretrained base.
 
     Args:
-      vocab: what the tokeniser has; it must be the checkpoint's.
+      vocab: what the tokeniser has; it must be the checkpoint's. None: as many.
       ffn: in place of the dense layer there, with its units and activation (upcycling). None: as it is.
       router: of a base that is a mixture of experts already, in place of its own, whose gate it goes on with (NeKo
         from Mixtral). It must choose as many experts, and weigh them, as the base's does.
@@ -145,7 +145,7 @@ def like(
     if getattr(made, "func", None) is not corrector.Corrector:
         raise ValueError(f"{path} does not describe a corrector; make it with moe-jax import or export")
     was = made.keywords
-    if was["vocab"] != vocab:
+    if vocab not in (None, was["vocab"]):
         raise ValueError(f"{path} has {was['vocab']} tokens, the data {vocab}: prepare them with its tokeniser")
     changes: dict[str, Any] = dict(auxiliary=auxiliary or (), remat=remat, unroll=unroll)
     if ffn is not None:

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -227,9 +227,10 @@ def planned(files: Sequence[str], bindings: Sequence[str]) -> tuple[dict[str, An
 
 
 def buildable() -> None:
-    """What is wrong with a model or its adapters, such as a task map or a pattern that matches no leaf, is said before
-    the first job runs: preparing data takes longer. Raises ValueError as the job would. Holds no array, and leaves it
-    to the jobs to start JAX's backend. A recogniser is left out: it has numbers of its data in it."""
+    """What is wrong with a model or its adapters, such as a task map or a pattern that matches no leaf, and files to
+    score that are not there, are said before the first job runs: preparing data takes longer. Raises ValueError as the
+    jobs would. Holds no array, and leaves it to them to start JAX's backend. A recogniser is left out: it has numbers
+    of its data in it."""
     import copy
 
     import gin
@@ -242,15 +243,20 @@ def buildable() -> None:
         return
     for job in jobs:
         scope, _, name = job.scoped_selector.rpartition("/")
-        if name != "train.train":
-            continue
-        from moe_jax import train
-
         with gin.config_scope(scope or None):
             bound = gin.get_bindings(job.selector, resolve_references=False)
-            model, adapters = (copy.deepcopy(bound.get(key)) for key in ("model", "adapters"))  # of a reference: itself
-            if model is not None:
-                train.check(model, **{"adapters": adapters} if adapters else {})
+
+            def of(key: str, bound: Mapping[str, Any] = bound) -> Any:
+                return copy.deepcopy(bound.get(key))  # of a reference: what it refers to
+
+            if name == "train.train" and "model" in bound:
+                from moe_jax import train
+
+                train.check(of("model"), **{"adapters": of("adapters")} if bound.get("adapters") else {})
+            if name == "evaluate.evaluate":
+                for path in [*(of("valid") or ()), *(of("test") or ())]:
+                    if not Path(path).exists():
+                        raise ConfigError(f"{path}: no such file, which is to be scored; is MOE_JAX_DATA right?")
 
 
 # --- command line -----------------------------------------------------------------------------------------------------

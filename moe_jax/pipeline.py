@@ -90,7 +90,8 @@ class Pipeline:
       sampling, seed: how to draw; what is drawn for a record depends on the seed and its number alone. None: search.
       continuous: lanes that are done take the next prompt (`lanes`; one beam or sample); else batches end together.
       task: the family of everything that is corrected; None, the default, is unknown: routing is free anyway. (A
-        template that says the task, "+task", then says what a record gives as its own.)
+        layout that says the task, "+task", then says what a record gives as its own; without either its prompts are
+        none that it was trained on.)
       rescore: let the given hypotheses compete with what the search found, by the model's own score.
     """
 

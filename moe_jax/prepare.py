@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ def prepare(
         "tokeniser": Tokeniser.load(tokeniser).sha256,
         "ids": dict(ids) if ids else None,
     }
+    wanted["corpus"] = _corpus(split)
     if own:
         wanted["own"] = {name: [family, *_state(Path(home), split)] for name, (family, home) in own.items()}
     if Path(folder).exists():
@@ -92,6 +94,15 @@ def speech(folder: str, *, task: str, split: str = "train", **options: Any) -> N
 
     Path(folder).parent.mkdir(parents=True, exist_ok=True)
     write(folder, utterances, f"{task}, split {split!r}", ["seqio", task, split], **options)
+
+
+def _corpus(split: str) -> dict[str, int] | None:
+    """The files of a split in the folder that MOE_JAX_DATA names, and their sizes: what was drawn from them is not used
+    again for another corpus. None of the embedded one."""
+    folder = os.environ.get("MOE_JAX_DATA")
+    return (
+        {path.name: path.stat().st_size for path in sorted(Path(folder).glob(f"*.{split}.json*"))} if folder else None
+    )
 
 
 def _state(home: Path, split: str) -> list[Any]:

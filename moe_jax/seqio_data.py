@@ -165,11 +165,12 @@ def prepare(
     split: str = "train",
     ids: Mapping[str, int] | None = None,
     own: Mapping[str, Any] | None = None,
+    corpus: Mapping[str, int] | None = None,
 ) -> Mapping[str, Any]:
     """Draws from a task or mixture into a prepared folder (see `data.py`), says what came, returns the meta.
 
     `examples` or `passes` as in `draw`: one of them. `ids` as in `tasks.correction.task_ids`; the whole table is the
-    meta's "families". `ids` and `own` are kept in the meta. Raises ValueError in one line.
+    meta's "families". `ids`, `own` and `corpus` are kept in the meta. Raises ValueError in one line.
     """
     families = correction.task_ids(ids)
     if examples is None and passes is None:
@@ -206,6 +207,7 @@ def prepare(
         **settings,
         **({"ids": dict(ids)} if ids else {}),
         **({"own": dict(own)} if own else {}),
+        **({"corpus": dict(corpus)} if corpus is not None else {}),
     )
     sizes: Counter[str] = Counter()
     for task in tasks:

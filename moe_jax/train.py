@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import json
 import math
 import sys
@@ -51,7 +52,7 @@ class State:
 # --- build ------------------------------------------------------------------------------------------------------------
 
 
-def build(model: Callable, *, vocab: int, seed: int) -> Any:
+def build(model: Callable, *, vocab: int | None, seed: int) -> Any:
     """The initial model: a function of (configuration, seed)."""
     return model(vocab=vocab, rngs=Rngs(params=jax.random.fold_in(jax.random.key(seed), 1)))
 
@@ -104,7 +105,8 @@ def _split(model: Any, adapters: Adapters, seed: int) -> tuple[Table, Table]:
 def check(model: Callable, adapters: Adapters = EVERYTHING) -> None:
     """Raises what `train` would raise of a model that cannot be built, or of adapters that do not fit it. No array is
     made."""
-    made = jax.eval_shape(functools.partial(build, model, vocab=64, seed=0))  # its size is the tokeniser's to say
+    vocab = None if inspect.unwrap(model) is describe.like else 64  # the tokeniser's to say, or the checkpoint's
+    made = jax.eval_shape(functools.partial(build, model, vocab=vocab, seed=0))
     jax.eval_shape(lambda model: _split(model, adapters, 0), made)
 
 

@@ -68,6 +68,8 @@ def test_every_run_parses_and_builds_the_parameters_of_its_golden_file(name, tmp
     replaces = name.startswith(("experiments/merging/", "experiments/neko/single.gin", "runs/shape.gin"))
     if name not in GIVEN and not replaces:
         main._check_all_used(gin.config._CONFIG)
+    if name not in GIVEN and "wide" not in name:
+        main.buildable()
     if os.environ.get("UPDATE_GOLDEN"):  # UPDATE_GOLDEN=1 pytest tests/test_main.py, then read the diff
         golden.write_text(table)
     assert table == golden.read_text()
@@ -80,6 +82,7 @@ def test_every_run_from_a_pretrained_base_fills_its_model_with_it(name, tmp_path
     base = str(tmp_path / "base.safetensors")
     checkpoint.write_safetensors(base, *bring.bring(tmp_path / "model"))
     main.load([name], [f"BASE={base}", *(["EXPERTS=4"] if mixture else [])])
+    main.buildable()
     bound = gin.config._CONFIG[("", "moe_jax.train.train")]
     rules = copy.deepcopy(bound.get("init_rules", ()))
     make = functools.partial(train.build, configured_model(), vocab=40, seed=0)
@@ -205,6 +208,13 @@ def test_what_does_not_fit_the_model_is_said_before_data_are_prepared(bindings, 
     assert main.main(argv) == 2
     assert says in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_corpus_without_what_is_to_be_scored_is_said_before_data_are_prepared(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOE_JAX_DATA", str(tmp_path))
+    main.load(["experiments/neko_wide/neko.gin"], [])
+    with pytest.raises(main.ConfigError, match=r"asr.valid.jsonl.gz: no such file, which is to be scored"):
+        main.buildable()
 
 
 def test_a_misspelt_macro_names_the_right_one():

@@ -113,7 +113,7 @@ def test_a_tfds_dataset_is_a_task(tmp_path):
 # --- ids --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_data_set_may_be_a_task_of_its_own(tmp_path, capsys):
+def test_a_data_set_may_be_a_task_of_its_own(tmp_path, capsys, monkeypatch):
     rows = [row("a b"), row("c d", source_set="two"), row("e f", source_set="two"), {**row("g h"), "source_set": None}]
     write(tmp_path / "train.jsonl", rows)
     correction.register_jsonl_task("test_by_set", "asr", tmp_path)
@@ -127,6 +127,10 @@ def test_a_data_set_may_be_a_task_of_its_own(tmp_path, capsys):
     assert set(prepared.columns["tasks"][prepared.columns["segments"] > 0].tolist()) == {15, 40}
     assert "asr/two            2  50.0%       ?" in " ".join(capsys.readouterr().err.split("\n"))
     refused("was prepared with ids=", prepare.prepare, str(tmp_path / "p"), **settings)
+    write(tmp_path / "asr.train.jsonl", [row("another corpus")])
+    monkeypatch.setenv("MOE_JAX_DATA", str(tmp_path))
+    refused("corpus=None, not {'asr.train.jsonl': ", prepare.prepare, str(tmp_path / "p"), ids=ids, **settings)
+    monkeypatch.delenv("MOE_JAX_DATA")
     assert {text_of(e): e.task for e in drawn("test_by_set")} == dict.fromkeys(("a b", "c d", "e f", "g h"), 1)
 
 
