@@ -583,6 +583,17 @@ def test_folders_that_cannot_be_merged(factor, config, said, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"base", "a"}
 
 
+def test_a_folder_without_a_tokeniser_has_the_bases_own(tmp_path):
+    given = folders(tmp_path, {}, {"all": lambda x: x + 1e-3})
+    theirs = tmp_path / "a" / "tokenizer.json"
+    theirs.write_text(theirs.read_text() + " ")
+    with pytest.raises(MergeError, match=r"different tokenisers \(tokenizer.json\)"):
+        merge.merge(str(tmp_path / "m"), **given, method="average", progress=False)
+    theirs.unlink()
+    merge.merge(str(tmp_path / "m"), **given, method="average", progress=False)
+    assert (tmp_path / "m" / "tokenizer.json").read_bytes() == (tmp_path / "base" / "tokenizer.json").read_bytes()
+
+
 def test_a_file_is_no_place_for_a_folder(tuned, tmp_path):
     (tmp_path / "m").touch()
     given = folders(tmp_path, {}, {})
