@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import kept
+from benchmarks.launch import launch
 from moe_jax import partfile
 from moe_jax.metrics import errors, significance
 from moe_jax.metrics.normalisers import family_normaliser
@@ -49,9 +50,7 @@ def make_base() -> Path:
     if not noise.exists():
         command = [sys.executable, "-m", "moe_jax.tasks.builders.denoise", str(noise), "--passes", "2"]
         subprocess.run(command, cwd=ROOT, check=True, env=own)
-    command = [sys.executable, "-m", "moe_jax.main", "--gin_file=runs/noise.gin"]
-    if code := subprocess.run(command, cwd=ROOT, env={**own, "MOE_JAX_DENOISE": str(noise)}).returncode:
-        sys.exit(code)
+    launch(["runs/noise.gin"], {}, env={**own, "MOE_JAX_DENOISE": str(noise)})
     return base
 
 
@@ -63,12 +62,10 @@ def run_arm(experiment: str, arm: str, seed: int, extra: list[str]) -> None:
         if experiment.startswith("neko"):
             make_base()
         print(f"--- {arm}, seed {seed} -> {folder}", flush=True)
-        command = [sys.executable, "-m", "moe_jax.main", f"--gin_file=experiments/{experiment}/{arm}.gin"]
-        command += [f"--gin.RUN_DIR={folder}", f"--gin.SEED={seed}", *extra]
+        about: dict[str, Any] = {"RUN_DIR": folder, "SEED": seed}
         if arm in BRANCHES:
-            command += [f"--gin.BRANCHES={run_folder(experiment, BRANCHES[arm], seed)}"]
-        if code := subprocess.run(command, cwd=ROOT).returncode:
-            sys.exit(code)
+            about["BRANCHES"] = run_folder(experiment, BRANCHES[arm], seed)
+        launch([f"experiments/{experiment}/{arm}.gin"], about, extra)
         return of_run(ROOT / folder)
 
     kept.once(experiment, f"{arm}-{seed}", make)

@@ -40,8 +40,8 @@ from moe_jax.merging.methods import METHODS
 from moe_jax.metrics import significance
 
 SCALES = [0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0]
-FIXED = {"average": [1.0], "fisher": [1.0], "regmean": [1.0]}  # means of weights: there is nothing to scale
-AUTHORS = {"lors": {}, "magnitude": {}, "singular_values": {}}  # besides, as the authors had them
+FIXED = ("average", "fisher", "regmean")  # means of weights: there is nothing to scale
+AUTHORS = ("lors", "magnitude", "singular_values")  # besides, as the authors had them
 THEIRS = ", authors' settings"
 EXPERTS = "experts, task known"
 
@@ -113,7 +113,11 @@ class Bench:
         recipe: dict[str, Any] = {"base": str(self.setting.base()), "models": models, "method": name}
         recipe |= paired(models, name) if name == "slerp" else {}
         if arm == name:
-            asked: dict[str, Any] = {"recipe": recipe, "space": {"scale": FIXED.get(name, SCALES)}, "loss": self._mean}
+            asked: dict[str, Any] = {
+                "recipe": recipe,
+                "space": {"scale": [1.0] if name in FIXED else SCALES},
+                "loss": self._mean,
+            }
             found = search.search(str(self.folder / f"{name}.search"), valid=f"{self.setting.joint}.valid", **asked)
             print(f"{name}: {found.options}, valid nll {found.loss:.4f}", flush=True)
             recipe["options"] = found.options

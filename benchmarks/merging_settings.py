@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import abc
 import json
 import math
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.arms import make_base
+from benchmarks.launch import ROOT, launch
 from moe_jax import branches, evaluate, formats, main, partfile, prepare, translate
 from moe_jax.data import Prepared
 from moe_jax.formats import manifest
@@ -27,7 +28,6 @@ from moe_jax.speech.evaluate import counted
 from moe_jax.speech.recognise import Recogniser
 from moe_jax.tasks import translation as directions
 
-ROOT = Path(__file__).resolve().parents[1]
 Nll = Callable[[str], dict[str, float]]
 
 
@@ -36,14 +36,11 @@ def trained(file: str, bindings: Mapping[str, Any]) -> Path:
     folder = ROOT / bindings["RUN_DIR"]
     if not (folder / "model.safetensors").exists():
         print(f"--- {file} -> {bindings['RUN_DIR']}", flush=True)
-        command = [sys.executable, "-m", "moe_jax.main", f"--gin_file={file}"]
-        command += [f"--gin.{name}={value}" for name, value in bindings.items()]
-        if code := subprocess.run(command, cwd=ROOT).returncode:
-            sys.exit(code)
+        launch([file], bindings)
     return folder
 
 
-class Setting:
+class Setting(abc.ABC):
     """A model and its tasks.
 
     Attributes:
@@ -65,29 +62,29 @@ class Setting:
     to_experts = False
     every = "EVERY"
 
+    @abc.abstractmethod
     def base(self) -> Path:
         """The run folder of what is tuned, made where it is not."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def data(self, task: str | None) -> str:
         """The name of the prepared data of a task, or of all."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def prepare(self) -> None:
         """Makes what `nll` reads."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def sizes(self) -> dict[str, int]:
         """task -> how much of the joint data it is."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def nll(self, split: str) -> Nll:
         """A function of a checkpoint: task -> nll a token (of the recogniser: its loss an utterance)."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def lines(self, path: Path, task: str, told: bool) -> list[list[float]]:
         """Of each test line what `score` takes the sums of; `told`: the model is told the task."""
-        raise NotImplementedError
 
     def tune(self, task: str | None, steps: int, start: Path, folder: Path, seed: int) -> Path:
         """The run folder `folder`: `start` trained on a task, or on all."""
@@ -161,7 +158,7 @@ class Translator(Text):
     """From English into seven languages, from a translator of twenty directions."""
 
     name, joint, steps, metric = "translator", "translate_from_en", 140, "chrf"
-    tasks = tuple(d for d in directions.TRAINED if d.startswith("en-") and not directions.denoises(d))
+    tasks = tuple(directions.trained("en"))
     score = staticmethod(translation.chrf().score)
     tokeniser, named, every = "translate.model", "translate/{}", "EVERY_STEPS"
     about = MappingProxyType({"layout": "tagged", "length": 128, "ids": directions.direction_ids()})

@@ -15,8 +15,6 @@ import datetime
 import functools
 import itertools
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,10 +22,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks import kept
+from benchmarks.launch import launch
 from moe_jax import checkpoint, main, partfile
 from moe_jax.metrics import significance, translation
 from moe_jax.tasks.translation import NEW as NEW_DIRECTIONS
-from moe_jax.tasks.translation import TRAINED, ZERO_SHOT, denoises, languages
+from moe_jax.tasks.translation import ZERO_SHOT, languages, trained
 
 ROOT = Path(__file__).resolve().parents[1]
 ARMS = ("dense", "top_k", "task_gated", "task_level", "static_adapters", "dynamic_adapters")
@@ -41,11 +40,10 @@ def run(arm: str, seed: int) -> dict[str, Any]:
 
     def make() -> dict[str, Any]:
         print(f"--- {arm}, seed {seed} -> {folder}", flush=True)
-        command = [sys.executable, "-m", "moe_jax.main", f"--gin_file=experiments/task_moe/{arm}.gin"]
-        command += [f"--gin.RUN_DIR={folder}", f"--gin.SEED={seed}"]
-        command += [f"--gin.BASE=runs/task_moe/{NEW[arm]}-{seed}"] if arm in NEW else []
-        if code := subprocess.run(command, cwd=ROOT).returncode:
-            sys.exit(code)
+        about: dict[str, Any] = {"RUN_DIR": folder, "SEED": seed}
+        if arm in NEW:
+            about["BASE"] = f"runs/task_moe/{NEW[arm]}-{seed}"
+        launch([f"experiments/task_moe/{arm}.gin"], about)
         return of_run(arm, seed, ROOT / folder)
 
     return kept.once("task_moe", f"{arm}-{seed}", make)
@@ -76,8 +74,7 @@ def groups(direction: str) -> list[str]:
 @functools.cache
 def low_resource() -> frozenset[str]:
     """The half of the trained directions with the fewer sentences to learn from."""
-    trained = [d for d in TRAINED if not denoises(d)]
-    sentences = {d: len(pairs) for d, pairs in main.parallel("train", trained).items()}
+    sentences = {d: len(pairs) for d, pairs in main.parallel("train", trained()).items()}
     return frozenset(sorted(sentences, key=lambda d: sentences[d])[: len(sentences) // 2])
 
 

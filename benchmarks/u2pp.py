@@ -16,14 +16,13 @@ import argparse
 import datetime
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks import kept
+from benchmarks.launch import launch
 from moe_jax import checkpoint, main, partfile
 from moe_jax.metrics import significance
 from moe_jax.speech import evaluate
@@ -39,12 +38,10 @@ def run(corpus: str, path: str, arm: str, seed: int, extra: list[str]) -> None:
 
     def make() -> dict[str, Any]:
         print(f"--- {corpus}, {arm}, seed {seed} -> {folder}", flush=True)
-        command = [sys.executable, "-m", "moe_jax.main", f"--gin_file=experiments/u2pp/{arm}.gin"]
-        command += [] if corpus in DIGITS else ["--gin_file=data/prompts.gin"]
-        command += [f"--gin.RUN_DIR={folder}", f"--gin.SEED={seed}", f"--gin.MANIFEST={path}"]
-        command += [f"--gin.DATA=prepared/{corpus}", f"--gin.VALID_DATA=prepared/{corpus}.valid", *extra]
-        if code := subprocess.run(command, cwd=ROOT).returncode:
-            sys.exit(code)
+        sizes = [] if corpus in DIGITS else ["data/prompts.gin"]
+        about = {"RUN_DIR": folder, "SEED": seed, "MANIFEST": path}
+        about |= {"DATA": f"prepared/{corpus}", "VALID_DATA": f"prepared/{corpus}.valid"}
+        launch([f"experiments/u2pp/{arm}.gin", *sizes], about, extra)
         return of_run(ROOT / folder)
 
     kept.once("u2pp", f"{corpus}-{arm}-{seed}", make)

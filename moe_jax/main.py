@@ -16,7 +16,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -216,14 +216,23 @@ def planned(files: Sequence[str], bindings: Sequence[str]) -> tuple[dict[str, An
 
     gin.clear_config()
     load(files, bindings)
-    jobs = {}
-    for job in gin.query_parameter("main.run.jobs"):
-        scope, _, name = job.scoped_selector.rpartition("/")
-        with gin.config_scope(scope or None):
-            jobs.setdefault(name, gin.get_bindings(job.selector))
+    jobs: dict[str, dict[str, Any]] = {}
+    for name, bound in _jobs():
+        jobs.setdefault(name, bound)
     if "train.train" not in jobs:
         raise ConfigError(f"{', '.join(files)}: no job trains; its jobs are {', '.join(jobs) or 'none'}")
     return jobs["train.train"], jobs.get("prepare.prepare") or jobs.get("data.prepare")
+
+
+def _jobs(resolved: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Of each job its name and what is bound for it, looked at in its scope; references as they are unless `resolved`.
+    Raises ValueError where no jobs are bound."""
+    import gin
+
+    for job in gin.query_parameter("main.run.jobs"):
+        scope, _, name = job.scoped_selector.rpartition("/")
+        with gin.config_scope(scope or None):
+            yield name, gin.get_bindings(job.selector, resolve_references=resolved)
 
 
 def buildable() -> None:
@@ -235,28 +244,22 @@ def buildable() -> None:
 
     import gin
 
-    try:
-        jobs = gin.query_parameter("main.run.jobs")
-    except ValueError:
-        return  # none: `run` says so
-    if any(selector.endswith("data.frontend") for _, selector in gin.config._CONFIG):
+    bound_for = gin.config._CONFIG.keys()
+    if not any(name.endswith("main.run") for _, name in bound_for):  # no jobs: `run` says so
         return
-    for job in jobs:
-        scope, _, name = job.scoped_selector.rpartition("/")
-        with gin.config_scope(scope or None):
-            bound = gin.get_bindings(job.selector, resolve_references=False)
+    if any(name.endswith("data.frontend") for _, name in bound_for):
+        return
+    wanted = {"train.train": ("model", "adapters"), "evaluate.evaluate": ("valid", "test")}
+    for name, bound in _jobs(resolved=False):
+        # A copy of a reference is what it refers to; what else is bound may not be there yet.
+        given = {key: copy.deepcopy(bound[key]) for key in wanted.get(name, ()) if bound.get(key) is not None}
+        if "model" in given:
+            from moe_jax import train
 
-            def of(key: str, bound: Mapping[str, Any] = bound) -> Any:
-                return copy.deepcopy(bound.get(key))  # of a reference: what it refers to
-
-            if name == "train.train" and "model" in bound:
-                from moe_jax import train
-
-                train.check(of("model"), **{"adapters": of("adapters")} if bound.get("adapters") else {})
-            if name == "evaluate.evaluate":
-                for path in [*(of("valid") or ()), *(of("test") or ())]:
-                    if not Path(path).exists():
-                        raise ConfigError(f"{path}: no such file, which is to be scored; is MOE_JAX_DATA right?")
+            train.check(**given)
+        for path in [*given.get("valid", ()), *given.get("test", ())]:
+            if not Path(path).exists():
+                raise ConfigError(f"{path}: no such file, which is to be scored; is MOE_JAX_DATA right?")
 
 
 # --- command line -----------------------------------------------------------------------------------------------------

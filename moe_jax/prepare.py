@@ -54,8 +54,8 @@ def prepare(
         "max_sources": max_sources,
         "tokeniser": Tokeniser.load(tokeniser).sha256,
         "ids": dict(ids) if ids else None,
+        "corpus": _corpus(split),
     }
-    wanted["corpus"] = _corpus(split)
     if own:
         wanted["own"] = {name: [family, *_state(Path(home), split)] for name, (family, home) in own.items()}
     if Path(folder).exists():
@@ -99,10 +99,9 @@ def speech(folder: str, *, task: str, split: str = "train", **options: Any) -> N
 def _corpus(split: str) -> dict[str, int] | None:
     """The files of a split in the folder that MOE_JAX_DATA names, and their sizes: what was drawn from them is not used
     again for another corpus. None of the embedded one."""
-    folder = os.environ.get("MOE_JAX_DATA")
-    return (
-        {path.name: path.stat().st_size for path in sorted(Path(folder).glob(f"*.{split}.json*"))} if folder else None
-    )
+    if not (folder := os.environ.get("MOE_JAX_DATA")):
+        return None
+    return {path.name: path.stat().st_size for path in sorted(Path(folder).glob(f"*.{split}.json*"))}
 
 
 def _state(home: Path, split: str) -> list[Any]:

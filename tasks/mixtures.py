@@ -67,12 +67,12 @@ TRANSLATE_AND_DENOISE = seqio.MixtureRegistry.add(
 
 TRANSLATE_ALL = seqio.MixtureRegistry.add(
     "translate_all",
-    [translate.TASKS[direction].name for direction in translation.TRAINED if not translation.denoises(direction)],
+    [translate.TASKS[direction].name for direction in translation.trained()],
     default_rate=by_size,
 )
 
 TRANSLATE_FROM_EN = seqio.MixtureRegistry.add(
     "translate_from_en",
-    [translate.TASKS[d].name for d in translation.TRAINED if d.startswith("en-") and not translation.denoises(d)],
+    [translate.TASKS[direction].name for direction in translation.trained("en")],
     default_rate=by_size,
 )

@@ -34,7 +34,12 @@ TRAINED = tuple(direction for direction in DIRECTIONS if direction not in (*ZERO
 
 def tested() -> list[str]:
     """The directions that are scored: those that are trained, and those that never are."""
-    return [direction for direction in (*TRAINED, *ZERO_SHOT) if not denoises(direction)]
+    return [*trained(), *ZERO_SHOT]
+
+
+def trained(source: str | None = None) -> list[str]:
+    """Those that are trained on and translate, from all languages or one."""
+    return [d for d in TRAINED if not denoises(d) and source in (None, languages(d)[0])]
 
 
 def languages(direction: str) -> tuple[str, str]:

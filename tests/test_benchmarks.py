@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks import exchange, gpu, input_pipeline, measure, merging, moe_layer, peer, rtf, scaling, tpu_aot
-from benchmarks.merging_settings import Setting
+from benchmarks.merging_settings import Corrector as Merged
 from moe_jax import tree
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.ffn import DenseFfn
@@ -300,8 +300,8 @@ def test_models_that_merge_two_and_two_are_a_tree():
 
 
 def test_a_merge_is_measured_from_the_base_to_the_tasks_own_models():
-    class Two(Setting):
-        name, tasks, metric = "corrector", ("asr", "ocr"), "wer"
+    class Two(Merged):
+        tasks = ("asr", "ocr")
 
     def run(asr: float, ocr: float, wrong: int) -> dict:
         return {
