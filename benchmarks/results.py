@@ -344,7 +344,7 @@ def front_speed() -> str:
 RENDERERS = {
     "zero_shot": zero_shot,
     "unseen": unseen,
-    **{f"merging{setting}": merging for setting in ("", "_corrector", "_recogniser", "_translator")},
+    **{f"merging_{setting}": merging for setting in ("corrector", "recogniser", "translator")},
     "task_moe": task_moe,
     "u2pp": u2pp,
 }
