@@ -34,12 +34,11 @@ import numpy as np
 
 from benchmarks import kept
 from benchmarks.merging_settings import ROOT, Corrector, Nll, Setting, Speech, Translator
-from moe_jax import branches, partfile
+from moe_jax import branches, launch, partfile
 from moe_jax.merging import experts, merge, search, statistics
 from moe_jax.merging.methods import METHODS
 from moe_jax.metrics import significance
 
-SCALES = [0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0]
 FIXED = ("average", "fisher", "regmean")  # means of weights: there is nothing to scale
 AUTHORS = ("lors", "magnitude", "singular_values")  # besides, as the authors had them
 THEIRS = ", authors' settings"
@@ -115,7 +114,7 @@ class Bench:
         if arm == name:
             asked: dict[str, Any] = {
                 "recipe": recipe,
-                "space": {"scale": [1.0] if name in FIXED else SCALES},
+                "space": {"scale": [1.0] if name in FIXED else self.setting.scales},
                 "loss": self._mean,
             }
             found = search.search(str(self.folder / f"{name}.search"), valid=f"{self.setting.joint}.valid", **asked)
@@ -212,4 +211,5 @@ def run() -> None:
 
 
 if __name__ == "__main__":
+    launch.command()
     run()

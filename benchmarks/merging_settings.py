@@ -49,6 +49,8 @@ class Setting(abc.ABC):
       joint: the name of the prepared data of all of them.
       steps: of all tasks together, in joint training and apart.
       metric, score: of the text: its name, and what makes it of what `lines` has.
+      scales: of a merge, that are tried.
+      rows: of validation and test data that nll is of.
       to_experts: whether its dense models become the experts of one.
       every: what its gin file calls the steps between evaluations.
     """
@@ -59,6 +61,8 @@ class Setting(abc.ABC):
     steps: int
     metric: str
     score: Callable[[np.ndarray], np.ndarray] = staticmethod(significance.error_rate)
+    scales: tuple[float, ...] = (0.1, 0.2, 0.35, 0.6, 1.0)
+    rows = 128
     to_experts = False
     every = "EVERY"
 
@@ -122,7 +126,7 @@ class Text(Setting):
         return {task: seen[self.named.format(task)]["tokens"] for task in self.tasks}
 
     def nll(self, split: str) -> Nll:
-        loss = Loss(str(ROOT / "prepared" / f"{self.joint}.{split}"))
+        loss = Loss(str(ROOT / "prepared" / f"{self.joint}.{split}"), self.rows)
 
         def of(path: str) -> dict[str, float]:
             found = loss.by_family(path)
@@ -136,6 +140,7 @@ class Corrector(Text):
 
     name, tasks, joint, steps, metric = "corrector", branches.FAMILIES, "correct_all", 240, "wer"
     tokeniser, to_experts = "tokeniser.model", True
+    scales, rows = (0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0), 256
     LINES = 250  # of each family
 
     def base(self) -> Path:

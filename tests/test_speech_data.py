@@ -188,6 +188,24 @@ def test_lengths_leave_the_least_padding():
     assert _lengths(np.array([5, 5, 7]), 4) == [5, 7] and _lengths(frames, 1) == [frames.max()]
 
 
+def test_validation_has_the_shapes_of_training(corpus, prepared, tmp_path):
+    lines = [{"audio": write(corpus, f"v{i}.wav", seconds, i), "text": "two"} for i, seconds in enumerate((0.2, 0.9))]
+    (corpus / "valid.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    given = {"manifest": str(corpus / "valid.jsonl"), "rate": RATE, "mels": 20, "tokeniser": str(corpus / "prepared")}
+    prepare(str(tmp_path / "valid"), **given)
+    valid = Speech.open(tmp_path / "valid")
+    own = [int(n) for n in valid.index_RxVx2[:, 0, 1]]
+    assert valid.meta["lengths"] == [
+        prepared.meta["lengths"][0],
+        own[1],
+    ]  # the longer one is longer than any in training
+    assert (
+        valid.meta["max_targets"]
+        == prepared.meta["max_targets"]
+        == valid.batch(0, seed=0, batch_size=1).tokens_BxU.shape[1]
+    )
+
+
 def test_batches_are_functions_of_seed_and_step(corpus, prepared):
     again = Speech.open(corpus / "prepared")
     for step in (0, 5, 17):

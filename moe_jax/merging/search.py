@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import shutil
@@ -23,6 +24,7 @@ from moe_jax.merging.methods import WHOLE, method
 from moe_jax.merging.models import MergeError, open_data, open_model
 from moe_jax.moe.routers import MAX_TASKS
 from moe_jax.partfile import write_text
+from moe_jax.types import Metrics
 
 Space = Mapping[str, Sequence[Any] | tuple[float, float]]  # option -> values to try, or a range to search in
 
@@ -98,12 +100,12 @@ def search(
 
 
 class Loss:
-    """Mean over families of the nll a token, of a checkpoint on prepared rows: families count alike. Compiled once."""
+    """Mean over families of the nll a token, of a checkpoint on prepared rows: families count alike. Compiled
+    once for a kind of model and a shape of batch."""
 
     def __init__(self, data: str, rows: int = 256, batch_size: int = 16):
         self.data, self.rows, self.batch_size = data, rows, min(batch_size, rows)
         self._opened: dict[tuple[str | None, str | None], Dataset] = {}
-        self._programs: dict[str, Any] = {}
 
     def __call__(self, path: str) -> float:
         return float(np.mean(list(self.by_family(path).values())))
@@ -122,15 +124,10 @@ class Loss:
         """
         params, meta = checkpoint.read_safetensors(path)
         data = self.opened(path, meta)
-        empty = describe.abstract(meta["model"])
-        most = data.meta["max_targets"]
-        key = json.dumps(meta["model"], sort_keys=True)
-        if key not in self._programs:
-            step = lambda params, batch: tree.unflatten(empty, params).loss(batch, max_targets=most)[1]  # noqa: E731
-            self._programs[key] = jax.jit(step, compiler_options=xla.options())
+        program = _program(json.dumps(meta["model"], sort_keys=True), data.meta["max_targets"])
         nll, weight = np.zeros(MAX_TASKS), np.zeros(MAX_TASKS)
         for batch in data.sample(self.rows, self.batch_size):
-            found = self._programs[key](params, batch)
+            found = program(params, batch)
             nll, weight = (
                 nll + np.asarray(found["nll_T"], np.float64),
                 weight + np.asarray(found["weight_T"], np.float64),
@@ -157,6 +154,14 @@ def _searched(space: Space, done: Sequence[Mapping[str, Any]], trials: int, seed
                 optuna.trial.create_trial(params=dict(row["options"]), distributions=axes, value=row["loss"])
             )
         yield study.ask(axes).params
+
+
+@functools.cache
+def _program(model: str, max_targets: int) -> Callable[[dict[str, jax.Array], Any], Metrics]:
+    """(parameters, batch) -> metrics, of the model that a description, as JSON, is of."""
+    empty = describe.abstract(json.loads(model))
+    step = lambda params, batch: tree.unflatten(empty, params).loss(batch, max_targets=max_targets)[1]  # noqa: E731
+    return jax.jit(step, compiler_options=xla.options())
 
 
 def _same_search(path: Path, about: Mapping[str, Any]) -> None:

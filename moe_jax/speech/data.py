@@ -175,8 +175,8 @@ def write(
       utterances: asked for twice, for their texts and for their audio, if they are needed.
       said: what they are called in messages.
       of: what says whether they are still the same ones, as JSON.
-      tokeniser: the file of one, or a folder of prepared speech that holds it: that of training, for validation.
-        Default: made of the texts.
+      tokeniser: the file of one, or a folder of prepared speech that holds it: that of training, for validation, whose
+        shapes of batches serve here too, so that programs do. Default: made of the texts.
       units: then what of: "characters", "words", or a number of SentencePiece pieces (265 of which are fixed).
       rate, mels: of the features.
       speeds: each utterance is there at all of them; a batch takes one.
@@ -187,7 +187,9 @@ def write(
     target = Path(folder)
     asked = {"units": units, "rate": rate, "mels": mels, "speeds": list(speeds), "lengths": lengths}
     wanted = {"manifest": of, "asked": asked}
+    like = None
     if tokeniser and Path(tokeniser).is_dir():
+        like = _meta(Path(tokeniser))
         tokeniser = str(Path(tokeniser) / "tokeniser.model")
     if target.exists():
         there = _meta(target)
@@ -200,7 +202,9 @@ def write(
     aside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     aside.mkdir(parents=True)
     try:
-        meta: dict[str, Any] = _write(aside, utterances, said, tokeniser, units, rate, mels, tuple(speeds), lengths)
+        meta: dict[str, Any] = _write(
+            aside, utterances, said, tokeniser, units, rate, mels, tuple(speeds), lengths, like
+        )
         meta |= wanted
         (aside / "meta.json").write_text(json.dumps(meta, indent=2, ensure_ascii=False) + "\n", "utf-8")
         aside.rename(target)
@@ -222,6 +226,7 @@ def _write(
     mels: int,
     speeds: tuple[float, ...],
     lengths: int,
+    like: dict[str, Any] | None,
 ) -> dict[str, Any]:
     texts = [u.text for u in utterances() if not isinstance(u, Skipped)]
     if not any(texts):
@@ -246,7 +251,8 @@ def _write(
         first = f": {skipped[0].where}: {skipped[0].reason}" if skipped else ""
         raise ValueError(f"{said}: none of {len(skipped)} utterances can be used{first}")
     index_RxVx2 = np.array(index, np.int64)
-    tokens_RxU = np.zeros((len(tokens), max(map(len, tokens))), np.int32)
+    most = max(map(len, tokens)) if like is None else max(like["max_targets"], *map(len, tokens))
+    tokens_RxU = np.zeros((len(tokens), most), np.int32)
     for row, ids in zip(tokens_RxU, tokens, strict=True):
         row[: len(ids)] = ids
     np.save(aside / "index.npy", index_RxVx2)
@@ -262,7 +268,7 @@ def _write(
         "rows": len(index),
         "frames": file.rows,
         "seconds": float(index_RxVx2[:, 0, 1].sum() * features.SHIFT),
-        "lengths": _lengths(frames_R, lengths),
+        "lengths": _lengths(frames_R, lengths) if like is None else _like(like["lengths"], frames_R),
         "length": _lengths(frames_R, 1)[0],
         "max_targets": tokens_RxU.shape[1],
         "speeds": list(speeds),
@@ -310,6 +316,12 @@ def _lengths(frames_R: np.ndarray, number: int) -> list[int]:
         found.append(int(edges[end - 1]))
         end = way[end]
     return found[::-1]
+
+
+def _like(lengths: Sequence[int], frames_R: np.ndarray) -> list[int]:
+    """Those of `lengths` that are needed, and a longer one where something is longer than all."""
+    used = np.unique(np.searchsorted(lengths, frames_R))
+    return [lengths[i] if i < len(lengths) else int(frames_R.max()) for i in used]
 
 
 class _Growing:
