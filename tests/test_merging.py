@@ -821,6 +821,7 @@ def test_the_command_merges_by_a_recipe(tuned, prepared, tmp_path, capsys):
     assert cli.entry(["merge", "--list"]) == 0
     said = capsys.readouterr().out
     assert all(f"| {name} |" in said for name in METHODS)
+    assert "| lors | scale=0.2*, rank=7*, density=0.2*, svd_kind=exact |" in said
 
 
 def nan(table, meta):

@@ -66,10 +66,11 @@ def listed() -> str:
     """The table of methods."""
     from moe_jax.merging.methods import METHODS
 
-    rows = ["| method | options | paper |", "| --- | --- | --- |"]
+    rows = ["| method | options (* the paper's value, all others are our defaults) | paper |", "| --- | --- | --- |"]
     for name, method in METHODS.items():
         options = {k: "1 / models" if v is None else v for k, v in method.options().items()}
-        rows.append(f"| {name} | {_said(options)} | {method.paper} |")
+        said = [_said({k: v}) + "*" * (k in method.theirs) for k, v in options.items()]
+        rows.append(f"| {name} | {', '.join(said)} | {method.paper} |")
     return "\n".join(rows)
 
 
