@@ -18,10 +18,11 @@ KEEP_MEMORY = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:gli
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 
 
-def command() -> None:
-    """Of the process that a shell has started: it is started anew, as glibc reads its settings at the beginning."""
+def command(keep_memory: bool = True) -> None:
+    """Of the process that a shell has started: it is started anew, as glibc reads its settings at the beginning.
+    Without `keep_memory` it is not: for what has each array once, and is to hold few of them."""
     os.environ.setdefault(CACHE, str(compiled_programs()))
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+    if keep_memory and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = KEEP_MEMORY
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 

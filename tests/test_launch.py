@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 
-from moe_jax import launch
+import pytest
+
+from moe_jax import cli, launch
 
 SHOW = """
 import json, os, sys
@@ -27,6 +29,14 @@ def test_a_command_starts_anew_with_its_arguments_and_its_input():
     memory, _, argv, given = shown(XDG_CACHE_HOME="/c")
     assert memory == (launch.KEEP_MEMORY if sys.platform == "linux" else None)  # elsewhere malloc is another
     assert (argv, given) == (["-c", "a b", "--c"], "in")
+
+
+def test_what_streams_is_not_started_anew(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["moe-jax", "merge", "--list"])
+    monkeypatch.setattr(os, "execv", lambda *args: pytest.fail("started anew"))
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.setenv(launch.CACHE, "mine")
+    assert cli.entry() == 0
 
 
 def test_what_the_user_set_stays():

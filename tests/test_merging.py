@@ -359,12 +359,25 @@ def test_a_checkpoint_is_merged_matrix_by_matrix(tuned, tmp_path):
     assert pipeline.families == FAMILIES
 
 
-def test_one_device_and_eight_merge_alike(tuned, tmp_path, monkeypatch):
-    many = merging(tuned, tmp_path / "eight.safetensors", method="dare_ties")
+@pytest.mark.parametrize("name", ["average", "dare_ties", "consensus", "lors", "slerp"])
+def test_one_device_in_parts_and_eight_side_by_side_merge_alike(name, tuned, tmp_path, monkeypatch):
+    many = merging(tuned, tmp_path / "eight.safetensors", "ab", method=name)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    one = merging(tuned, tmp_path / "one.safetensors", method="dare_ties")
-    for name in one:
-        np.testing.assert_allclose(one[name], many[name], atol=1e-6, err_msg=name)
+    monkeypatch.setattr(merge, "BLOCK", 1000)
+    one = merging(tuned, tmp_path / "one.safetensors", "ab", method=name)
+    for path in one:
+        np.testing.assert_allclose(one[path], many[path], atol=1e-6, err_msg=path)
+
+
+def test_another_scale_compiles_nothing_anew(tuned, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    made = [merging(tuned, tmp_path / f"{s}.safetensors", method="ties", options={"scale": s}) for s in (0.5, 1.0)]
+    kept = merge._program.cache_info().misses
+    made.append(merging(tuned, tmp_path / "0.safetensors", method="ties", options={"scale": 0.0}))
+    assert merge._program.cache_info().misses == kept
+    for path in made[0]:
+        half = (made[1][path] + made[2][path]) / 2
+        np.testing.assert_allclose(made[0][path], half, atol=1e-6, err_msg=path)
 
 
 @pytest.mark.parametrize("name", ["dare", "della"])

@@ -10,7 +10,7 @@ import json
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,42 +147,44 @@ class Merge:
 
     def _merged(self, sites: Sequence[Site], dtype: np.dtype) -> np.ndarray:
         """The arrays at sites of one leaf, side by side on the devices."""
-        base_Sx = np.stack([self.base.read(site) for site in sites])
+        base_Sx = _stacked([self.base.read(site) for site in sites])
+        out = self._delta(self.recipe.stage, sites, base_Sx, ())
+        np.add(base_Sx, out, out=out)
         with np.errstate(over="ignore"):  # of float16: it is said below
-            out = (base_Sx + np.asarray(self._delta(self.recipe.stage, sites, base_Sx, ()))).astype(dtype)
+            out = out.astype(dtype, copy=False)
         if not np.isfinite(out).all():
             raise MergeError(
                 f"{sites[0].name}: merging made numbers beyond {dtype}; lower the scale, or look at weights"
             )
         return out
 
-    def _delta(
-        self, stage: Stage, sites: Sequence[Site], base_Sx: np.ndarray, at: tuple[int, ...]
-    ) -> Array | np.ndarray:
+    def _delta(self, stage: Stage, sites: Sequence[Site], base_Sx: np.ndarray, at: tuple[int, ...]) -> np.ndarray:
         _, chosen = stage.rule(sites[0])
         if chosen is None:
             return np.zeros_like(base_Sx)
         fits = chosen.fits(sites[0].name, sites[0].matrix)
-        deltas: list[np.ndarray] = []
+        deltas_MxSx = np.empty((len(stage.models), *base_Sx.shape), np.float32)
         statistics: list[np.ndarray] = []
         for i, part in enumerate(stage.models):
+            delta_Sx = deltas_MxSx[i]
             if isinstance(part.source, Stage):
-                deltas.append(np.asarray(self._delta(part.source, sites, base_Sx, (*at, i))))
+                delta_Sx[...] = self._delta(part.source, sites, base_Sx, (*at, i))
             else:
-                deltas.append(self._read(part.source, sites, base_Sx))
+                self._read(part.source, sites, base_Sx, delta_Sx)
             if fits and chosen.statistics and (about := self._statistic(part, sites)) is not None:
                 statistics.append(about)
         weight_SxM = np.array([[part.weight.at(site) for part in stage.models] for site in sites], np.float32)
-        keys = jnp.stack([jnp.stack([self._key(p.source, site, at) for p in stage.models]) for site in sites])
-        known = statistics if len(statistics) == len(deltas) else None
-        return _apply(chosen if fits else chosen.plain(), deltas, weight_SxM, keys, base_Sx, known)
+        keys_SxM = jnp.stack([jnp.stack([self._key(p.source, site, at) for p in stage.models]) for site in sites])
+        known = statistics if len(statistics) == len(stage.models) else None
+        return _apply(chosen if fits else chosen.plain(), deltas_MxSx, weight_SxM, keys_SxM, base_Sx, known)
 
-    def _read(self, path: str, sites: Sequence[Site], base_Sx: np.ndarray) -> np.ndarray:
-        x_Sx = np.stack([self.models[path].read(site) for site in sites])
-        if sites[0].matrix:
-            pairs = ((x_Sx, base_Sx), (x_Sx, x_Sx), (base_Sx, base_Sx))
-            self._products[path] += [float(np.vdot(a, b)) for a, b in pairs]
-        return np.subtract(x_Sx, base_Sx, out=x_Sx)
+    def _read(self, path: str, sites: Sequence[Site], base_Sx: np.ndarray, out_Sx: np.ndarray) -> None:
+        """A model's deltas."""
+        for i, site in enumerate(sites):
+            x, base = self.models[path].read(site), base_Sx[i]
+            if site.matrix:
+                self._products[path] += [float(np.vdot(a, b)) for a, b in ((x, base), (x, x), (base, base))]
+            np.subtract(x, base, out=out_Sx[i, ...])
 
     def _check_related(self) -> None:
         for path, (both, own, bases) in self._products.items():
@@ -198,7 +200,7 @@ class Merge:
             return None
         source = self.statistics[part.statistics]
         model = self.models[part.source] if isinstance(part.source, str) else self.base
-        return np.stack([model.ordered(source.slice, site) for site in sites])
+        return _stacked([model.ordered(source.slice, site) for site in sites])
 
     def _key(self, source: str | Stage, site: Site, at: tuple[int, ...]) -> Array:
         """Of the model itself, not of its place in the list: in another order it merges to the same."""
@@ -267,45 +269,80 @@ def _statistics(path: str, base: Model) -> checkpoint.Source:
     return source
 
 
+def _stacked(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Without a copy of what is alone: it may be a file's, of which memory has no more than is looked at."""
+    return arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
+
+
+BLOCK = 1 << 20  # entries that are combined at once, where a method sees each by itself
+
+
 def _apply(
     method: Method,
-    deltas: Sequence[np.ndarray],
+    deltas_MxSx: np.ndarray,
     weight_SxM: np.ndarray,
     keys_SxM: Array,
     base_Sx: np.ndarray,
     statistics: Sequence[np.ndarray] | None,
 ) -> np.ndarray:
-    """The method at each of S sites: one after another on one device, side by side on several."""
+    """The method at each of S sites: one after another on one device, side by side on several. `deltas_MxSx` becomes
+    sparse in its place: what a merge holds at its peak is these."""
     sites = len(base_Sx)
-    if jax.device_count() == 1:
-        known = [statistics and [s[i] for s in statistics] for i in range(sites)]
-        return np.stack(
-            [
-                np.asarray(
-                    _compiled(method)([d[i] for d in deltas], weight_SxM[i], list(keys_SxM[i]), base_Sx[i], known[i])
-                )
-                for i in range(sites)
-            ]
-        )
-    mesh = sharding.make_mesh()
-    missing = -sites % jax.device_count()
+    if jax.device_count() > 1:
+        mesh = sharding.make_mesh()
+        missing = -sites % jax.device_count()
 
-    def spread(x: Any) -> Array:  # the last site again where devices are left over
-        x = jnp.concatenate([x, jnp.repeat(x[-1:], missing, axis=0)]) if missing else jnp.asarray(x)
-        return jax.device_put(x, sharding.batch_sharding(mesh))
+        def spread(x: Any) -> Array:  # the last site again where devices are left over
+            x = jnp.concatenate([x, jnp.repeat(x[-1:], missing, axis=0)]) if missing else jnp.asarray(x)
+            return jax.device_put(x, sharding.batch_sharding(mesh))
 
-    arguments = jax.tree.map(spread, (list(deltas), weight_SxM, keys_SxM, base_Sx, statistics and list(statistics)))
-    return np.asarray(_compiled(method, True)(*arguments))[:sites]
-
-
-_programs: dict[tuple[Method, bool], Any] = {}
+        known = statistics and list(statistics)
+        arguments = jax.tree.map(spread, (list(deltas_MxSx), weight_SxM, keys_SxM, base_Sx, known))
+        return np.array(_side_by_side(method)(*arguments))[:sites]
+    out_Sx = np.empty(base_Sx.shape, np.float32)
+    for i in range(sites):
+        if method.sparsify is not None:
+            for delta_Sx, key in zip(deltas_MxSx, keys_SxM[i], strict=True):
+                delta_Sx[i] = _compiled(method.sparsify)(delta_Sx[i], key)
+        known = None if statistics is None else [s[i] for s in statistics]
+        _combined(method, deltas_MxSx[:, i], weight_SxM[i], base_Sx[i], known, out_Sx[i, ...])
+    return out_Sx
 
 
-def _compiled(method: Method, many: bool = False) -> Any:
-    if (method, many) not in _programs:
+def _combined(
+    method: Method,
+    deltas_Mx: np.ndarray,
+    weight_M: np.ndarray,
+    base: np.ndarray,
+    statistics: Sequence[np.ndarray] | None,
+    out: np.ndarray,
+) -> None:
+    """Writes into `out` what a method makes of sparse deltas at a site."""
+    parts: Iterable[Any] = [(deltas_Mx, base, statistics, out)]
+    if method.pointwise:
+        flat = (deltas_Mx.reshape(len(deltas_Mx), -1), *jax.tree.map(np.ravel, (base, statistics)), out.reshape(-1))
+        starts = range(0, out.size, BLOCK)
+        parts = (jax.tree.map(lambda x, at=at: x[..., at : at + BLOCK], flat) for at in starts)
+    for some_Mx, own_base, known, into in parts:
+        if method.consensus is not None:
+            some_Mx = _compiled(method.consensus)(some_Mx, weight_M)
+        into[...] = _compiled(method.combine)(some_Mx, weight_M, own_base, known)
+    out *= method.factor(len(deltas_Mx))
 
-        def one(deltas, weight_M, keys_M, base, statistics):
-            return method(deltas, weight_M, [keys_M[i] for i in range(len(deltas))], base, statistics)
 
-        _programs[method, many] = jax.jit(jax.vmap(one) if many else one)
-    return _programs[method, many]
+def _compiled(step: Callable[..., Array]) -> Callable[..., Array]:
+    """Once for a function and its options, whatever method they are of: a search over scales compiles nothing anew."""
+    return _program(getattr(step, "func", step), tuple(sorted(getattr(step, "keywords", {}).items())))
+
+
+@functools.cache
+def _program(step: Callable[..., Array], options: tuple[tuple[str, Any], ...]) -> Callable[..., Array]:
+    return jax.jit(functools.partial(step, **dict(options)))
+
+
+@functools.cache
+def _side_by_side(method: Method) -> Callable[..., Array]:
+    def one(deltas, weight_M, keys_M, base, statistics):
+        return method(deltas, weight_M, [keys_M[i] for i in range(len(deltas))], base, statistics)
+
+    return jax.jit(jax.vmap(one))

@@ -265,13 +265,18 @@ class Method:
         base: Array,
         statistics: Statistics = None,
     ) -> Array:
-        """The merged delta of one array. `deltas` are changed one after another, so that few copies are held."""
+        """The merged delta of one array."""
         if self.sparsify is not None:
             deltas = [self.sparsify(delta, key) for delta, key in zip(deltas, keys, strict=True)]
-        stacked = jnp.stack(list(deltas))
+        deltas_Mx = jnp.stack(list(deltas))
         if self.consensus is not None:
-            stacked = self.consensus(stacked, weight_M)
-        return self.factor(len(deltas)) * self.combine(stacked, weight_M, base, statistics)
+            deltas_Mx = self.consensus(deltas_Mx, weight_M)
+        return self.factor(len(deltas_Mx)) * self.combine(deltas_Mx, weight_M, base, statistics)
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether what is after `sparsify` looks at each entry by itself: then an array can be combined in parts."""
+        return getattr(self.combine, "func", self.combine) in (total, mean, disjoint_mean, fisher)
 
     def factor(self, models: int) -> float:
         return 1 / models if self.scale is None else self.scale
