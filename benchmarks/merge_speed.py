@@ -3,9 +3,9 @@
     python -m benchmarks.merge_speed
 
 Four models and their base, 1 GB of float32 in all (Llama's shape: d 512, 8 layers, 32,000 tokens; random numbers), each
-merge a process of its own, in turns. Time is the whole process, from its start to its end. Memory is the peak of what a
-process allocates (RssAnon: pages of mapped files are not counted, they can go at any time) above that of a process
-which only imports what it needs; its goal is 3 times the largest tensor times the models.
+merge a process of its own, in turns where there are two to compare. Time is the whole process, from its start to its
+end. Memory is the peak of what a process allocates (RssAnon: pages of mapped files are not counted, they can go at any
+time) above that of a process which only imports what it needs; its goal is 3 times the largest tensor times the models.
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ def cases(name: str) -> Iterator[dict[str, Any]]:
             (folder / "theirs.yaml").write_text(yaml.safe_dump(given))
             rivals["theirs"] = [kit, str(folder / "theirs.yaml")]
         found: dict[str, list[tuple[float, int]]] = {who: [] for who in rivals}
-        for turn, (who, command) in itertools.product(range(ROUNDS), rivals.items()):
+        rounds = ROUNDS if len(rivals) > 1 else 1
+        for turn, (who, command) in itertools.product(range(rounds), rivals.items()):
             out = folder / f"{who}{turn}"
             found[who].append(timed([*command, str(out)]))
             shutil.rmtree(out)

@@ -53,8 +53,8 @@ def magnitude(delta: Array, key: Array, *, density: float) -> Array:
 def breadcrumbs(delta: Array, key: Array, *, density: float, outliers: float) -> Array:
     """Drops the largest `outliers` of the entries, then keeps `density` (of all) of the next largest."""
     size = jnp.abs(delta)
-    top = int(delta.size * outliers)
-    return jnp.where(largest(size, top + int(delta.size * density)) & ~largest(size, top), delta, 0)
+    size = jnp.where(largest(size, int(delta.size * outliers)), 0, size)
+    return jnp.where(largest(size, int(delta.size * density)) & (size > 0), delta, 0)
 
 
 def dare(delta: Array, key: Array, *, density: float) -> Array:
@@ -67,7 +67,9 @@ def della(delta: Array, key: Array, *, density: float, spread: float) -> Array:
     the rank of the magnitude. Raises ValueError where chances would leave (0, 1]."""
     if density - spread / 2 <= 0 or density + spread / 2 > 1:
         raise ValueError(f"density {density:g} with spread {spread:g} leaves (0, 1]; take less spread")
-    rank = jnp.argsort(jnp.argsort(jnp.abs(delta), axis=-1), axis=-1)
+    order = jnp.argsort(jnp.abs(delta), axis=-1)
+    place = jnp.broadcast_to(jnp.arange(delta.shape[-1]), delta.shape)
+    rank = jnp.put_along_axis(jnp.zeros_like(order), order, place, axis=-1, inplace=False)
     chance = density - spread / 2 + spread * rank / max(delta.shape[-1] - 1, 1)
     return jnp.where(jax.random.bernoulli(key, chance), delta / chance, 0)
 
