@@ -67,10 +67,14 @@ def della(delta: Array, key: Array, *, density: float, spread: float) -> Array:
     the rank of the magnitude. Raises ValueError where chances would leave (0, 1]."""
     if density - spread / 2 <= 0 or density + spread / 2 > 1:
         raise ValueError(f"density {density:g} with spread {spread:g} leaves (0, 1]; take less spread")
-    order = jnp.argsort(jnp.abs(delta), axis=-1)
-    place = jnp.broadcast_to(jnp.arange(delta.shape[-1]), delta.shape)
-    rank = jnp.put_along_axis(jnp.zeros_like(order), order, place, axis=-1, inplace=False)
-    chance = density - spread / 2 + spread * rank / max(delta.shape[-1] - 1, 1)
+
+    def likely(row: Array) -> Array:
+        number = jnp.arange(row.size)
+        rank = jnp.zeros_like(number).at[jnp.argsort(jnp.abs(row))].set(number, unique_indices=True)
+        return density - spread / 2 + spread * rank / max(row.size - 1, 1)
+
+    rows = delta.reshape(-1, delta.shape[-1] if delta.ndim else 1)
+    chance = jax.lax.map(likely, rows, batch_size=min(1024, len(rows))).reshape(delta.shape)
     return jnp.where(jax.random.bernoulli(key, chance), delta / chance, 0)
 
 
