@@ -58,11 +58,18 @@ def arms(setting: Setting, methods: Sequence[str]) -> list[str]:
 
 
 def paired(models: list[Any], method: str) -> dict[str, Any]:
-    """A recipe's models, two and two, for what goes from one model to one other."""
-    while len(models) > 2:
-        twos = [models[i : i + 2] for i in range(0, len(models), 2)]
-        models = [{"merge": {"method": method, "models": two}} if len(two) == 2 else two[0] for two in twos]
-    return {"models": models, "method": method}
+    """The recipe of checkpoints, two and two, for what goes from one model to one other; each weighs as many as it
+    is made of, so that all count alike."""
+    parts = [{"path": path, "weight": 1} for path in models]
+    while len(parts) > 2:
+        twos = [parts[i : i + 2] for i in range(0, len(parts), 2)]
+        parts = [
+            {"merge": {"method": method, "models": two}, "weight": sum(part["weight"] for part in two)}
+            if len(two) == 2
+            else two[0]
+            for two in twos
+        ]
+    return {"models": parts, "method": method}
 
 
 class Bench:

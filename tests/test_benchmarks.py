@@ -291,12 +291,17 @@ def test_rivals_of_equal_size():
     assert made["moe top 1"].ffn.router.k == 1 and made["moe top 2"].ffn.router.k == 2
 
 
-def test_models_that_merge_two_and_two_are_a_tree():
-    def two(*models):
-        return {"merge": {"method": "slerp", "models": list(models)}}
+@pytest.mark.parametrize("models", [1, 2, 3, 4, 5, 7])
+def test_models_that_merge_two_and_two_all_count_alike(models):
+    def shares(recipe, whole=1.0):
+        total = sum(part["weight"] for part in recipe["models"])
+        for part in recipe["models"]:
+            share = whole * part["weight"] / total
+            yield from shares(part["merge"], share) if "merge" in part else [(part["path"], share)]
 
-    assert merging.paired([*"ab"], "slerp") == {"models": ["a", "b"], "method": "slerp"}
-    assert merging.paired([*"abcde"], "slerp")["models"] == [two(two("a", "b"), two("c", "d")), "e"]
+    names = "abcdefg"[:models]
+    recipe = merging.paired([*names], "slerp")
+    assert len(recipe["models"]) <= 2 and dict(shares(recipe)) == pytest.approx(dict.fromkeys(names, 1 / models))
 
 
 def test_a_merge_is_measured_from_the_base_to_the_tasks_own_models():

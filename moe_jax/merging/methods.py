@@ -205,17 +205,19 @@ def regmean(
     linear layer."""
     if statistics is None:
         return mean(deltas_MxIxO, weight_M, base)
-    grams = [w * g / jnp.maximum(jnp.trace(g), 1e-30) for w, g in zip(weight_M, statistics, strict=True)]
     eye = jnp.eye(deltas_MxIxO.shape[1])
+    grams = [g / jnp.maximum(jnp.trace(g), 1e-30) for g in statistics]
     grams = [g * jnp.where(eye == 1, 1, off_diagonal) + 1e-6 / len(eye) * eye for g in grams]
-    return jnp.linalg.solve(sum(grams), sum(g @ d for g, d in zip(grams, deltas_MxIxO, strict=True)))
+    grams = [w * g for w, g in zip(weight_M, grams, strict=True)]
+    none = (weight_M == 0).all()
+    whole = jnp.where(none, eye, sum(grams))
+    return jnp.linalg.solve(whole, sum(g @ d for g, d in zip(grams, deltas_MxIxO, strict=True)))
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
-LAYERS = (
-    r"(attn|attention|cross|mlp|ffn|experts)"  # what of a path is attention or MLP: ours, Hugging Face's, Whisper's
-)
+# What of a path is attention or MLP: ours, and Hugging Face's (Llama's kin, Whisper, BERT, T5).
+LAYERS = r"(?i)(attn|attention|cross|mlp|ffn|experts|fc[12]\b|feed_?forward|densereludense|intermediate|output\.dense)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +228,7 @@ class Method:
       combine, sparsify, consensus: steps with their options bound (`functools.partial`).
       scale: times the combined delta; None: 1 / models.
       matrices: the steps are for matrices whose paths match this alone, all else by `rest`; "": for every array.
-      rest: "total" or "mean", of the whole deltas, with the same scale for "total".
+      rest: "total" or "mean", of the whole deltas, with the same scale.
       statistics: "fisher" or "gram", what `combine` needs to know of each model.
       paper: where it is from. `theirs`: names of the options whose values are the paper's (or its authors' code's).
     """
@@ -288,12 +290,13 @@ class Method:
         return 1 / models if self.scale is None else self.scale
 
     def fits(self, path: str, matrix: bool) -> bool:
-        """Whether the steps are for an array; else it is merged by `plain`."""
-        return bool(re.search(self.matrices, path)) and (matrix or not self.matrices)
+        """Whether the steps are for an array; else it is merged by `plain`. (Biases of experts are stacked as wide as
+        a matrix, and none.)"""
+        return not self.matrices or (matrix and not path.endswith("bias") and bool(re.search(self.matrices, path)))
 
     def plain(self) -> Method:
         """What is done with arrays that the method is not for."""
-        return Method(total, scale=self.scale) if self.rest == "total" else Method(mean, scale=1.0)
+        return Method({"total": total, "mean": mean}[self.rest], scale=self.scale)
 
 
 def _options(step: Callable | None) -> dict[str, Any]:
