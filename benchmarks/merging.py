@@ -121,7 +121,7 @@ class Bench:
         if arm == name:
             asked: dict[str, Any] = {
                 "recipe": recipe,
-                "space": {"scale": [1.0] if name in FIXED else self.setting.scales},
+                "space": {"scale": [1.0] if name in FIXED else [*self.setting.scales]},
                 "loss": self._mean,
             }
             found = search.search(str(self.folder / f"{name}.search"), valid=f"{self.setting.joint}.valid", **asked)
