@@ -47,11 +47,14 @@ CONFIG = {
     "torch_dtype": "float32",
 }
 # method -> theirs with the options that are ours, or None where mergekit does not have it
+# (fisher and regmean need statistics, which are of checkpoints of ours alone).
 METHODS: dict[str, dict[str, Any] | None] = {
     "average": {"merge_method": "linear"},
     "task_arithmetic": {"merge_method": "task_arithmetic", "parameters": {"lambda": 0.25, "normalize": False}},
     "ties": {"merge_method": "ties", "parameters": {"density": 0.2, "normalize": True}},
     "dare": {"merge_method": "dare_linear", "parameters": {"density": 0.1, "lambda": 0.25, "normalize": False}},
+    "dare_ties": {"merge_method": "dare_ties", "parameters": {"density": 0.1, "normalize": True}},
+    "slerp": {"merge_method": "slerp", "parameters": {"t": 0.5}},
     "della": {"merge_method": "della", "parameters": {"density": 0.3, "epsilon": 0.1, "normalize": True}},
     "breadcrumbs": {"merge_method": "breadcrumbs", "parameters": {"density": 0.14, "gamma": 0.01, "lambda": 0.25}},
     "consensus": None,
@@ -95,17 +98,21 @@ def write(folder: Path) -> list[Path]:
 
 
 def timed(command: list[str]) -> tuple[float, int]:
-    """(seconds, peak bytes of anonymous memory) of a process and its children."""
+    """(seconds, peak bytes of anonymous memory) of a process."""
     own = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}  # that of this benchmark, no one else's
     began, peak = time.perf_counter(), 0
-    with subprocess.Popen(command, env=own, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as child:
+    with (
+        tempfile.TemporaryFile("w+") as said,
+        subprocess.Popen(command, env=own, stdout=subprocess.DEVNULL, stderr=said) as child,
+    ):
         while child.poll() is None:
             with contextlib.suppress(OSError, IndexError):
                 status = Path(f"/proc/{child.pid}/status").read_text()
                 peak = max(peak, 1024 * int(status.partition("RssAnon:")[2].split()[0]))
             time.sleep(0.02)
         if child.returncode:
-            sys.exit(f"{' '.join(command)}\n{child.stderr.read() if child.stderr else ''}")
+            said.seek(0)
+            sys.exit(f"{' '.join(command)}\n{said.read()}")
     return time.perf_counter() - began, peak
 
 
@@ -115,6 +122,7 @@ def cases(name: str) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         base, *models = write(folder)
+        models = models[:2] if name == "slerp" else models
         recipe = {"base": str(base), "models": list(map(str, models)), "method": name}
         (folder / "ours.yaml").write_text(yaml.safe_dump(recipe))
         ours = [sys.executable, "-m", "moe_jax.cli", "merge", "--recipe", str(folder / "ours.yaml"), "--output"]
@@ -123,7 +131,7 @@ def cases(name: str) -> Iterator[dict[str, Any]]:
             listed = [{"model": str(m), "parameters": {"weight": 1.0}} for m in models]
             given = {**theirs, "models": listed, "dtype": "float32"}
             if theirs["merge_method"] != "linear":
-                given["base_model"] = str(base)
+                given["base_model"] = str(models[0] if name == "slerp" else base)
             (folder / "theirs.yaml").write_text(yaml.safe_dump(given))
             rivals["theirs"] = [kit, str(folder / "theirs.yaml")]
         found: dict[str, list[tuple[float, int]]] = {who: [] for who in rivals}
@@ -140,7 +148,7 @@ def cases(name: str) -> Iterator[dict[str, Any]]:
     rival = seconds.get("theirs")
     ratio = seconds["ours"] / rival if rival else None
     yield {"case": "seconds", "ours": seconds["ours"], "rival": rival, "ratio": ratio, "target": None, "unit": "s"}
-    goal = 3 * 4 * VOCAB * D * MODELS
+    goal = 3 * 4 * VOCAB * D * len(models)
     yield {
         "case": "memory / goal",
         "ours": (memory["ours"] - idle) / 1e6,

@@ -122,7 +122,7 @@ recogniser (CTC's likeliest path), chrF of the translator; in brackets the relat
 paired randomisation test has p < 0.05 with every seed. npf, the normalised performance (ours; the paper's formula is
 not known): (nll of the base - nll of the merge) / (nll of the base - nll of the tasks' own models), nll a mean over
 tasks. Interference: nll a token of the merge (of the recogniser: its loss an utterance) minus that of the task's own
-model, the mean over tasks. Scales were chosen on validation data; "authors' settings" are theirs.
+model. Scales were chosen on validation data; "authors' settings" are theirs.
 """
 
 
@@ -133,7 +133,8 @@ def merging(data: dict[str, Any]) -> str:
     text = next(r["metric"] for r in rows if r["metric"] not in ("nll", "interference", "npf"))
     name = f"{text.upper() if text != 'chrf' else 'chrF'} {'↑' if text in HIGHER else '↓'}"
     out = [f"## {data['experiment']}\n", f"`{meta['command']}` · {meta['split']} · {meta['date']}\n", MERGED]
-    out.append(f"| arm | seeds | {' | '.join(f'{t} {name}' for t in tasks)} | npf ↑ | interference ↓ |")
+    columns = [*(f"{t} {name}" for t in tasks), "npf ↑", f"interference: {', '.join(tasks)} ↓"]
+    out.append(f"| arm | seeds | {' | '.join(columns)} |")
     out.append("|---|--:|" + "--:|" * (len(tasks) + 2))
 
     def of(arm: str, metric: str, task: str | None = None) -> list[dict[str, Any]]:
@@ -146,12 +147,13 @@ def merging(data: dict[str, Any]) -> str:
         cells = []
         for task in tasks:
             found = of(arm, text, task)
-            changes = [r["relative_change"] for r in found if r.get("relative_change")]
+            changes = [r["relative_change"] for r in found if r.get("relative_change") is not None and arm != "joint"]
             sure = all(r["p_value"] is not None and r["p_value"] < 0.05 for r in found)
             change = f" ({100 * np.mean(changes):+.1f} %{'*' if sure else ''})" if changes else ""
             cells.append(f"{100 * mean(found):.2f}{change}")
-        npf, more = of(arm, "npf", "mean"), of(arm, "interference")
-        cells += [f"{mean(npf):.2f}{spread([r['value'] for r in npf])}", f"{mean(more):+.4f}"] if npf else ["", ""]
+        npf = of(arm, "npf", "mean")
+        more = ", ".join(f"{mean(of(arm, 'interference', task)):+.3f}" for task in tasks) if npf else ""
+        cells += [f"{mean(npf):.2f}{spread([r['value'] for r in npf])}" if npf else "", more]
         out.append(f"| {arm} | {len(npf) or ''} | {' | '.join(cells)} |")
     return "\n".join(out) + "\n"
 

@@ -83,7 +83,10 @@ def entry(argv: Sequence[str] | None = None) -> int:
         others = {"export": _export, "import": _import, "statistics": _statistics, "subnetwork": _subnetwork}
         return others[args.command](args)
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        kept = (
+            "its trials are kept, the same command goes on" if getattr(args, "search", None) else "nothing was written"
+        )
+        print(f"interrupted; {kept}", file=sys.stderr)
         return 130
     except Exception as error:
         return main.report(error)

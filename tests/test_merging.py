@@ -585,7 +585,11 @@ def test_whole_numbers_stay_as_they_are(tmp_path):
 
 @pytest.mark.parametrize(
     ("factor", "config", "said"),
-    [(1e4, None, "numbers beyond float16"), (1.0, {"eos_token_id": 77}, r"different 'eos_token_id' \(config.json\)")],
+    [
+        (1e4, None, "numbers beyond float16"),
+        (1.0, {"rms_norm_eps": 1e-3}, r"different 'rms_norm_eps' \(config.json\)"),
+        (1.0, {"quantization_config": {"bits": 4}}, "is quantised, which cannot be merged"),
+    ],
 )
 def test_folders_that_cannot_be_merged(factor, config, said, tmp_path):
     half = {"all": lambda x: x.astype(np.float16)}
@@ -599,12 +603,30 @@ def test_folders_that_cannot_be_merged(factor, config, said, tmp_path):
 def test_a_folder_without_a_tokeniser_has_the_bases_own(tmp_path):
     given = folders(tmp_path, {}, {"all": lambda x: x + 1e-3})
     theirs = tmp_path / "a" / "tokenizer.json"
-    theirs.write_text(theirs.read_text() + " ")
+    about = json.loads(theirs.read_text())
+    about["model"]["vocab"] |= {"another": len(about["model"]["vocab"])}
+    theirs.write_text(json.dumps(about))
     with pytest.raises(MergeError, match=r"different tokenisers \(tokenizer.json\)"):
         merge.merge(str(tmp_path / "m"), **given, method="average", progress=False)
     theirs.unlink()
     merge.merge(str(tmp_path / "m"), **given, method="average", progress=False)
     assert (tmp_path / "m" / "tokenizer.json").read_bytes() == (tmp_path / "base" / "tokenizer.json").read_bytes()
+
+
+def test_folders_that_are_written_otherwise_and_mean_the_same_merge(tmp_path):
+    given = folders(tmp_path, {}, {"all": lambda x: x + 1e-3}, {"eos_token_id": 77, "pretraining_tp": 1})
+    for name in ("tokenizer.json", "config.json"):
+        file = tmp_path / "a" / name
+        file.write_text(json.dumps(json.loads(file.read_text()), indent=7))
+    (tmp_path / "a" / "vocab.txt").write_text("what some tools write besides")
+    merge.merge(str(tmp_path / "m"), **given, method="average", progress=False)
+
+
+def test_whole_numbers_of_other_values_are_refused(tmp_path):
+    tables = [{"more": {"model.qweight": np.arange(5) + i}} for i in range(2)]
+    with pytest.raises(MergeError, match="take the folders of the unquantised models"):
+        merge.merge(str(tmp_path / "m"), **folders(tmp_path, *tables), method="average", progress=False)
+    assert not (tmp_path / "m").exists()
 
 
 def test_a_file_is_no_place_for_a_folder(tuned, tmp_path):
@@ -626,6 +648,21 @@ def test_dense_models_become_experts(tuned, tmp_path):
     model = describe.abstract(meta["model"])
     assert model.ffn.router.experts[:4] == ((), (0,), (1,), (0,))
     Pipeline.load(tmp_path / "moe.safetensors", task="ocr")
+
+
+def test_the_command_makes_experts(tuned, tmp_path, capsys):
+    output = str(tmp_path / "moe.safetensors")
+    command = ["merge", "--experts", f"asr={tuned['a']}", f"ocr={tuned['b']}", "--output", output]
+    assert cli.entry(command) == 0
+    assert "2 models as the experts of one, asr, ocr" in capsys.readouterr().out
+    for change, said in (
+        ([], "is there already"),
+        (["--overwrite", "--method", "lors"], "there is no --method to it"),
+        (["--overwrite", "--experts", "asr"], "is written FAMILY=PATH"),
+        (["--overwrite", "--experts", "tts=x"], "x: "),
+    ):
+        assert cli.entry([*command, *change]) == 2
+        assert said in capsys.readouterr().err
 
 
 # --- statistics and search --------------------------------------------------------------------------------------------
@@ -727,6 +764,50 @@ def test_merging_by_statistics(tuned, prepared, tmp_path, name, kind):
     assert np.abs(made[path] - base[path]).max() < 1
     with pytest.raises(MergeError, match="make them with moe-jax statistics"):
         merging(tuned, tmp_path / "n", method=name)
+    card = json.loads(merge.card_path(str(tmp_path / "m")).read_text())
+    assert [one["path"] for one in card["statistics"]] == [str(tmp_path / "a"), str(tmp_path / "b")]
+    how = {"base": tuned["base"], "method": name, "progress": False}
+    merge.merge(str(tmp_path / "0"), models=models, options={"scale": 0}, **how)
+    made, _ = checkpoint.read_safetensors(tmp_path / "0")
+    for leaf, x in base.items():
+        np.testing.assert_array_equal(made[leaf], x, err_msg=leaf)
+    table, meta = checkpoint.read_safetensors(tmp_path / "b")
+    wide = {path: jnp.pad(table[path], ((0, 0), (0, 1), (0, 1)))}
+    checkpoint.write_safetensors(tmp_path / "wide", wide, meta)
+    for file, said in ((models[0]["statistics"], "holds statistics of .* not of"), (str(tmp_path / "wide"), "must be")):
+        with pytest.raises(MergeError, match=said):
+            merge.merge(str(tmp_path / "n"), models=[models[0], models[1] | {"statistics": file}], **how)
+
+
+@pytest.mark.parametrize("name", ["tsv", "isotropic", "lors"])
+def test_a_scale_of_0_is_the_base_in_every_array(name, tuned, tmp_path):
+    made = merging(tuned, tmp_path / "m", method=name, options={"scale": 0.0})
+    for path, x in tables(tuned, ["base"])[0].items():
+        np.testing.assert_array_equal(made[path], x, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    ("path", "fits"),
+    [
+        ("model.layers.0.self_attn.q_proj.weight", True),
+        ("model.decoder.layers.0.fc1.weight", True),
+        ("encoder.block.0.layer.1.DenseReluDense.wi_0.weight", True),
+        ("encoder.block.0.layer.0.SelfAttention.q.weight", True),
+        ("bert.encoder.layer.0.intermediate.dense.weight", True),
+        ("layers.0.feed_forward.w1.weight", True),
+        ("model.layers.0.mlp.experts.gate_up_proj_bias", False),
+        ("model.embed_tokens.weight", False),
+        ("lm_head.weight", False),
+    ],
+)
+def test_what_lors_takes_for_attention_and_mlp(path, fits):
+    assert METHODS["lors"].fits(path, matrix=True) == fits
+
+
+def test_a_method_of_matrices_that_are_not_there_is_refused(tuned, tmp_path):
+    rules = [{"match": "embedding", "method": "lors"}]
+    with pytest.raises(MergeError, match="lors is for matrices of attention and MLP"):
+        merging(tuned, tmp_path / "m", method="average", rules=rules)
 
 
 def test_a_search_goes_on_where_it_was_stopped(tuned, prepared, tmp_path):
@@ -750,6 +831,33 @@ def test_a_search_goes_on_where_it_was_stopped(tuned, prepared, tmp_path):
     assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["search.json", "trials.jsonl"]
     with pytest.raises(MergeError, match="holds another search"):
         search.search(str(tmp_path / "s"), **given | {"space": {"scale": [0.2]}})
+
+
+def test_a_search_leaves_out_what_has_no_loss(tuned, prepared, tmp_path):
+    how = {"base": tuned["base"], "models": [tuned["a"]], "method": "task_arithmetic"}
+    losses = iter([float("nan"), 0.5, float("inf"), float("nan")])
+    given = dict(recipe=how, valid=prepared, loss=lambda path: next(losses), progress=False)
+    found = search.search(str(tmp_path / "s"), space={"scale": [0.1, 0.3, 0.5]}, **given)
+    assert found.options == {"scale": 0.3} and [row["loss"] for row in found.rows] == [None, 0.5, None]
+    with pytest.raises(MergeError, match="no trial has a finite loss"):
+        search.search(str(tmp_path / "n"), space={"scale": [0.1]}, **given)
+    with pytest.raises(MergeError, match="0 trials finds nothing"):
+        search.search(str(tmp_path / "n"), space={"scale": (0.1, 1.0)}, trials=0, **given)
+    with pytest.raises(MergeError, match="a range is a pair"):
+        search.search(str(tmp_path / "n"), space={"scale": (0.1, 0.5, 1.0)}, **given)
+    given["recipe"] = how | {"method": "della"}
+    with pytest.raises(ValueError, match="take less spread"):
+        search.search(str(tmp_path / "n"), space={"density": (0.0, 1.0)}, **given)
+
+
+def test_nothing_is_chosen_by_test_data(tuned, prepared, tmp_path):
+    data = tmp_path / "test"
+    shutil.copytree(prepared, data)
+    meta = json.loads((data / "meta.json").read_text())
+    (data / "meta.json").write_text(json.dumps(meta | {"split": "test"}))
+    how = {"base": tuned["base"], "models": [tuned["a"]], "method": "average"}
+    with pytest.raises(MergeError, match="by which nothing is chosen"):
+        search.search(str(tmp_path / "s"), recipe=how, space={"scale": [1.0]}, valid=str(data), progress=False)
 
 
 def test_a_search_over_ranges_is_the_same_when_it_was_stopped(tuned, prepared, tmp_path):
@@ -792,6 +900,8 @@ def test_a_search_of_models_that_were_tuned_again_is_another(prepared, tmp_path,
     [
         (["--valid", "nowhere"], "nowhere/meta.json: cannot read"),
         (["--search", "rank=1"], "no option 'rank'"),
+        (["--search", "scale=.5,"], "is written OPTION=V1,V2"),
+        (["--search", "scale=a..1"], "is written OPTION=V1,V2"),
         (["--output", "there"], "is there already"),
     ],
 )

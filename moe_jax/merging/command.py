@@ -4,7 +4,7 @@ validation data first."""
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 from typing import Any
 
 from moe_jax.merging import recipe as recipes
@@ -19,6 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="OPTION=VALUE", help="of the method, such as rank=16")
     parser.add_argument("--seed", type=int, help="of methods that drop at random (default: 0)")
     parser.add_argument("--align", action="store_true", help="put experts in the order of the base's first")
+    parser.add_argument(
+        "--experts",
+        nargs="+",
+        metavar="FAMILY=PATH",
+        help="instead of --models: dense models of a family each, which become the experts of one, to be told its task",
+    )
     parser.add_argument("--output", help="a safetensors file (of Hugging Face folders a folder); a card goes beside it")
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT")
     parser.add_argument("--list", action="store_true", help="print the methods with their options, and stop")
@@ -35,6 +41,8 @@ def main(args: argparse.Namespace) -> int:
     if args.list:
         print(listed())
         return 0
+    if args.experts:
+        return _experts(args)
     given = recipes.read(args.recipe) if args.recipe else {}
     named = {"base": args.base, "models": args.models, "method": args.method, "seed": args.seed}
     given |= {name: value for name, value in named.items() if value is not None}
@@ -55,10 +63,33 @@ def main(args: argparse.Namespace) -> int:
         found = search.search(f"{args.output}.search", recipe=given, space=space, valid=args.valid, trials=args.trials)
         print(f"best of {len(found.rows)} trials: {_said(found.options)}, loss {found.loss:.4f}")
         given["options"] = options | found.options
+    elif args.valid or args.trials:
+        raise MergeError("--valid and --trials are of a search; give --search OPTION=V1,V2,... too")
     card = merge(args.output, **given, overwrite=args.overwrite)
     stage = card["stages"][0]
     how = f"{len(stage['models'])} models merged by {', '.join(stage['methods'])}"
     print(f"{args.output}: {how}; {card_path(args.output)}")
+    return 0
+
+
+def _experts(args: argparse.Namespace) -> int:
+    from moe_jax.merging.experts import to_experts
+    from moe_jax.merging.merge import check_free
+
+    others = ("recipe", "base", "models", "method", "set", "align", "search", "valid", "trials")
+    if odd := [name for name in others if getattr(args, name)]:
+        raise MergeError(f"--experts keeps models apart: there is no --{odd[0]} to it")
+    pairs = [text.partition("=") for text in args.experts]
+    if odd := ["".join(pair) for pair in pairs if not all(pair)]:
+        raise MergeError(f"--experts {odd[0]}: is written FAMILY=PATH, such as asr=runs/asr")
+    models = {family: path for family, _, path in pairs}
+    if len(models) < len(pairs):
+        raise MergeError("--experts: a family has one model; it was given two")
+    if not args.output:
+        raise MergeError("give --output, the file to write")
+    check_free(args.output, args.overwrite)
+    to_experts(args.output, models=models)
+    print(f"{args.output}: {len(models)} models as the experts of one, {', '.join(models)}; correct with --task")
     return 0
 
 
@@ -87,20 +118,16 @@ def _option(text: str) -> tuple[str, Any]:
 
 def _number(text: str) -> Any:
     """A number where it is one, else the text."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def _values(text: str) -> tuple[str, Any]:
     name, sep, values = text.partition("=")
-    low, dots, high = values.partition("..")
-    try:
-        if not sep or not name:
-            raise ValueError
-        if dots:
-            return name, (json.loads(low), json.loads(high))
-        return name, [json.loads(value) for value in values.split(",")]
-    except ValueError:
-        raise MergeError(f"--search {text}: is written OPTION=V1,V2,... or OPTION=LOW..HIGH") from None
+    ends, listed = tuple(map(_number, values.split(".."))), list(map(_number, values.split(",")))
+    ranged = len(ends) == 2 and not any(isinstance(end, str) for end in ends)
+    if not sep or not name or "" in listed or (".." in values and not ranged):
+        raise MergeError(f"--search {text}: is written OPTION=V1,V2,... or OPTION=LOW..HIGH")
+    return name, ends if ranged else listed

@@ -25,6 +25,8 @@ def to_experts(output: str, *, models: Mapping[str, str], router: str = "ByTask"
     """
     if router not in ("ByTask", "TaskMapped"):
         raise MergeError(f"unknown router {router!r}; known: ByTask, TaskMapped")
+    if not models:
+        raise MergeError("give the models that become experts, FAMILY=PATH each")
     opened = {family: Ours(path) for family, path in models.items()}
     first = next(iter(opened.values()))
     for model in opened.values():
@@ -50,6 +52,10 @@ def to_experts(output: str, *, models: Mapping[str, str], router: str = "ByTask"
     }
     empty = describe.abstract(described)
     sources = [checkpoint.Source(path) for path in models.values()]
+    for model in opened.values():
+        for name in model.shapes:
+            for site in model.sites(name):
+                model.read(site)  # that it is finite
     table = checkpoint.transplant(tree.flatten(empty), sources, checkpoint.branch_train_mix())
     if router == "TaskMapped":
         gates = [p for p in table if tree.is_router(p)]

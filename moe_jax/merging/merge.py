@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import itertools
 import json
 import re
 import zlib
@@ -23,7 +24,7 @@ from moe_jax import __version__, checkpoint, sharding
 from moe_jax.merging import recipe as recipes
 from moe_jax.merging.align import orders
 from moe_jax.merging.methods import Method
-from moe_jax.merging.models import HuggingFace, MergeError, Model, Site, check_alike, open_model
+from moe_jax.merging.models import HuggingFace, MergeError, Model, Site, check_alike, digest, open_model
 from moe_jax.merging.recipe import Part, Recipe, Stage
 from moe_jax.partfile import write_text
 from moe_jax.types import Array
@@ -71,12 +72,20 @@ def check_free(output: str, overwrite: bool) -> None:
     """Raises MergeError where something is that may not be replaced."""
     if Path(output).exists() and not overwrite:
         raise MergeError(f"{output}: is there already; remove it, or give another output")
+    if Path(card_path(output)).exists() and not overwrite:
+        raise MergeError(f"{card_path(output)}: is there already; remove it, or give another output")
     if Path(output).is_dir():
         raise MergeError(f"{output}: is a folder, which is not overwritten; remove it")
 
 
 def card_path(output: str) -> Path:
     return Path(f"{output.rstrip('/')}.card.json")
+
+
+def batched(things: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    things = iter(things)
+    while some := list(itertools.islice(things, size)):
+        yield some
 
 
 class Merge:
@@ -97,7 +106,7 @@ class Merge:
         opened = (self.base, *self.models.values())
         self.dtypes = {n: functools.reduce(jnp.promote_types, (m.dtypes[n] for m in opened)) for n in self.base.shapes}
         self.statistics = {
-            part.statistics: _statistics(part.statistics, self.base)
+            part.statistics: _statistics(part.statistics, self.base, part.source)
             for stage in recipe.stage.stages()
             for part in stage.models
             if part.statistics
@@ -108,6 +117,8 @@ class Merge:
         if recipe.align:
             for model in self.models.values():
                 model.order = orders(self.base, model)
+        for stage in recipe.stage.stages():
+            self._check_kinds(stage)
         self._products: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3))  # for `_check_related`
 
     def _check(self, stage: Stage) -> None:
@@ -130,23 +141,54 @@ class Merge:
                 if kind != chosen.statistics:
                     raise MergeError(f"{part.statistics}: holds {kind} statistics, {name} needs {chosen.statistics}")
 
+    def _check_kinds(self, stage: Stage) -> None:
+        """Raises MergeError for a method of some matrices that has none of them: all would be merged by its `rest`."""
+        asked, met = set(), set()
+        for name in self.base.shapes:
+            for site in itertools.islice(self.base.sites(name), 1):
+                label, chosen = stage.rule(site)
+                asked.add(label if chosen is not None and chosen.matrices else None)
+                met.add(label if chosen is not None and chosen.fits(name, site.matrix) else None)
+        for label in asked - met - {None}:
+            raise MergeError(
+                f"{label} is for matrices of attention and MLP, which no path of {self.base.path} speaks of "
+                f"(such as {_some(self.base)}); take another method"
+            )
+
     def parts(self, progress: bool = True) -> Iterator[np.ndarray]:
         """The merged arrays in the order of the base's, a matrix after another, in its dtypes."""
-        devices = jax.device_count()
-        with tqdm(total=len(self.base.shapes), desc="merging", unit="array", disable=None if progress else True) as bar:
-            for name in self.base.shapes:
-                dtype = self.dtypes[name]
-                if not jnp.issubdtype(dtype, jnp.floating):
-                    yield from (self.base.slice(name, s.index).astype(dtype) for s in self.base.sites(name))
-                else:
-                    sites = list(self.base.sites(name))
-                    for first in range(0, len(sites), devices):
-                        yield self._merged(sites[first : first + devices], dtype)
-                bar.update()
+        sites = [site for name in self.base.shapes for site in self.base.sites(name)]
+        with tqdm(total=len(sites), desc="merging", unit="array", disable=None if progress else True) as bar:
+            for (dtype, *_), group in itertools.groupby(sites, self._kind):
+                for some in batched(group, jax.device_count()):
+                    if jnp.issubdtype(dtype, jnp.floating):
+                        yield self._merged(some, dtype)
+                    else:
+                        yield from (self._kept(site) for site in some)
+                    bar.update(len(some))
         self._check_related()
 
+    def _kind(self, site: Site) -> tuple[np.dtype, Any, Any, Any]:
+        """What neighbours have in common that are merged side by side: parts of one leaf, or leaves of one shape that
+        are merged alike (but for statistics, which some may lack)."""
+        chosen = [stage.rule(site)[1] for stage in self.recipe.stage.stages()]
+        alike = [None if one is None else (one, one.fits(site.name, site.matrix)) for one in chosen]
+        shape = self.base.shapes[site.name][len(site.index) :]
+        return self.dtypes[site.name], shape, alike, site.name if self.statistics else None
+
+    def _kept(self, site: Site) -> np.ndarray:
+        """What is no floating-point array, such as a counter. Raises MergeError where models have another."""
+        x = self.base.slice(site.name, site.index)
+        for path, model in self.models.items():
+            if not np.array_equal(x, model.slice(site.name, site.index)):
+                raise MergeError(
+                    f"{path}: {site.name} holds other whole numbers than {self.base.path}, which cannot be merged; "
+                    "if they are quantised weights, take the folders of the unquantised models"
+                )
+        return x.astype(self.dtypes[site.name])
+
     def _merged(self, sites: Sequence[Site], dtype: np.dtype) -> np.ndarray:
-        """The arrays at sites of one leaf, side by side on the devices."""
+        """The arrays at sites of one kind, side by side on the devices."""
         base_Sx = _stacked([self.base.read(site) for site in sites])
         out = self._delta(self.recipe.stage, sites, base_Sx, ())
         np.add(base_Sx, out, out=out)
@@ -200,7 +242,10 @@ class Merge:
             return None
         source = self.statistics[part.statistics]
         model = self.models[part.source] if isinstance(part.source, str) else self.base
-        return _stacked([model.ordered(source.slice, site) for site in sites])
+        found = _stacked([model.ordered(source.slice, site) for site in sites])
+        if not np.isfinite(found).all():
+            raise MergeError(f"{part.statistics}: {sites[0].name} holds a number that is not finite; make it again")
+        return found
 
     def _key(self, source: str | Stage, site: Site, at: tuple[int, ...]) -> Array:
         """Of the model itself, not of its place in the list: in another order it merges to the same."""
@@ -216,13 +261,20 @@ class Merge:
             for name in self.base.shapes:
                 sites = list(self.base.sites(name))
                 label, chosen = stage.rule(sites[0])
+                lacks = (
+                    chosen is not None
+                    and chosen.statistics
+                    and any(
+                        p.statistics is None or name not in self.statistics[p.statistics].shapes for p in stage.models
+                    )
+                )
                 weights = [[round(p.weight.at(site), 6) for p in stage.models] for site in sites]
                 weights = weights[:1] if all(w == weights[0] for w in weights) else weights
-                how = (
-                    label
-                    if chosen is None or chosen.fits(name, sites[0].matrix)
-                    else f"{label}: {chosen.rest} of whole deltas"
-                )
+                how = label
+                if chosen is not None and not chosen.fits(name, sites[0].matrix):
+                    how = f"{label}: {chosen.rest} of whole deltas"
+                elif lacks:
+                    how = f"{label}: mean, without statistics"
                 group = groups.setdefault(json.dumps([how, weights]), {"method": how, "weights": weights, "paths": []})
                 group["paths"].append(name)
             return list(groups.values())
@@ -235,6 +287,7 @@ class Merge:
             "recipe": json.loads(json.dumps(given, default=_plain)),
             "base": {"path": self.base.path, "sha256": self.base.digest()},
             "models": [{"path": path, "sha256": self._digests[path]} for path in self.models],
+            "statistics": [{"path": path, "sha256": digest([s.path])} for path, s in self.statistics.items()],
             "stages": [
                 {
                     "models": [p.source if isinstance(p.source, str) else "a stage" for p in stage.models],
@@ -260,12 +313,22 @@ def _some(model: Model) -> str:
     return ", ".join(sorted(model.shapes)[:3])
 
 
-def _statistics(path: str, base: Model) -> checkpoint.Source:
+def _statistics(path: str, base: Model, of: str | Stage) -> checkpoint.Source:
+    """Raises MergeError for those of another model than the one beside which they are named."""
     source = checkpoint.Source(path)
-    if "statistics" not in source.meta:
+    kind = source.meta.get("statistics")
+    if kind is None:
         raise MergeError(f"{path}: holds no statistics; make them with moe-jax statistics")
-    if odd := sorted(set(source) - set(base.shapes)):
-        raise MergeError(f"{path}: is about {odd[0]}, which {base.path} does not have")
+    own = source.meta.get("sha256")
+    if own and isinstance(of, str) and own != open_model(of).digest():
+        raise MergeError(f"{path}: holds statistics of {source.meta.get('of')} as it was, not of {of}; make them again")
+    for name, shape in source.shapes.items():
+        if name not in base.shapes:
+            raise MergeError(f"{path}: is about {name}, which {base.path} does not have")
+        whole = base.shapes[name]
+        expected = whole if kind == "fisher" else (*whole[:-2], whole[-2], whole[-2])
+        if shape != expected:
+            raise MergeError(f"{path}: {name} is {shape}, for {base.path} it must be {expected}; make it again")
     return source
 
 
@@ -288,12 +351,15 @@ def _apply(
     """The method at each of S sites: one after another on one device, side by side on several. `deltas_MxSx` becomes
     sparse in its place: what a merge holds at its peak is these."""
     sites = len(base_Sx)
-    if jax.device_count() > 1:
+    if min(sites, jax.device_count()) > 1:
         mesh = sharding.make_mesh()
         missing = -sites % jax.device_count()
 
         def spread(x: Any) -> Array:  # the last site again where devices are left over
-            x = jnp.concatenate([x, jnp.repeat(x[-1:], missing, axis=0)]) if missing else jnp.asarray(x)
+            if missing and isinstance(x, np.ndarray):
+                x = np.concatenate([x, np.repeat(x[-1:], missing, axis=0)])
+            elif missing:  # keys
+                x = jnp.concatenate([x, jnp.repeat(x[-1:], missing, axis=0)])
             return jax.device_put(x, sharding.batch_sharding(mesh))
 
         known = statistics and list(statistics)
@@ -337,7 +403,7 @@ def _compiled(step: Callable[..., Array]) -> Callable[..., Array]:
 
 @functools.cache
 def _program(step: Callable[..., Array], options: tuple[tuple[str, Any], ...]) -> Callable[..., Array]:
-    return jax.jit(functools.partial(step, **dict(options)))
+    return jax.jit(exact(functools.partial(step, **dict(options))))
 
 
 @functools.cache
@@ -345,4 +411,14 @@ def _side_by_side(method: Method) -> Callable[..., Array]:
     def one(deltas, weight_M, keys_M, base, statistics):
         return method(deltas, weight_M, [keys_M[i] for i in range(len(deltas))], base, statistics)
 
-    return jax.jit(jax.vmap(one))
+    return jax.jit(exact(jax.vmap(one)))
+
+
+def exact(step: Callable[..., Array]) -> Callable[..., Array]:
+    """With products of float32 in float32 on accelerators too, whose default is faster and some 1e-3 off."""
+
+    def run(*arguments: Any) -> Array:
+        with jax.default_matmul_precision("highest"):
+            return step(*arguments)
+
+    return run

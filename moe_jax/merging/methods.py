@@ -64,17 +64,15 @@ def dare(delta: Array, key: Array, *, density: float) -> Array:
 
 def della(delta: Array, key: Array, *, density: float, spread: float) -> Array:
     """As `dare`, but of each row the larger entries stay likelier: the chance rises over `spread` around `density` with
-    the rank of the magnitude. Raises ValueError where chances would leave (0, 1]."""
-    if density - spread / 2 <= 0 or density + spread / 2 > 1:
-        raise ValueError(f"density {density:g} with spread {spread:g} leaves (0, 1]; take less spread")
+    the rank of the magnitude."""
 
     def likely(row: Array) -> Array:
         number = jnp.arange(row.size)
         rank = jnp.zeros_like(number).at[jnp.argsort(jnp.abs(row))].set(number, unique_indices=True)
         return density - spread / 2 + spread * rank / max(row.size - 1, 1)
 
-    rows = delta.reshape(-1, delta.shape[-1] if delta.ndim else 1)
-    chance = jax.lax.map(likely, rows, batch_size=min(1024, len(rows))).reshape(delta.shape)
+    rows = delta.reshape(-1, max(delta.shape[-1] if delta.ndim else 1, 1))
+    chance = jax.lax.map(likely, rows, batch_size=min(1024, max(len(rows), 1))).reshape(delta.shape)
     return jnp.where(jax.random.bernoulli(key, chance), delta / chance, 0)
 
 
@@ -168,6 +166,7 @@ def slerp(deltas_Mx: Array, weight_M: Array, base: Array, statistics: Statistics
 def orthogonalised(deltas_MxIxO: Array, weight_M: Array, base: Array, statistics: Statistics = None) -> Array:
     """Of each model its share of the singular triplets, the triplets of all made orthogonal to each other."""
     share = max(1, min(deltas_MxIxO.shape[1:]) // len(deltas_MxIxO))
+    deltas_MxIxO = jnp.where((weight_M == 0)[:, None, None], 0, deltas_MxIxO)
     parts = [svd(delta, share, jax.random.key(0)) for delta in deltas_MxIxO]
     u_IxR = jnp.concatenate([u for u, _, _ in parts], axis=1)
     s_R = jnp.concatenate([w * s for w, (_, s, _) in zip(weight_M, parts, strict=True)])
@@ -263,7 +262,11 @@ class Method:
             own = {k: v for k, v in options.items() if k in _options(step)}
             if own:
                 changed[name] = partial(step, **own)
-        return dataclasses.replace(self, **changed)
+        made = dataclasses.replace(self, **changed)
+        density, spread = (made.options().get(name, 0.0) for name in ("density", "spread"))
+        if spread and not spread / 2 < density <= 1 - spread / 2:
+            raise ValueError(f"density {density:g} with spread {spread:g} leaves (0, 1]; take less spread")
+        return made
 
     def __call__(
         self,

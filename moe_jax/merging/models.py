@@ -11,7 +11,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy as np
 from moe_jax import checkpoint, describe, tree
 from moe_jax.data import Dataset, Pairs, Prepared
 from moe_jax.interop import huggingface
+from moe_jax.interop.tensors import InteropError
 from moe_jax.speech.data import Speech
 
 Dtypes = Mapping[str, np.dtype]
@@ -104,9 +106,19 @@ class Model(abc.ABC):
         for index in np.ndindex(self.shapes[name][:stacked]):
             yield Site(name, index, self.depth(name, index), matrix)
 
+    def differs(self, other: Any) -> str | None:
+        """What of `about` the other model has another of."""
+        names = sorted(self.about.keys() | other.about.keys())
+        return next((name for name in names if self.about.get(name) != other.about.get(name)), None)
+
     def digest(self) -> str:
         """SHA-256 of its arrays' files."""
-        return _digest(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in self.files()))
+        return digest(self.files())
+
+
+def digest(files: Sequence[Path]) -> str:
+    """SHA-256 of files, one after another."""
+    return _digest(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
 
 
 @functools.lru_cache(maxsize=256)  # a search opens the same models at each trial
@@ -179,15 +191,36 @@ class HuggingFace(Model):
         super().__init__(path)
         self._folder = huggingface.Folder(Path(path))
         config = huggingface.read_json(Path(path) / "config.json")
+        if config.get("quantization_config"):
+            raise MergeError(f"{path}: is quantised, which cannot be merged; take the folder of the unquantised model")
         for name in ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"):
             config.pop(name, None)
+        try:  # by what it means, as each version of transformers writes it in its own way
+            self.described: Any = huggingface.describe(config, path)
+        except InteropError:
+            self.described = None
         self.about = {f"{name!r} (config.json)": value for name, value in config.items()}
         for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"):
             if (Path(path) / name).is_file():
-                self.about[f"tokenisers ({name})"] = hashlib.sha256((Path(path) / name).read_bytes()).hexdigest()
-        self.shapes, self.dtypes = self._folder.shapes, self._folder.dtypes
-        numbers = [int(found[1]) for name in self.shapes if (found := self._LAYER.search(name))]
-        self._layers = max(numbers, default=0) + 1
+                self.about[f"tokenisers ({name})"] = _tokeniser(Path(path) / name)
+        self.shapes, self.dtypes = dict(self._folder.shapes), dict(self._folder.dtypes)
+        if config.get("tie_word_embeddings") and "model.embed_tokens.weight" in self.shapes:
+            self.shapes.pop("lm_head.weight", None)  # some tools write it though it is the embedding
+        self._layers: dict[str, int] = defaultdict(int)
+        for name in self.shapes:
+            if found := self._LAYER.search(name):
+                stack = name[: found.start()]
+                self._layers[stack] = max(self._layers[stack], int(found[1]) + 1)
+
+    def differs(self, other: Any) -> str | None:
+        """A folder without a tokeniser, as trainers often write it, is taken to have the other's; and what one
+        configuration alone says, to be so in the other, unless it makes another model of it."""
+        alike = self.described is not None and self.described == other.described
+        for name in sorted(self.about.keys() & other.about.keys()):
+            if self.about[name] != other.about[name] and not (alike and name.endswith("(config.json)")):
+                return name
+        known = self.described is not None and other.described is not None
+        return "architectures (config.json)" if known and not alike else None
 
     _LAYER = re.compile(r"\b(?:layers|h|block|blocks|layer)\.(\d+)\.")
 
@@ -202,7 +235,7 @@ class HuggingFace(Model):
 
     def depth(self, name: str, index: tuple[int, ...]) -> float | None:
         found = self._LAYER.search(name)
-        return int(found[1]) / max(self._layers - 1, 1) if found else None
+        return int(found[1]) / max(self._layers[name[: found.start()]] - 1, 1) if found else None
 
     def write(self, output: Path, dtypes: Dtypes, arrays: Iterator[np.ndarray], note: Mapping[str, Any]) -> None:
         aside = output.with_name(f"{output.name}.{os.getpid()}.part")
@@ -216,6 +249,18 @@ class HuggingFace(Model):
             aside.rename(output)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def _tokeniser(path: Path) -> Any:
+    """What tells tokenisers apart: the words and merges of a tokenizer.json, however it is written; else a file's
+    bytes."""
+    if path.name == "tokenizer.json":
+        given = huggingface.read_json(path)
+        model, added = given.get("model"), given.get("added_tokens")
+        if isinstance(model, dict) and isinstance(model.get("vocab"), (dict, list)):
+            merges = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges") or ()]
+            return model["vocab"], merges, [x.get("content") for x in added or () if isinstance(x, dict)]
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def open_model(path: str) -> Model:
@@ -240,21 +285,19 @@ def open_data(path: str, meta: Mapping[str, Any], folder: str) -> Dataset:
     data = readers[kind](folder)
     if data.meta["tokeniser"] != meta.get("tokeniser"):
         raise MergeError(f"{folder}: was prepared with another tokeniser than {path} has")
+    own, theirs = meta.get("families") or {}, data.meta["families"]
+    if odd := sorted(name for name in own.keys() & theirs.keys() if own[name] != theirs[name]):
+        raise MergeError(f"{folder}: {odd[0]} has another number there than in {path}; prepare it with its ids")
     return data
 
 
 def check_alike(first: Model, other: Model) -> None:
-    """Raises MergeError where the two are not of one architecture, vocabulary and tokeniser. (A folder that holds no
-    tokeniser, as trainers often write it, is taken to have the other's.)"""
+    """Raises MergeError where the two are not of one architecture, vocabulary and tokeniser."""
     if type(first) is not type(other):
         said = "one is a Hugging Face folder, the other a checkpoint of moe_jax"
         raise MergeError(f"{first.path} and {other.path}: {said}; import or export one of them")
-    told = all(any(what.startswith("tokenisers") for what in model.about) for model in (first, other))
-    for what in sorted(first.about.keys() | other.about.keys()):
-        if what.startswith("tokenisers") and not told:
-            continue
-        if first.about.get(what) != other.about.get(what):
-            raise MergeError(f"{first.path} and {other.path} have different {what}: merge models tuned from one base")
+    if what := first.differs(other):
+        raise MergeError(f"{first.path} and {other.path} have different {what}: merge models tuned from one base")
     if isinstance(first, Ours) and isinstance(other, Ours):
         _unite(first, other)
     if odd := sorted(first.shapes.keys() ^ other.shapes.keys()):

@@ -90,6 +90,10 @@ class Stage:
         """Every model, stage by stage."""
         return [path for p in self.models for path in (p.source.paths() if isinstance(p.source, Stage) else [p.source])]
 
+    def statistics(self) -> list[str]:
+        """Every file of statistics, once."""
+        return list(dict.fromkeys(p.statistics for s in self.stages() for p in s.models if p.statistics))
+
     def stages(self) -> list[Stage]:
         return [self, *(s for p in self.models if isinstance(p.source, Stage) for s in p.source.stages())]
 

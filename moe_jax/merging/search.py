@@ -21,7 +21,7 @@ from moe_jax.data import Dataset
 from moe_jax.merging import merge as merging
 from moe_jax.merging import recipe as recipes
 from moe_jax.merging.methods import WHOLE, method
-from moe_jax.merging.models import MergeError, open_data, open_model
+from moe_jax.merging.models import MergeError, digest, open_data, open_model
 from moe_jax.moe.routers import MAX_TASKS
 from moe_jax.partfile import write_text
 from moe_jax.types import Metrics
@@ -57,22 +57,28 @@ def search(
       valid: prepared rows, of which `rows` are read.  loss: of a checkpoint, instead of `validation_loss` of these.
       trials: of a search over ranges (default: 20).
 
-    Raises MergeError for a space of both kinds, or for a folder of another search.
+    Raises MergeError for a space of both kinds, for a folder of another search, and where no trial has a finite loss.
     """
+    if trials is not None and trials < 1:
+        raise MergeError(f"a search of {trials} trials finds nothing; give 1 or more")
     if not space or not all(space.values()):
         raise MergeError("a search needs an option with values to try, or a range")
     ranges = [isinstance(values, tuple) for values in space.values()]
     if any(ranges) and not all(ranges):
         raise MergeError("a search has lists of values, or ranges, not both")
+    if odd := [values for values in space.values() if isinstance(values, tuple) and len(values) != 2]:
+        raise MergeError(f"a range is a pair (low, high), not {odd[0]}; values to try are a list")
     parsed = recipes.parse(dict(recipe))
     for options in itertools.product(*space.values()):
         method(recipe.get("method", "lors"), dict(zip(space, options, strict=True)))
     if loss is None:
         loss = Loss(valid, rows)
-        loss.opened(parsed.base, checkpoint.Source(parsed.base).meta)  # what it cannot read shows before the work
+        _not_test(loss.opened(parsed.base, checkpoint.Source(parsed.base).meta))  # before the work
     where = Path(folder)
     where.mkdir(parents=True, exist_ok=True)
     asked = {"recipe": recipe, "space": space, "valid": valid, "rows": rows, "seed": seed}
+    asked["kind"] = "ranges" if all(ranges) else "values"
+    asked["statistics"] = {p: digest([checkpoint.Source(p).path]) for p in parsed.stage.statistics()}
     asked["models"] = {path: open_model(path).digest() for path in (parsed.base, *parsed.stage.paths())}
     about = json.loads(json.dumps(asked, default=dict))
     _same_search(where / "search.json", about)
@@ -90,13 +96,28 @@ def search(
             _remove(made)
             given: dict[str, Any] = dict(recipe) | {"options": dict(recipe.get("options") or {}) | options}
             merging.merge(str(made), **given, progress=False)
-            done.append({"options": options, "loss": loss(str(made))})
+            found = loss(str(made))
+            done.append({"options": options, "loss": found if np.isfinite(found) else None})
             write_text(where / "trials.jsonl", "".join(json.dumps(row) + "\n" for row in done))
-            bar.set_postfix(best=f"{min(row['loss'] for row in done):.4f}")
+            bar.set_postfix(best=f"{min(map(_loss, done)):.4f}")
             bar.update()
     _remove(made)
-    best = min(done, key=lambda row: row["loss"])
+    best = min(done, key=_loss)
+    if best["loss"] is None:
+        raise MergeError(f"{folder}: no trial has a finite loss; look at {where / 'trials.jsonl'}")
     return Found(best["options"], best["loss"], done)
+
+
+def _not_test(data: Dataset) -> Dataset:
+    """Raises MergeError for test data, which have no part in a choice."""
+    asked = data.meta.get("manifest")
+    if "test" in (data.meta.get("split"), asked[-1] if isinstance(asked, list) and asked else None):
+        raise MergeError(f"{data.folder}: was prepared of test data, by which nothing is chosen; give validation data")
+    return data
+
+
+def _loss(row: Mapping[str, Any]) -> float:
+    return np.inf if row["loss"] is None else row["loss"]
 
 
 class Loss:
@@ -151,7 +172,12 @@ def _searched(space: Space, done: Sequence[Mapping[str, Any]], trials: int, seed
         study = optuna.create_study(sampler=sampler)
         for row in done:
             study.add_trial(
-                optuna.trial.create_trial(params=dict(row["options"]), distributions=axes, value=row["loss"])
+                optuna.trial.create_trial(
+                    params=dict(row["options"]),
+                    distributions=axes,
+                    value=row["loss"],
+                    state=optuna.trial.TrialState.FAIL if row["loss"] is None else optuna.trial.TrialState.COMPLETE,
+                )
             )
         yield study.ask(axes).params
 

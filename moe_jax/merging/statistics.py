@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from moe_jax import checkpoint, describe, tree
-from moe_jax.merging.models import MergeError, open_data
+from moe_jax.merging.models import MergeError, open_data, open_model
 from moe_jax.types import Array
 
 KINDS = ("fisher", "gram")
@@ -49,7 +49,8 @@ def gather(
     if not found:
         raise MergeError(f"{model}: no matrix of it has {kind} statistics")
     table = {name: np.asarray(x, np.float32) for name, x in found.items()}
-    checkpoint.write_safetensors(output, table, {"statistics": kind, "of": str(model), "rows": len(batches) * per})
+    about = {"statistics": kind, "of": str(model), "sha256": open_model(model).digest(), "rows": len(batches) * per}
+    checkpoint.write_safetensors(output, table, about)
     return table
 
 
@@ -122,7 +123,7 @@ def _grams(empty: Any, params: dict[str, Array], batches) -> dict[str, Array]:
     for batch in batches:
         seen: dict[str, list[Array]] = defaultdict(list)
         watched = {n: Watched(x, n, seen) if _is_matrix(words[n]) else x for n, x in params.items()}
-        with jax.disable_jit():
+        with jax.disable_jit(), jax.default_matmul_precision("highest"):
             tree.unflatten(empty, watched).loss(batch)
         for name, grams in seen.items():
             layers = params[name].shape[0] if params[name].ndim > 2 else 1
