@@ -543,8 +543,16 @@ def test_statistics_follow_the_order_of_experts(tmp_path, tokeniser):
     np.testing.assert_allclose(delta, expected, atol=1e-6)
 
 
-def test_experts_that_a_task_knows_by_their_places_stay(tmp_path, tokeniser):
-    ffn = tiny.moe(task_routers.ByTask)
+@pytest.mark.parametrize(
+    "router",
+    [
+        task_routers.ByTask,
+        partial(task_routers.TaskMapped, inference="forced"),
+        partial(task_routers.Subset, experts=[[0, 1], [0, 1], [2, 3]], k=1),
+    ],
+)
+def test_experts_that_a_task_knows_by_their_places_stay(router, tmp_path, tokeniser):
+    ffn = tiny.moe(router)
     paths = [written(tmp_path / n, tokeniser, ffn=ffn, change=c) for n, c in (("base", None), ("a", permuted))]
     assert align.orders(*map(open_model, paths)) == {}
 

@@ -30,7 +30,7 @@ def orders(base: Model, model: Model) -> dict[str, np.ndarray]:
         routed = [name for name in base.routed if name.startswith(f"{layer_of}/router/")]
         routed = [name for name in routed if base.shapes[name][-1] == experts]
         # A router that learns nothing, such as by the task, knows experts by their places: there they stay.
-        if not routed or (order_NxE == np.arange(experts)).all():
+        if not routed or base.placed(layer_of) or (order_NxE == np.arange(experts)).all():
             continue
         found |= dict.fromkeys([*mine, *routed], order_NxE)
     return found

@@ -22,6 +22,7 @@ from moe_jax import checkpoint, describe, tree
 from moe_jax.data import Dataset, Pairs, Prepared
 from moe_jax.interop import huggingface
 from moe_jax.interop.tensors import InteropError
+from moe_jax.moe.task_routers import Subset
 from moe_jax.speech.data import Speech
 
 Dtypes = Mapping[str, np.dtype]
@@ -167,6 +168,12 @@ class Ours(Model):
         layers = self.shapes[name][0] if not dense else side.layers
         numbers = [n for n in range(layers) if (n in dense) == bool(found[2])]
         return numbers[index[0]] / max(layers - 1, 1)
+
+    def placed(self, layer: str) -> bool:
+        """Whether a router of experts beside its gate has a map from tasks to experts' places that it keeps to when
+        the model is used."""
+        router = functools.reduce(getattr, layer.split("/"), self._model).router
+        return isinstance(router, Subset) or getattr(router, "inference", None) == "forced"
 
     def write(self, output: Path, dtypes: Dtypes, arrays: Iterator[np.ndarray], note: Mapping[str, Any]) -> None:
         meta = {k: v for k, v in self.meta.items() if k not in ("guard", "step")}
