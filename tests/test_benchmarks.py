@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import exchange, gpu, input_pipeline, measure, merging, moe_layer, peer, rtf, scaling, tpu_aot
+from benchmarks import exchange, gpu, input_pipeline, measure, merging, moe_layer, peer, results, rtf, scaling, tpu_aot
 from benchmarks.merging_settings import Corrector as Merged
 from moe_jax import tree
 from moe_jax.layers.attention import Attention
@@ -334,3 +334,7 @@ def test_a_merge_is_measured_from_the_base_to_the_tasks_own_models():
     assert value["lors", "asr", "wer"] == pytest.approx(0.3)
     (change,) = (r for r in rows if (r["arm"], r["task"], r["metric"]) == ("lors", "ocr", "wer"))
     assert change["relative_change"] == pytest.approx(0.5) and change["p_value"] < 0.05
+    for (arm, seed), one in list(found.items()):
+        found[arm, seed + 1] = run(1.5, 1.0, 2) if arm == "lors" else one  # as `joint`: no change, and it counts
+    line = next(x for x in results.merging(merging.table(Two(), found, "c")).splitlines() if x.startswith("| lors"))
+    assert line == "| lors | 2 | 25.00 (+25.0 %) | 25.00 (+25.0 %) | 0.67 ± 0.24 | +0.750, +0.250 |"
