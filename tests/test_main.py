@@ -56,8 +56,9 @@ def shapes(files: list[str], bindings: Sequence[str] = ()) -> str:
 def speech(folder: Path, name: str) -> list[str]:
     """What runs of a folder need that says what prepared speech says to a model."""
     frontend = {"rate": 8000, "mels": 80, "mean": [0.0] * 80, "scale": [1.0] * 80}
-    meta = {"format": 1, "rows": 1, "frames": 9, "lengths": [9], "max_targets": 1, "speeds": [1.0], "tokeniser": "x"}
-    (folder / "meta.json").write_text(json.dumps(meta | {"frontend": frontend, "sha256": {"index": "x"}}))
+    meta = {"format": 2, "rows": 1, "frames": 9, "max_targets": 1, "tokeniser": "x"}
+    meta |= {"lengths": [9], "targets": [1], "speeds": [1.0], "frontend": frontend, "sha256": {"index": "x"}}
+    (folder / "meta.json").write_text(json.dumps(meta))
     return ["MANIFEST=list.jsonl", f"{'FRONTEND' if 'recogniser' in name else 'DATA'}={folder}"]
 
 

@@ -199,10 +199,23 @@ def test_validation_has_the_shapes_of_training(corpus, prepared, tmp_path):
         prepared.meta["lengths"][0],
         own[1],
     ]  # the longer one is longer than any in training
-    assert (
-        valid.meta["max_targets"]
-        == prepared.meta["max_targets"]
-        == valid.batch(0, seed=0, batch_size=1).tokens_BxU.shape[1]
+    assert valid.meta["targets"] == [prepared.meta["targets"][0], len("two")]
+    widths = {b.features_BxTxC.shape[1]: b.tokens_BxU.shape[1] for b in valid.sample(2, 1)}
+    assert widths == dict(zip(valid.meta["lengths"], valid.meta["targets"], strict=True))
+
+
+def test_batches_are_as_wide_as_the_widest_text_of_their_length(corpus, tmp_path):
+    """Where a long text is rare, the other batches do not pay for it."""
+    lines = [{"audio": write(corpus, f"w{i}.wav", 0.4 + 0.001 * i, i), "text": WORDS[i % 3]} for i in range(6)]
+    lines.append({"audio": write(corpus, "wide.wav", 2.0), "text": "three four five six"})
+    (corpus / "wide.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    prepare(str(tmp_path / "p"), manifest=str(corpus / "wide.jsonl"), rate=RATE, mels=20, lengths=2)
+    made = Speech.open(tmp_path / "p")
+    assert made.meta["targets"] == [5, 19] and made.meta["max_targets"] == 19
+    batches = [made.batch(step, seed=0, batch_size=2) for step in range(4)]
+    assert sorted(b.tokens_BxU.shape[1] for b in batches) == [5, 5, 5, 19]
+    assert collections.Counter(t for b in batches for t in said(b, made.tokeniser)) == collections.Counter(
+        [*WORDS[:3] * 2, *["three four five six"] * 2]
     )
 
 
@@ -275,7 +288,8 @@ def test_pieces_of_words(corpus, tmp_path):
     ("name", "data", "message"),
     [
         ("meta.json", b"{", "not JSON"),
-        ("meta.json", b"[]", "not format 1 of prepared speech"),
+        ("meta.json", b"[]", "not format 2 of prepared speech"),
+        ("meta.json", b'{"format": 1}', "not format 2 of prepared speech; prepare the folder again"),
         ("index.npy", b"", "damaged"),
         ("features.npy", b"\x93NUMPY", "features.npy"),
         ("tokeniser.model", b"", "not a SentencePiece model"),

@@ -1,6 +1,6 @@
 """Prepared speech: features and token ids in a folder, read by memory map.
 
-    meta.json        format, counts, frontend (rate, mels, mean, scale), lengths of batches, checksums
+    meta.json        format, counts, frontend (rate, mels, mean, scale), lengths of batches and of their targets, checksums
     features.npy     [frames, mels] float16: log-mel frames of all utterances, one after another
     index.npy        [rows, versions, 2] int64: first frame and number of frames of an utterance at each speed
     tokens.npy       [rows, max_targets] int32: 0 at padding
@@ -18,7 +18,7 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,10 @@ from moe_jax.text.symbols import Symbols
 from moe_jax.text.tokeniser import Tokeniser, train
 from moe_jax.types import Utterances
 
-FORMAT, HOLDS = 1, "prepared speech"
+FORMAT, HOLDS = 2, "prepared speech"
 KINDS = {
     **dict.fromkeys(("rows", "frames", "max_targets"), int),
-    **dict.fromkeys(("lengths", "speeds"), list),
+    **dict.fromkeys(("lengths", "targets", "speeds"), list),
     **dict.fromkeys(("frontend", "sha256"), dict),
     "tokeniser": str,
 }
@@ -93,7 +93,7 @@ class Speech(Dataset):
         batch: dict[str, Any] = {
             "features_BxTxC": x,
             "frames_B": spans[:, 1].astype(np.int32),
-            "tokens_BxU": np.asarray(self.tokens_RxU[rows]),
+            "tokens_BxU": np.asarray(self.tokens_RxU[rows, : self.meta["targets"][bucket]]),
             "task_B": family,
         }
         return Utterances(**batch)
@@ -251,8 +251,9 @@ def _write(
         first = f": {skipped[0].where}: {skipped[0].reason}" if skipped else ""
         raise ValueError(f"{said}: none of {len(skipped)} utterances can be used{first}")
     index_RxVx2 = np.array(index, np.int64)
-    most = max(map(len, tokens)) if like is None else max(like["max_targets"], *map(len, tokens))
-    tokens_RxU = np.zeros((len(tokens), most), np.int32)
+    frames_R, sizes_R = index_RxVx2[:, :, 1].max(1), np.array(list(map(len, tokens)))
+    lengths_found, targets = _shapes(frames_R, sizes_R, lengths, like)
+    tokens_RxU = np.zeros((len(tokens), max(targets)), np.int32)
     for row, ids in zip(tokens_RxU, tokens, strict=True):
         row[: len(ids)] = ids
     np.save(aside / "index.npy", index_RxVx2)
@@ -261,14 +262,14 @@ def _write(
     lines = (json.dumps(dataclasses.asdict(s), ensure_ascii=False) + "\n" for s in skipped)
     (aside / "skipped.jsonl").write_text("".join(lines), "utf-8")
     mean, scale = moments.mean_and_scale()
-    frames_R = index_RxVx2[:, :, 1].max(1)
     return {
         "format": FORMAT,
         "holds": HOLDS,
         "rows": len(index),
         "frames": file.rows,
         "seconds": float(index_RxVx2[:, 0, 1].sum() * features.SHIFT),
-        "lengths": _lengths(frames_R, lengths) if like is None else _like(like["lengths"], frames_R),
+        "lengths": lengths_found,
+        "targets": targets,
         "length": _lengths(frames_R, 1)[0],
         "max_targets": tokens_RxU.shape[1],
         "speeds": list(speeds),
@@ -318,10 +319,21 @@ def _lengths(frames_R: np.ndarray, number: int) -> list[int]:
     return found[::-1]
 
 
-def _like(lengths: Sequence[int], frames_R: np.ndarray) -> list[int]:
-    """Those of `lengths` that are needed, and a longer one where something is longer than all."""
-    used = np.unique(np.searchsorted(lengths, frames_R))
-    return [lengths[i] if i < len(lengths) else int(frames_R.max()) for i in used]
+def _shapes(
+    frames_R: np.ndarray, sizes_R: np.ndarray, number: int, like: Mapping[str, Any] | None
+) -> tuple[list[int], list[int]]:
+    """(lengths of batches in frames, the widest text of each): where texts go with audio, most are narrower than the
+    widest of all. Those of `like` that are needed, and larger ones where something is larger than all.
+    """
+    if like is None:
+        lengths = _lengths(frames_R, number)
+        known = dict.fromkeys(lengths, 0)
+    else:
+        used = np.unique(np.searchsorted(like["lengths"], frames_R))
+        lengths = [like["lengths"][i] if i < len(like["lengths"]) else int(frames_R.max()) for i in used]
+        known = dict(zip(like["lengths"], like["targets"], strict=True))
+    bucket_R = np.searchsorted(lengths, frames_R)
+    return lengths, [max(known.get(n, 0), int(sizes_R[bucket_R == i].max())) for i, n in enumerate(lengths)]
 
 
 class _Growing:
