@@ -267,6 +267,19 @@ def test_it_describes_itself():
     )
 
 
+def test_the_convolutions_may_be_narrower_than_the_model():
+    m = model("dense", channels=4)
+    table = tree.flatten(m)
+    shapes = {name: table[f"subsample/{name}"].shape for name in ("first", "second", "second_bias", "o", "o_bias")}
+    assert shapes == {"first": (9, 4), "second": (36, 4), "second_bias": (4,), "o": (4 * 4, 16), "o_bias": (16,)}
+    assert np.isfinite(m.loss(utterances())[0])
+    said = json.loads(json.dumps(describe.describe(m)))
+    assert tree.flatten(describe.abstract(said))["subsample/second"].shape == (36, 4)
+    said = json.loads(json.dumps(describe.describe(model("dense"))))
+    assert said["args"].pop("channels") is None  # as checkpoints were that do not know it
+    assert tree.flatten(describe.abstract(said))["subsample/second"].shape == (9 * 16, 16)
+
+
 # --- augmentation -------------------------------------------------------------------------------------------
 
 

@@ -21,18 +21,20 @@ class Subsample(Module):
     frequency. It has no state: who streams gives the next call the last `WINDOW - RATE` frames again.
 
     Args:
-      d: model width, and the channels of both convolutions.
+      d: model width.
       mels: features of a frame.
+      channels: of both convolutions (default: d, as WeNet, which in a small model is most of the work).
     """
 
-    def __init__(self, d: int, *, mels: int = 80, rngs: Rngs):
-        self.mels = mels
+    def __init__(self, d: int, *, mels: int = 80, channels: int | None = None, rngs: Rngs):
+        self.mels, self.channels = mels, channels
+        C = channels or d
         zeros = jax.nn.initializers.zeros
         left = ((mels - 1) // 2 - 1) // 2
-        self.first = param(rngs, (9, d), (None, "embed"), fan_in())
-        self.second = param(rngs, (9 * d, d), ("embed", "embed"), fan_in())
-        self.first_bias, self.second_bias = (param(rngs, (d,), (None,), zeros) for _ in range(2))
-        self.o = param(rngs, (left * d, d), ("mlp", "embed"), fan_in())
+        self.first = param(rngs, (9, C), (None, "embed"), fan_in())
+        self.second = param(rngs, (9 * C, C), ("embed", "embed"), fan_in())
+        self.first_bias, self.second_bias = (param(rngs, (C,), (None,), zeros) for _ in range(2))
+        self.o = param(rngs, (left * C, d), ("mlp", "embed"), fan_in())
         self.o_bias = param(rngs, (d,), (None,), zeros)
 
     def __call__(self, x_BxTxC: Array, valid_BxT: Array) -> tuple[Array, Array]:

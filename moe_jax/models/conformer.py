@@ -164,6 +164,7 @@ class Conformer(Module):
     layers, decoder_layers: blocks of the encoder, and of each of the two decoders.
     heads: of all attention.
     width: taps of the convolution.
+    channels: of the convolutions that subsample (default: d).
     vocab: size of the vocabulary; 0 is the blank, 1 (`EOS`) ends a text.
     ffn: configured class of the feed-forward layers, called with (d, rngs=...): the seam for MoE.
     decoder_ffn: that of the decoders (default: `ffn`).
@@ -187,6 +188,7 @@ class Conformer(Module):
         decoder_layers: int = 3,
         heads: int = 4,
         width: int = 15,
+        channels: int | None = None,
         vocab: int,
         ffn: Callable = PlainFfn,
         decoder_ffn: Callable | None = None,
@@ -203,14 +205,14 @@ class Conformer(Module):
         rngs: Rngs,
     ):
         self.d, self.layers, self.decoder_layers, self.heads, self.width = d, layers, decoder_layers, heads, width
-        self.vocab, self.max_chunk, self.augment = vocab, max_chunk, augment
+        self.channels, self.vocab, self.max_chunk, self.augment = channels, vocab, max_chunk, augment
         self.ctc_weight, self.reverse_weight, self.smoothing = ctc_weight, reverse_weight, smoothing
         self.dropout, self.remat, self.unroll = dropout, remat, unroll
         self.auxiliary = tuple(sorted(dict(auxiliary).items()))
         self.frontend = tuple(
             sorted((k, tuple(map(float, v)) if isinstance(v, Sequence) else v) for k, v in dict(frontend).items())
         )
-        self.subsample = Subsample(d, mels=int(dict(frontend)["mels"]), rngs=rngs)
+        self.subsample = Subsample(d, mels=int(dict(frontend)["mels"]), channels=channels, rngs=rngs)
         of_block: dict[str, Any] = dict(heads=heads, width=width, ffn=ffn, dropout=dropout)
         self.blocks: Any = stack.build(lambda rngs: Block(d, **of_block, rngs=rngs), layers, rngs)
         self.norm = LayerNorm(d, rngs=rngs)

@@ -1,6 +1,6 @@
 """Prepared speech: features and token ids in a folder, read by memory map.
 
-    meta.json        format, counts, frontend (rate, mels, mean, scale), lengths of batches and of their targets, checksums
+    meta.json        format, counts, frontend (rate, mels, mean, scale), lengths of batches and of texts in them, checksums
     features.npy     [frames, mels] float16: log-mel frames of all utterances, one after another
     index.npy        [rows, versions, 2] int64: first frame and number of frames of an utterance at each speed
     tokens.npy       [rows, max_targets] int32: 0 at padding
