@@ -66,10 +66,11 @@ class Dataset(abc.ABC):
 
     def sample(self, rows: int, batch_size: int) -> list[Any]:
         """The same batches at every call: of `rows` rows or of all there are, whole batches, at least one."""
-        return [self.batch(i, seed=0, batch_size=batch_size) for i in range(self.batches(rows, batch_size))]
+        number = max(1, min(rows, self.rows) // batch_size)
+        return [self.batch(i, seed=0, batch_size=batch_size) for i in range(number)]
 
     def batches(self, rows: int, batch_size: int) -> int:
-        """How many batches `sample` has."""
+        """How many batches validate: as many as `sample` has."""
         return max(1, min(rows, self.rows) // batch_size)
 
 

@@ -83,12 +83,15 @@ class Utterances:
       frames_B: int32.
       tokens_BxU: int32, what was said; 0 at padding (and, in CTC, the blank).
       task_B: int32, the family.
+      weight_B: float32, what it counts in evaluation: 0 where it only fills the batch (default: all count). Training
+        counts all.
     """
 
     features_BxTxC: Array
     frames_B: Array
     tokens_BxU: Array
     task_B: Array
+    weight_B: Array | None = None
 
     @property
     def valid_BxT(self) -> Array:

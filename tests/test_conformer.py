@@ -151,6 +151,18 @@ def test_the_loss_is_wenets_sum():
     assert float(metrics["nll_T"][1]) > 0 < float(metrics["nll_T"][2])
 
 
+def test_what_fills_a_batch_counts_in_training_alone():
+    m, batch = model("dense", dropout=0.0), utterances(4)
+    filled = jax.tree.map(lambda x: jnp.concatenate([x, x[:2]]), batch)
+    weighted = dataclasses.replace(filled, weight_B=jnp.array([1.0] * 4 + [0.0] * 2))
+    (loss, metrics), (again, same) = m.loss(batch), m.loss(weighted)
+    np.testing.assert_allclose(loss, again, rtol=1e-5)
+    for name in ("nll_T", "weight_T", "nll_ctc", "nll_attention"):
+        np.testing.assert_allclose(metrics[name], same[name], rtol=1e-5)
+    key = jax.random.key(0)
+    np.testing.assert_array_equal(m.loss(weighted, key)[0], m.loss(filled, key)[0])
+
+
 def ctc_by_hand(logp, tokens) -> float:
     """-log of the sum over alignments, by the forward recursion."""
     path = [0]

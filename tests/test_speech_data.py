@@ -235,6 +235,19 @@ def test_few_rows_fill_a_large_batch(prepared):
     assert len(batch.frames_B) == 20 and len(set(map(tuple, batch.tokens_BxU))) <= 8
 
 
+def test_validation_reads_every_utterance_once(prepared):
+    """Those of all lengths, however few batches are asked for; what fills a batch does not count."""
+    for size in (4, 20, 64):
+        number = prepared.batches(1, size)
+        batches = [prepared.batch(i, seed=0, batch_size=size) for i in range(number)]
+        assert {b.features_BxTxC.shape[1] for b in batches} == set(prepared.meta["lengths"])
+        counted = collections.Counter(
+            text for b in batches for text, w in zip(said(b, prepared.tokeniser), b.weight_B, strict=True) if w
+        )
+        assert counted == dict.fromkeys(WORDS, 4) and sum(b.weight_B.sum() for b in batches) == prepared.rows
+    assert len(prepared.sample(8, 4)) == 2
+
+
 def test_what_cannot_be_used_is_counted_and_listed(corpus, tmp_path, capsys):
     (corpus / "torn.wav").write_bytes((corpus / "9.wav").read_bytes()[:600])
     write(corpus, "short.wav", 0.08)

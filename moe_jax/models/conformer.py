@@ -322,7 +322,7 @@ class Conformer(Module):
 
         Args:
           key: training, in which chunks are drawn; None is evaluation of whole utterances.
-          normaliser: what the sum is divided by (default: the utterances of this batch).
+          normaliser: what the sum is divided by (default: the utterances of this batch that count).
           max_targets: not needed here.
         """
         keys = [None] * 3 if key is None else list(jax.random.split(key, 3))
@@ -337,11 +337,13 @@ class Conformer(Module):
         said, valid, own_stats = self.directions(tokens, x, info.valid_BxL, task_B, keys[2])
         left_B, right_B = (jnp.where(valid, losses.smoothed_xent(*pair, self.smoothing), 0).sum(1) for pair in said)
         attention_B = (1 - self.reverse_weight) * left_B + self.reverse_weight * right_B
+        weight_B = jnp.ones(tokens.shape[0]) if key is not None or batch.weight_B is None else batch.weight_B
+        ctc_B, attention_B = ctc_B * weight_B, attention_B * weight_B
         nll_B = self.ctc_weight * ctc_B + (1 - self.ctc_weight) * attention_B
-        loss = nll_B.sum() / (nll_B.size if normaliser is None else normaliser)
+        loss = nll_B.sum() / (jnp.maximum(weight_B.sum(), 1) if normaliser is None else normaliser)
         metrics: Metrics = {
             "nll_T": jnp.zeros(MAX_TASKS).at[task_B].add(nll_B),
-            "weight_T": jnp.zeros(MAX_TASKS).at[task_B].add(1.0),
+            "weight_T": jnp.zeros(MAX_TASKS).at[task_B].add(weight_B),
             "tokens": info.valid_BxL.sum(),
             "nll_ctc": ctc_B.sum(),
             "nll_attention": attention_B.sum(),

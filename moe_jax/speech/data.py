@@ -1,6 +1,6 @@
 """Prepared speech: features and token ids in a folder, read by memory map.
 
-    meta.json        format, counts, frontend (rate, mels, mean, scale), lengths of batches and of texts in them, checksums
+    meta.json        format, counts, frontend (rate, mels, mean, scale), lengths of batches and of their texts, checksums
     features.npy     [frames, mels] float16: log-mel frames of all utterances, one after another
     index.npy        [rows, versions, 2] int64: first frame and number of frames of an utterance at each speed
     tokens.npy       [rows, max_targets] int32: 0 at padding
@@ -80,10 +80,11 @@ class Speech(Dataset):
         self, step: int, *, seed: int, batch_size: int, process_index: int = 0, process_count: int = 1
     ) -> Utterances:
         """In an epoch each utterance comes once, at a speed that is drawn, among others of its bucket; what is missing
-        in a bucket's last batch is taken from its beginning. Buckets come in an order that is drawn.
+        in a bucket's last batch is taken from its beginning, and does not count in evaluation. Buckets come in an order
+        that is drawn.
         """
         own = share(batch_size, process_index, process_count)
-        epoch, bucket, rows = self._at(step, seed, batch_size, own)
+        epoch, bucket, rows, fresh = self._at(step, seed, batch_size, own)
         speeds = _drawn(seed, epoch, 1 + len(self.meta["lengths"]), self.rows)[rows] % len(self.meta["speeds"])
         spans = self.index_RxVx2[rows, speeds.astype(np.int64)]
         x = np.zeros((len(own), self.meta["lengths"][bucket], self.features_FxC.shape[1]), np.float16)
@@ -95,23 +96,37 @@ class Speech(Dataset):
             "frames_B": spans[:, 1].astype(np.int32),
             "tokens_BxU": np.asarray(self.tokens_RxU[rows, : self.meta["targets"][bucket]]),
             "task_B": family,
+            "weight_B": fresh.astype(np.float32),
         }
         return Utterances(**batch)
 
     def rows_of(self, step: int, *, seed: int, batch_size: int) -> list[int]:
         return self._at(step, seed, batch_size, range(batch_size))[2].tolist()
 
-    def _at(self, step: int, seed: int, batch_size: int, places: range) -> tuple[int, int, np.ndarray]:
-        """(epoch, bucket, rows) of places in the batch of `step`."""
-        buckets = [np.flatnonzero(self.bucket_R == b) for b in range(len(self.meta["lengths"]))]
-        batches = np.repeat(np.arange(len(buckets)), [-(-len(rows) // batch_size) for rows in buckets])
+    def batches(self, rows: int, batch_size: int) -> int:
+        """All of an epoch, however few `rows`: some batches would be of some lengths alone, and of no fixed share."""
+        return len(self._batches(batch_size))
+
+    def _batches(self, batch_size: int) -> np.ndarray:
+        """The bucket of each batch of an epoch, in the order of buckets."""
+        return np.repeat(np.arange(len(self._buckets)), [-(-len(rows) // batch_size) for rows in self._buckets])
+
+    @functools.cached_property
+    def _buckets(self) -> list[np.ndarray]:
+        """The rows of each."""
+        return [np.flatnonzero(self.bucket_R == b) for b in range(len(self.meta["lengths"]))]
+
+    def _at(self, step: int, seed: int, batch_size: int, places: range) -> tuple[int, int, np.ndarray, np.ndarray]:
+        """(epoch, bucket, rows, which of them are not repeats) of places in the batch of `step`."""
+        batches = self._batches(batch_size)
         epoch, place = divmod(step, len(batches))
         order = np.argsort(_drawn(seed, epoch, 0, len(batches)), kind="stable")
         bucket = int(batches[order[place]])
         turn = np.count_nonzero(batches[order[:place]] == bucket)
-        rows = buckets[bucket]
+        rows = self._buckets[bucket]
         rows = rows[np.argsort(_drawn(seed, epoch, 1 + bucket, len(rows)), kind="stable")]
-        return epoch, bucket, rows[(turn * batch_size + np.array(places)) % len(rows)]
+        at = turn * batch_size + np.array(places)
+        return epoch, bucket, rows[at % len(rows)], at < len(rows)
 
 
 def _drawn(seed: int, epoch: int, what: int, number: int) -> np.ndarray:
