@@ -188,6 +188,21 @@ def test_lengths_leave_the_least_padding():
     assert _lengths(np.array([5, 5, 7]), 4) == [5, 7] and _lengths(frames, 1) == [frames.max()]
 
 
+@pytest.mark.parametrize("batch", [4, 16])
+def test_lengths_count_what_fills_the_last_batch(batch):
+    frames = np.random.default_rng(0).integers(5, 30, 40)
+
+    def cost(lengths):
+        rows = np.bincount(np.searchsorted(lengths, frames), minlength=len(lengths))
+        return int((-(-rows // batch) * batch * np.array(lengths)).sum())
+
+    found = _lengths(frames, 4, batch)
+    shorter = sorted(set(frames) - {frames.max()})
+    others = [[*some, frames.max()] for n in range(4) for some in itertools.combinations(shorter, n)]
+    assert cost(found) == min(map(cost, others)) < cost(_lengths(frames, 4)) and found[-1] == frames.max()
+    assert _lengths(frames, 4, 64) == [frames.max()]  # all in one batch
+
+
 def test_validation_has_the_shapes_of_training(corpus, prepared, tmp_path):
     lines = [{"audio": write(corpus, f"v{i}.wav", seconds, i), "text": "two"} for i, seconds in enumerate((0.2, 0.9))]
     (corpus / "valid.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))

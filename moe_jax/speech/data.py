@@ -1,6 +1,6 @@
 """Prepared speech: features and token ids in a folder, read by memory map.
 
-    meta.json        format, counts, frontend (rate, mels, mean, scale), lengths of batches and of their texts, checksums
+    meta.json        format, counts, frontend (rate, mels, mean, scale), lengths of batches and their texts, checksums
     features.npy     [frames, mels] float16: log-mel frames of all utterances, one after another
     index.npy        [rows, versions, 2] int64: first frame and number of frames of an utterance at each speed
     tokens.npy       [rows, max_targets] int32: 0 at padding
@@ -155,6 +155,7 @@ def prepare(
     mels: int = features.MELS,
     speeds: Sequence[float] = (1.0,),
     lengths: int = 4,
+    batch: int | None = None,
 ) -> None:
     """Makes a prepared folder of a list of utterances (`formats.manifest`), unless it is there already; then it must be
     what was asked for. For the rest see `write`.
@@ -167,7 +168,7 @@ def prepare(
     path = Path(manifest)
     said = f"{path}{f', split {split!r}' if split else ''}"
     of = [str(path.absolute()), path.stat().st_size if path.is_file() else None, split]
-    given: dict[str, Any] = dict(units=units, rate=rate, mels=mels, speeds=speeds, lengths=lengths)
+    given: dict[str, Any] = dict(units=units, rate=rate, mels=mels, speeds=speeds, lengths=lengths, batch=batch)
     write(folder, lambda: manifests.read(path, split), said, of, tokeniser=tokeniser, **given)
 
 
@@ -183,6 +184,7 @@ def write(
     mels: int = features.MELS,
     speeds: Sequence[float] = (1.0,),
     lengths: int = 4,
+    batch: int | None = None,
 ) -> None:
     """Makes a prepared folder, unless it is there already; then it must be what was asked for.
 
@@ -195,7 +197,8 @@ def write(
       units: then what of: "characters", "words", or a number of SentencePiece pieces (265 of which are fixed).
       rate, mels: of the features.
       speeds: each utterance is there at all of them; a batch takes one.
-      lengths: how many lengths batches have.
+      lengths: how many lengths batches have, at most.
+      batch: utterances a batch, for which the lengths are best; what is there already serves any.
 
     Raises ValueError where `folder` holds something else, or no utterance is left.
     """
@@ -218,7 +221,7 @@ def write(
     aside.mkdir(parents=True)
     try:
         meta: dict[str, Any] = _write(
-            aside, utterances, said, tokeniser, units, rate, mels, tuple(speeds), lengths, like
+            aside, utterances, said, tokeniser, units, rate, mels, tuple(speeds), lengths, batch, like
         )
         meta |= wanted
         (aside / "meta.json").write_text(json.dumps(meta, indent=2, ensure_ascii=False) + "\n", "utf-8")
@@ -241,6 +244,7 @@ def _write(
     mels: int,
     speeds: tuple[float, ...],
     lengths: int,
+    batch: int | None,
     like: dict[str, Any] | None,
 ) -> dict[str, Any]:
     texts = [u.text for u in utterances() if not isinstance(u, Skipped)]
@@ -267,7 +271,7 @@ def _write(
         raise ValueError(f"{said}: none of {len(skipped)} utterances can be used{first}")
     index_RxVx2 = np.array(index, np.int64)
     frames_R, sizes_R = index_RxVx2[:, :, 1].max(1), np.array(list(map(len, tokens)))
-    lengths_found, targets = _shapes(frames_R, sizes_R, lengths, like)
+    lengths_found, targets = _shapes(frames_R, sizes_R, lengths, batch, like)
     tokens_RxU = np.zeros((len(tokens), max(targets)), np.int32)
     for row, ids in zip(tokens_RxU, tokens, strict=True):
         row[: len(ids)] = ids
@@ -316,32 +320,36 @@ def _featured(
     return ids, versions
 
 
-def _lengths(frames_R: np.ndarray, number: int) -> list[int]:
-    """Those that leave the least padding, found among 200 quantiles by dynamic programming."""
+def _lengths(frames_R: np.ndarray, number: int, batch: int | None = None) -> list[int]:
+    """At most so many, with which an epoch has the fewest frames, found among 200 quantiles by dynamic programming: of
+    utterances alone, or of whole batches of `batch`.
+    """
     edges = np.unique(np.quantile(frames_R, np.linspace(0, 1, 201), method="inverted_cdf")).astype(int)
     upto = np.r_[0, np.searchsorted(np.sort(frames_R), edges, side="right")]
-    # work_ij: of batches of utterances i to j, all as long as the longest
-    work = (upto - upto[:, None]) * np.r_[0, edges]
+    # work_ij: of batches of utterances i to j, all as long as the longest; the last is filled
+    work = -(-(upto - upto[:, None]) // (batch or 1)) * (batch or 1) * np.r_[0, edges]
     work = np.where(np.triu(np.ones(work.shape, bool), 1), work, np.inf)
-    best, ways = np.r_[0, np.full(len(edges), np.inf)], []
+    best, ways, least, used = np.r_[0, np.full(len(edges), np.inf)], [], np.inf, 0
     for _ in range(min(number, len(edges))):
         total = best[:, None] + work
         best, ways = total.min(0), [*ways, total.argmin(0)]
+        if best[-1] < least:  # one more length may fill one more batch
+            least, used = best[-1], len(ways)
     found, end = [], len(edges)
-    for way in reversed(ways):
+    for way in reversed(ways[:used]):
         found.append(int(edges[end - 1]))
         end = way[end]
     return found[::-1]
 
 
 def _shapes(
-    frames_R: np.ndarray, sizes_R: np.ndarray, number: int, like: Mapping[str, Any] | None
+    frames_R: np.ndarray, sizes_R: np.ndarray, number: int, batch: int | None, like: Mapping[str, Any] | None
 ) -> tuple[list[int], list[int]]:
     """(lengths of batches in frames, the widest text of each): where texts go with audio, most are narrower than the
     widest of all. Those of `like` that are needed, and larger ones where something is larger than all.
     """
     if like is None:
-        lengths = _lengths(frames_R, number)
+        lengths = _lengths(frames_R, number, batch)
         known = dict.fromkeys(lengths, 0)
     else:
         used = np.unique(np.searchsorted(like["lengths"], frames_R))
