@@ -28,7 +28,7 @@ def write(folder, name: str, seconds: float, seed: int = 0) -> str:
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     lines = [
-        {"audio": write(folder, f"{i}.wav", 0.2 + 0.02 * i, i), "text": WORDS[i % 6], "split": "train"}
+        {"audio": write(folder, f"{i}.wav", 0.4 + 0.02 * i, i), "text": WORDS[i % 6], "split": "train"}
         for i in range(24)
     ]
     lines.append({"audio": "0.wav", "text": "two", "split": "valid"})
@@ -204,7 +204,7 @@ def test_lengths_count_what_fills_the_last_batch(batch):
 
 
 def test_validation_has_the_shapes_of_training(corpus, prepared, tmp_path):
-    lines = [{"audio": write(corpus, f"v{i}.wav", seconds, i), "text": "two"} for i, seconds in enumerate((0.2, 0.9))]
+    lines = [{"audio": write(corpus, f"v{i}.wav", seconds, i), "text": "two"} for i, seconds in enumerate((0.4, 1.1))]
     (corpus / "valid.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     given = {"manifest": str(corpus / "valid.jsonl"), "rate": RATE, "mels": 20, "tokeniser": str(corpus / "prepared")}
     prepare(str(tmp_path / "valid"), **given)
@@ -269,7 +269,7 @@ def test_what_cannot_be_used_is_counted_and_listed(corpus, tmp_path, capsys):
     write(corpus, "enough.wav", 0.0851)
     lines = [
         {"audio": "1.wav", "text": "one"},
-        {"audio": "enough.wav", "text": "one"},
+        {"audio": "enough.wav", "text": "o"},
         {"audio": "absent.wav", "text": "one"},
         {"audio": "torn.wav", "text": "one"},
         {"audio": "short.wav", "text": "one"},
@@ -291,6 +291,26 @@ def test_what_cannot_be_used_is_counted_and_listed(corpus, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"none of 1 utterances can be used: .*none.jsonl:1: .*no such file"):
         prepare(str(tmp_path / "none"), manifest=str(corpus / "none.jsonl"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["p"]
+
+
+def test_a_text_has_as_many_frames_as_ctc_needs(corpus, tmp_path):
+    """A token a frame, and a blank between two that are the same: "three" needs 6 frames of 40 ms."""
+    needs = 7 + 5 * 4  # frames of 10 ms; at speed 1.1 one of these is too few
+    lines = [
+        {"audio": write(corpus, f"n{frames}.wav", 0.0151 + 0.01 * frames, frames), "text": "three"}
+        for frames in (needs - 1, needs, needs + 4)
+    ]
+    (corpus / "ctc.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    args = {"manifest": str(corpus / "ctc.jsonl"), "tokeniser": str(corpus / "prepared/tokeniser.model")}
+    prepare(str(tmp_path / "p"), **args, rate=RATE, mels=20, speeds=(0.9, 1.0, 1.1))
+    made = Speech.open(tmp_path / "p")
+    (listed,) = [json.loads(line) for line in (tmp_path / "p/skipped.jsonl").read_text().splitlines()]
+    assert listed["where"].endswith("ctc.jsonl:1")
+    assert listed["reason"] == "more text than CTC can align: 6 tokens and repeats in 5 frames of 40 ms"
+    slow, own, fast = made.index_RxVx2[0].tolist()
+    assert own[1] == needs and fast == slow and slow[1] > needs
+    assert len(set(map(tuple, made.index_RxVx2[1].tolist()))) == 3
+    assert len(made.features_FxC) == slow[1] + own[1] + made.index_RxVx2[1, :, 1].sum()
 
 
 def test_preparing_again(corpus, prepared):

@@ -22,7 +22,7 @@ PROMPTS = main.shipped("prompts/prompts.jsonl")
 
 
 def tone(i: int) -> np.ndarray:
-    return np.round(3000 * np.sin(np.arange(2000 + 300 * i) * (0.1 + 0.05 * i))).astype(np.int16)
+    return np.round(3000 * np.sin(np.arange(4000 + 300 * i) * (0.1 + 0.05 * i))).astype(np.int16)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,8 @@
 
     meta.json        format, counts, frontend (rate, mels, mean, scale), lengths of batches and their texts, checksums
     features.npy     [frames, mels] float16: log-mel frames of all utterances, one after another
-    index.npy        [rows, versions, 2] int64: first frame and number of frames of an utterance at each speed
+    index.npy        [rows, versions, 2] int64: first frame and number of frames of an utterance at each speed; those of
+                     the slowest at a speed that leaves fewer frames than CTC needs for its text
     tokens.npy       [rows, max_targets] int32: 0 at padding
     skipped.jsonl    what could not be used, and why
     tokeniser.model
@@ -15,6 +16,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -263,8 +265,11 @@ def _write(
                 continue
             ids, versions = ready
             for version in versions:
-                moments.add(version)
-            index.append([(file.append(v.astype(np.float16)), len(v)) for v in versions])
+                if version is not None:
+                    moments.add(version)
+            spans = [None if v is None else (file.append(v.astype(np.float16)), len(v)) for v in versions]
+            slowest = max((span for span in spans if span), key=lambda span: span[1])
+            index.append([span or slowest for span in spans])
             tokens.append(ids)
     if not index:
         first = f": {skipped[0].where}: {skipped[0].reason}" if skipped else ""
@@ -302,8 +307,8 @@ def _write(
 
 def _featured(
     one: Utterance | Recorded, vocabulary: Tokeniser, rate: int, mels: int, speeds: Iterable[float]
-) -> tuple[list[int], list[np.ndarray]] | Skipped:
-    """(token ids, features at each speed), or why not."""
+) -> tuple[list[int], list[np.ndarray | None]] | Skipped:
+    """(token ids, features at each speed, None where CTC has too few frames for them), or why not."""
     try:
         ids = vocabulary.encode(one.text)
     except ValueError as error:
@@ -314,10 +319,15 @@ def _featured(
         samples = one.samples(rate)
     except AudioError as error:
         return Skipped(one.where, f"audio that cannot be read: {error}")
-    versions = [features.fbank(features.speed(samples, factor), rate, mels) for factor in speeds]
-    if min(map(len, versions)) < subsample.WINDOW:
+    own = subsample.length(features.num_frames(len(samples), rate))
+    if not own:
         return Skipped(one.where, f"too short for one subsampled frame: {len(samples)} samples")
-    return ids, versions
+    needed = len(ids) + sum(a == b for a, b in itertools.pairwise(ids))  # a blank between two that are the same
+    versions = [features.fbank(features.speed(samples, factor), rate, mels) for factor in speeds]
+    fitting = [v if subsample.length(len(v)) >= needed else None for v in versions]
+    if own < needed or all(v is None for v in fitting):
+        return Skipped(one.where, f"more text than CTC can align: {needed} tokens and repeats in {own} frames of 40 ms")
+    return ids, fitting
 
 
 def _lengths(frames_R: np.ndarray, number: int, batch: int | None = None) -> list[int]:
