@@ -82,7 +82,7 @@ def speech(folder: str, *, task: str, split: str = "train", **options: Any) -> N
 
     Args:
       task: registered, such as "speech_prompts". Of a mixture every utterance of each task comes once.
-      options: of `speech.data.write`: tokeniser, units, rate, mels, speeds, lengths, batch.
+      options: of `speech.data.write`: tokeniser, units, rate, mels, speeds, lengths, batch, longest.
 
     Raises ValueError where `folder` holds something else, or no utterance is left.
     """

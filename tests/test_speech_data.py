@@ -79,7 +79,7 @@ def test_lines_of_ours_and_of_nemo(tmp_path):
 def test_kaldis_folders(tmp_path):
     (tmp_path / "wav.scp").write_text("r1 r1.wav\nr2 sox r2.wav -t wav - |\n")
     (tmp_path / "text").write_text("u1 one two\nu2 three\nu3 four\nu4 five\n")
-    (tmp_path / "segments").write_text("u1 r1 0.5 1.25\nu2 r2 0 1\nu3 r1 zero one\n")
+    (tmp_path / "segments").write_text("u1 r1 0.5 1.25\nu2 r2 0 1\nu3 r1 zero one\nu4 r1 0 nan\n")
     found = list(manifest.read(tmp_path))
     assert found[0] == manifest.Utterance(f"{tmp_path}/text: u1", tmp_path / "r1.wav", "one two", 0.5, 0.75)
     bad = "no segment of a recording with two times in segments"
@@ -98,6 +98,9 @@ def test_kaldis_folders(tmp_path):
         ('{"audio": "a.wav", "text": "a", "start": "0", "frames": 3}', "are not numbers"),
         ('{"audio": "a.wav", "text": "a", "start": true}', "are not numbers"),
         ('{"audio": "a.wav", "text": "a", "duration": "long"}', "are not numbers"),
+        ('{"audio": "a.wav", "text": "a", "offset": NaN}', "are not finite numbers of seconds"),
+        ('{"audio": "a.wav", "text": "a", "offset": 1, "duration": -Infinity}', "are not finite"),
+        ('{"audio": "a.wav", "text": "a", "offset": 1' + "0" * 400 + "}", "are not finite"),
         ("[" * 100_000, "not JSON"),
     ],
 )
@@ -311,6 +314,15 @@ def test_a_text_has_as_many_frames_as_ctc_needs(corpus, tmp_path):
     assert own[1] == needs and fast == slow and slow[1] > needs
     assert len(set(map(tuple, made.index_RxVx2[1].tolist()))) == 3
     assert len(made.features_FxC) == slow[1] + own[1] + made.index_RxVx2[1, :, 1].sum()
+
+
+def test_what_is_too_long_is_listed(corpus, tmp_path):
+    lines = [{"audio": write(corpus, f"l{s}.wav", s), "text": "one"} for s in (0.9, 1.0, 1.1)]
+    (corpus / "long.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    prepare(str(tmp_path / "p"), manifest=str(corpus / "long.jsonl"), rate=RATE, mels=20, longest=1)
+    made = Speech.open(tmp_path / "p")
+    assert made.rows == 2 and made.meta["skipped"] == {"longer than 1 s": 1}
+    assert '"reason": "longer than 1 s: 1.1 s"' in (tmp_path / "p/skipped.jsonl").read_text()
 
 
 def test_preparing_again(corpus, prepared):

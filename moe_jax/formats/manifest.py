@@ -119,6 +119,8 @@ def _of_object(path: Path, where: str, said: dict[str, Any]) -> Utterance | Skip
     if type(start) not in kinds or (length is not None and type(length) not in kinds):
         return Skipped(where, f"its {keys[0]} and {keys[1]} are not numbers{' of samples' if in_samples else ''}")
     if not in_samples:
+        if not _sane(start, length or 0):
+            return Skipped(where, f"its {keys[0]} and {keys[1]} are not finite numbers of seconds")
         start, length = float(start), None if length is None else float(length)
     lang = said.get("lang", "")
     if not isinstance(lang, str):
@@ -136,6 +138,8 @@ def _kaldi(folder: Path) -> Iterator[Utterance | Skipped]:
             try:
                 recording, begin, end = segments[key].split()
                 part = (float(begin), float(end) - float(begin))
+                if not _sane(*part):
+                    raise ValueError
             except (KeyError, ValueError):
                 yield Skipped(where, "no segment of a recording with two times in segments")
                 continue
@@ -145,6 +149,11 @@ def _kaldi(folder: Path) -> Iterator[Utterance | Skipped]:
             yield Skipped(where, PIPE)
         else:
             yield Utterance(where, folder / audio[recording], text, *part)
+
+
+def _sane(*seconds: float) -> bool:
+    """JSON as Python reads it, and float(), know NaN and Infinity."""
+    return all(abs(x) < 1e12 for x in seconds)
 
 
 def _table(path: Path) -> dict[str, str]:

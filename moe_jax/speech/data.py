@@ -158,6 +158,7 @@ def prepare(
     speeds: Sequence[float] = (1.0,),
     lengths: int = 4,
     batch: int | None = None,
+    longest: float | None = None,
 ) -> None:
     """Makes a prepared folder of a list of utterances (`formats.manifest`), unless it is there already; then it must be
     what was asked for. For the rest see `write`.
@@ -171,6 +172,7 @@ def prepare(
     said = f"{path}{f', split {split!r}' if split else ''}"
     of = [str(path.absolute()), path.stat().st_size if path.is_file() else None, split]
     given: dict[str, Any] = dict(units=units, rate=rate, mels=mels, speeds=speeds, lengths=lengths, batch=batch)
+    given["longest"] = longest
     write(folder, lambda: manifests.read(path, split), said, of, tokeniser=tokeniser, **given)
 
 
@@ -187,6 +189,7 @@ def write(
     speeds: Sequence[float] = (1.0,),
     lengths: int = 4,
     batch: int | None = None,
+    longest: float | None = None,
 ) -> None:
     """Makes a prepared folder, unless it is there already; then it must be what was asked for.
 
@@ -201,11 +204,13 @@ def write(
       speeds: each utterance is there at all of them; a batch takes one.
       lengths: how many lengths batches have, at most.
       batch: utterances a batch, for which the lengths are best; what is there already serves any.
+      longest: seconds; utterances that are longer are left out (default: none is). One of them sets a length of batches.
 
     Raises ValueError where `folder` holds something else, or no utterance is left.
     """
     target = Path(folder)
     asked = {"units": units, "rate": rate, "mels": mels, "speeds": list(speeds), "lengths": lengths}
+    asked |= {} if longest is None else {"longest": longest}
     wanted = {"manifest": of, "asked": asked}
     like = None
     if tokeniser and Path(tokeniser).is_dir():
@@ -223,7 +228,7 @@ def write(
     aside.mkdir(parents=True)
     try:
         meta: dict[str, Any] = _write(
-            aside, utterances, said, tokeniser, units, rate, mels, tuple(speeds), lengths, batch, like
+            aside, utterances, said, tokeniser, units, rate, mels, tuple(speeds), lengths, batch, longest, like
         )
         meta |= wanted
         (aside / "meta.json").write_text(json.dumps(meta, indent=2, ensure_ascii=False) + "\n", "utf-8")
@@ -247,6 +252,7 @@ def _write(
     speeds: tuple[float, ...],
     lengths: int,
     batch: int | None,
+    longest: float | None,
     like: dict[str, Any] | None,
 ) -> dict[str, Any]:
     texts = [u.text for u in utterances() if not isinstance(u, Skipped)]
@@ -259,7 +265,7 @@ def _write(
     moments, index, tokens, skipped = features.Moments(), [], [], []
     with _Growing(aside / "features.npy", mels) as file:
         for one in tqdm(utterances(), total=len(texts), unit=" utterances", disable=None, mininterval=1):
-            ready = one if isinstance(one, Skipped) else _featured(one, vocabulary, rate, mels, speeds)
+            ready = one if isinstance(one, Skipped) else _featured(one, vocabulary, rate, mels, speeds, longest)
             if isinstance(ready, Skipped):
                 skipped.append(ready)
                 continue
@@ -306,7 +312,12 @@ def _write(
 
 
 def _featured(
-    one: Utterance | Recorded, vocabulary: Tokeniser, rate: int, mels: int, speeds: Iterable[float]
+    one: Utterance | Recorded,
+    vocabulary: Tokeniser,
+    rate: int,
+    mels: int,
+    speeds: Iterable[float],
+    longest: float | None,
 ) -> tuple[list[int], list[np.ndarray | None]] | Skipped:
     """(token ids, features at each speed, None where CTC has too few frames for them), or why not."""
     try:
@@ -319,6 +330,8 @@ def _featured(
         samples = one.samples(rate)
     except AudioError as error:
         return Skipped(one.where, f"audio that cannot be read: {error}")
+    if longest is not None and len(samples) > longest * rate:
+        return Skipped(one.where, f"longer than {longest:g} s: {len(samples) / rate:.1f} s")
     own = subsample.length(features.num_frames(len(samples), rate))
     if not own:
         return Skipped(one.where, f"too short for one subsampled frame: {len(samples)} samples")
