@@ -102,8 +102,46 @@ def test_standard_input_is_a_file_without_a_header():
         pieces = list(audio.pcm(io.BytesIO(samples.tobytes()), 16_000, rate, 0.05))
         expected = audio.resampled(samples.astype(np.float32), 16_000, rate)
         np.testing.assert_allclose(np.concatenate(pieces), expected, atol=0.05)
-    with pytest.raises(audio.AudioError, match="half a sample"):
-        list(audio.pcm(io.BytesIO(samples.tobytes()[:-1]), 16_000, 16_000, 0.05))
+    with pytest.warns(UserWarning, match="half a sample of 16 bits at its end is left out"):
+        pieces = list(audio.pcm(io.BytesIO(samples.tobytes()[:-1]), 16_000, 16_000, 0.05))
+    np.testing.assert_array_equal(np.concatenate(pieces), samples[:-1])
+    with pytest.raises(audio.AudioError, match="standard input: no samples"):
+        list(audio.pcm(io.BytesIO(), 16_000, 16_000, 0.05))
+
+
+@pytest.mark.parametrize("kind", ["wav", "flac", "ogg"])
+def test_a_file_on_standard_input_is_not_heard_as_samples(kind):
+    file = io.BytesIO()
+    sf.write(file, noise(0.2) / audio.SCALE, 16_000, format=kind)
+    with pytest.raises(audio.AudioError, match=f"standard input: a {kind} file, not samples of 16 bits"):
+        list(audio.pcm(io.BytesIO(file.getvalue()), 16_000, 16_000, 0.05))
+
+
+@pytest.mark.parametrize("codec", ["VORBIS", "OPUS"])
+def test_ogg_files_are_read_whole_or_not_at_all(tmp_path, codec):
+    """libsndfile takes what is there of a torn one for all of it."""
+    path = tmp_path / "a.ogg"
+    t = np.arange(16_000 * 3) / 16_000
+    sf.write(path, 0.3 * np.sin(2 * np.pi * 440 * t), 16_000, format="OGG", subtype=codec)
+    found = audio.read(path, 16_000)
+    assert len(found) == len(t) and abs(np.fft.rfft(found[16_000:32_000])).argmax() == 440
+    np.testing.assert_array_equal(np.concatenate(list(audio.blocks(path, 16_000, 0.1))), found)
+    assert audio.seconds(path) == 3.0
+    data = path.read_bytes()
+    last = data.rindex(b"OggS")
+    for size in (last, last + 10, len(data) - 1, len(data) // 2):
+        path.write_bytes(data[:size])
+        for reading in (lambda: audio.read(path, 16_000), lambda: list(audio.blocks(path, 16_000, 0.1))):
+            with pytest.raises(audio.AudioError, match=r"a\.ogg: "):
+                reading()
+
+
+def test_blocks_have_as_many_samples_as_the_file_says(tmp_path, monkeypatch):
+    sf.write(tmp_path / "a.wav", noise(0.5) / audio.SCALE, 16_000)
+    whole = audio._samples
+    monkeypatch.setattr(audio, "_samples", lambda file, path, start, count: whole(file, path, start, count)[:700])
+    with pytest.raises(audio.AudioError, match="torn: 700 of 8000 samples can be read"):
+        list(audio.blocks(tmp_path / "a.wav", 16_000, 0.1))
 
 
 def test_channels_are_mixed_and_rates_brought_together_with_one_word(tmp_path):
@@ -117,6 +155,14 @@ def test_channels_are_mixed_and_rates_brought_together_with_one_word(tmp_path):
     assert [str(w.message) for w in said] == ["audio of 44100 Hz is resampled to 16000 Hz"]
     assert len(two) == 8_000
     np.testing.assert_allclose(two, single, atol=2)
+
+
+def test_eight_channels_are_one(tmp_path):
+    one = noise(0.5)
+    sf.write(tmp_path / "8.wav", np.stack([one, *[np.zeros_like(one)] * 7], 1) / audio.SCALE, 16_000)
+    found = audio.read(tmp_path / "8.wav", 16_000)
+    np.testing.assert_allclose(found, one / 8, atol=2)
+    np.testing.assert_array_equal(np.concatenate(list(audio.blocks(tmp_path / "8.wav", 16_000, 0.1))), found)
 
 
 def damaged(tmp_path) -> dict:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from scipy.signal import resample_poly
 
 SCALE = 1 << 15  # of samples: floats in the range of 16-bit integers, as Kaldi and WeNet have them
+
+
+PAGE = 27 + 255 + 255 * 255  # bytes of Ogg's largest page
+CONTAINERS = {b"RIFF": "wav", b"fLaC": "flac", b"OggS": "ogg", b"ID3": "mp3"}  # what files of each begin with
 
 
 class AudioError(ValueError):
@@ -53,6 +57,12 @@ def rate(path: str | os.PathLike) -> int:
         return file.samplerate
 
 
+def seconds(path: str | os.PathLike) -> float:
+    """How long a file is. Raises AudioError as `read` does."""
+    with _opened(path) as file:
+        return file.frames / file.samplerate
+
+
 def blocks(path: str | os.PathLike, rate: int, seconds: float) -> Iterator[np.ndarray]:
     """Samples of a file, so many seconds at a time: one block of it is held, however long it is.
 
@@ -63,19 +73,42 @@ def blocks(path: str | os.PathLike, rate: int, seconds: float) -> Iterator[np.nd
         if not file.frames:
             raise AudioError(f"{path}: no samples")
         step = max(1, round(seconds * file.samplerate))
-        parts = (_samples(file, path, start, step) for start in range(0, file.frames, step))
-        yield from _portions(_resampled_parts(parts, file.samplerate, rate), size)
+
+        def parts() -> Iterator[np.ndarray]:
+            for start in range(0, file.frames, step):
+                found = _samples(file, path, start, step)
+                if len(found) < min(step, file.frames - start):
+                    raise AudioError(f"{path}: torn: {start + len(found)} of {file.frames} samples can be read")
+                yield found
+
+        yield from _portions(_resampled_parts(parts(), file.samplerate, rate), size)
 
 
-def pcm(file: BinaryIO, own_rate: int, rate: int, seconds: float) -> Iterator[np.ndarray]:
-    """As `blocks`, of 16-bit little-endian samples of one channel as they come. Raises AudioError for an odd byte."""
+def pcm(file: io.BufferedReader, own_rate: int, rate: int, seconds: float) -> Iterator[np.ndarray]:
+    """As `blocks`, of 16-bit little-endian samples of one channel as they come; of half a sample at the end a warning
+    says that it is left out.
+
+    Raises AudioError where nothing comes, or a file of audio does.
+    """
     size = 2 * max(1, round(seconds * own_rate))
 
     def parts() -> Iterator[np.ndarray]:
-        while data := file.read(size):
-            if len(data) % 2:
-                raise AudioError("standard input: torn: half a sample of 16 bits at its end")
-            yield np.frombuffer(data, "<i2").astype(np.float32)
+        held = file.read(4)
+        kind = next((name for begin, name in CONTAINERS.items() if held.startswith(begin)), None)
+        if kind:
+            raise AudioError(f"standard input: a {kind} file, not samples of 16 bits: give its path in place of -")
+        if not held:
+            raise AudioError("standard input: no samples")
+        while True:
+            data = file.read1(size)
+            held += data
+            if whole := len(held) // 2 * 2:
+                yield np.frombuffer(held[:whole], "<i2").astype(np.float32)
+            held = held[whole:]
+            if not data:
+                break
+        if held:
+            warnings.warn("standard input: half a sample of 16 bits at its end is left out", stacklevel=2)
 
     yield from _portions(_resampled_parts(parts(), own_rate, rate), max(1, round(seconds * rate)))
 
@@ -125,7 +158,19 @@ def _opened(path: str | os.PathLike):
     if "(should be" in file.extra_info:  # its header promises more
         file.close()
         raise AudioError(f"{path}: torn: shorter than its header says")
+    if file.format == "OGG" and not _ended(Path(path)):  # libsndfile takes what it finds for the whole
+        file.close()
+        raise AudioError(f"{path}: torn: its last page is missing")
     return file
+
+
+def _ended(path: Path) -> bool:
+    """Whether an Ogg file's last page is whole, and says that the stream ends."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - PAGE))
+        _, _, page = file.read().rpartition(b"OggS")
+    segments = page[23 : 23 + page[22]] if len(page) > 22 else b""  # `page` is without its four letters
+    return len(page) > 22 and len(page) >= 23 + len(segments) + sum(segments) and bool(page[1] & 4)
 
 
 def _samples(file, path: str | os.PathLike, start: int, count: int) -> np.ndarray:
