@@ -1,8 +1,12 @@
 """Decoding: CTC's sums by brute force, two passes, and streams that say what the whole says."""
 
 import dataclasses
+import io
 import itertools
 import json
+import os
+import signal
+import time
 from functools import partial
 
 import jax
@@ -23,7 +27,7 @@ from moe_jax.metrics.normalisers import family_normaliser
 from moe_jax.models.conformer import Conformer
 from moe_jax.speech import decode, evaluate, features, transcribe
 from moe_jax.speech.decode import Hypothesis, PrefixBeam, greedy, rescored
-from moe_jax.speech.recognise import WAYS, Recogniser, Text
+from moe_jax.speech.recognise import WAYS, Recogniser
 from moe_jax.text.symbols import Symbols
 
 RATE, MELS = 8000, 20
@@ -277,20 +281,107 @@ def test_transcripts_are_what_correct_reads(run, tmp_path, capsys, how):
     assert ("real-time factor" in out.err) == bool(how)
 
 
-def test_what_cannot_be_transcribed_is_one_line_and_nothing_is_written(run, tmp_path, capsys):
+def test_what_cannot_be_read_is_one_line_and_the_rest_is_written(run, tmp_path, capsys):
     output = tmp_path / "hyps.json"
-    files = [str(run / "0.wav"), str(run / "list.jsonl")]
-    assert cli.entry(["transcribe", *files, f"--checkpoint={run}", f"--output={output}"]) == 2
-    assert "list.jsonl: not audio that can be read" in capsys.readouterr().err and not output.exists()
-    assert cli.entry(["transcribe", files[0], f"--checkpoint={run}", "--nbest=20"]) == 2
+    files = [str(run / name) for name in ("0.wav", "list.jsonl", "1.wav")]
+    assert cli.entry(["transcribe", *files, f"--checkpoint={run}", f"--output={output}"]) == 1
+    said = capsys.readouterr()
+    assert "list.jsonl: not audio that can be read" in said.err and "1 of 3 could not be read" in said.err
+    assert [r["audio"] for r in json.loads(output.read_text())] == [files[0], files[2]]
+    assert len(said.out.splitlines()) == 2
+    assert cli.entry(["transcribe", files[1], f"--checkpoint={run}", f"--output={tmp_path}/none.json"]) == 1
+    assert not (tmp_path / "none.json").exists()
+
+
+def test_what_cannot_be_written_shows_before_anything_is_read(run, tmp_path, capsys):
+    given = ["transcribe", str(run / "0.wav"), "--checkpoint=none", "--output"]
+    (tmp_path / "there.json").write_text("mine")
+    for output, said in (
+        (tmp_path / "no/hyps.json", "no: no such folder; create it first"),
+        (tmp_path, "is not a file"),
+        (tmp_path / "there.json", "is there already; pass --overwrite"),
+    ):
+        assert cli.entry([*given, str(output)]) == 2
+        assert said in capsys.readouterr().err
+    assert (tmp_path / "there.json").read_text() == "mine"
+    given[2] = f"--checkpoint={run}"
+    assert cli.entry([*given, str(tmp_path / "there.json"), "--overwrite"]) == 0
+    assert json.loads((tmp_path / "there.json").read_text())
+    assert cli.entry([*given[:3], "--nbest=20"]) == 2
     assert "--nbest 20 must be from 1 to --beam 10" in capsys.readouterr().err
 
 
-def test_texts_of_several_finals_are_joined_the_best_first():
-    finals = [[Text("a", -1.0, (0.1,)), Text("b", -3.0, (0.1,))], [Text("c", -1.0, (2.0,)), Text("", -1.5, ())]]
-    found = transcribe._joined(finals, 3)
-    assert [(t.text, t.score) for t in found] == [("a c", -2.0), ("a", -2.5), ("b c", -4.0)]
-    assert found[0].times == (0.1, 2.0) and transcribe._joined([], 3) == []
+class Stdin(io.BytesIO):
+    """Standard input of samples: at its end it ends, or Ctrl-C comes while it waits for more."""
+
+    def __init__(self, seconds: float, interrupt: bool = False):
+        super().__init__(audio(seconds).astype("<i2").tobytes())
+        self.buffer, self.interrupt = self, interrupt
+
+    def read1(self, size=-1):
+        data = super().read1(size)
+        if not data and self.interrupt:
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(60)
+        return data
+
+
+@pytest.mark.parametrize("how", [[], ["--stream"]])
+def test_ctrl_c_ends_what_is_heard(run, tmp_path, monkeypatch, how):
+    texts = []
+    for interrupt in (False, True):
+        monkeypatch.setattr("sys.stdin", Stdin(1.0, interrupt))
+        output, before = tmp_path / f"{interrupt}.json", signal.getsignal(signal.SIGINT)
+        assert cli.entry(["transcribe", "-", f"--checkpoint={run}", f"--output={output}", *how]) == 0
+        assert signal.getsignal(signal.SIGINT) is before
+        texts.append(json.loads(output.read_text()))
+    assert texts[0] == texts[1] and texts[0][0]["input"][0]
+    assert texts[0][-1].get("end", 1.0) == 1.0
+
+
+def test_nothing_on_standard_input_is_one_line(run, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", Stdin(0.0))
+    assert cli.entry(["transcribe", "-", f"--checkpoint={run}"]) == 1
+    assert "standard input: no samples\n" in capsys.readouterr().err
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """A recogniser whose texts end after 0.64 s, and recordings that are long from 2 s on."""
+    load = Recogniser.load
+    monkeypatch.setattr(Recogniser, "load", lambda *a, **k: dataclasses.replace(load(*a, **k), longest=0.64, pause=9.0))
+    monkeypatch.setattr(transcribe, "LONGEST", 2)
+    transcribe._say_once.cache_clear()
+
+
+def test_a_stream_has_a_record_a_text(run, hasty, tmp_path, capsys):
+    import soundfile as sf
+
+    for name in ("long", "longer"):
+        sf.write(tmp_path / f"{name}.wav", audio(2.5) / SCALE, RATE, subtype="FLOAT")
+    files, found = [str(tmp_path / f"{name}.wav") for name in ("long", "longer")], []
+    for how in (["--stream"], []):
+        output = tmp_path / f"{len(how)}.json"
+        assert cli.entry(["transcribe", *files, f"--checkpoint={run}", f"--output={output}", *how]) == 0
+        said = capsys.readouterr()
+        assert said.err.count("longer than 2 s is read as with --stream") == (not how)
+        found.append(json.loads(output.read_text()))
+        assert said.out.splitlines() == [one["input"][0] for one in found[-1]]
+    assert found[0] == found[1]
+    mine = [one for one in found[0] if one["audio"] == files[0]]
+    assert len(mine) > 2 and mine[0]["start"] == 0 and mine[-1]["end"] == 2.5
+    for one, after in itertools.pairwise(mine):
+        assert one["start"] <= one["times"][0] <= one["times"][-1] <= one["end"] <= after["start"]
+
+
+def test_a_reader_that_goes_away_does_not_cost_the_output(run, tmp_path, monkeypatch):
+    for output in (tmp_path / "hyps.json", None):
+        read, write = os.pipe()
+        os.close(read)
+        monkeypatch.setattr("sys.stdout", os.fdopen(write, "w"))
+        files, given = [str(run / f"{i}.wav") for i in range(2)], [f"--output={output}"] if output else []
+        assert cli.entry(["transcribe", *files, f"--checkpoint={run}", *given]) == (0 if output else 1)
+    assert len(json.loads((tmp_path / "hyps.json").read_text())) == 2
 
 
 def test_a_run_is_scored(run):

@@ -204,13 +204,12 @@ def write(
       speeds: each utterance is there at all of them; a batch takes one.
       lengths: how many lengths batches have, at most.
       batch: utterances a batch, for which the lengths are best; what is there already serves any.
-      longest: seconds; utterances that are longer are left out (default: none is). One of them sets a length of batches.
+      longest: seconds; utterances that are longer are left out (default: none is), as one sets a length of batches.
 
     Raises ValueError where `folder` holds something else, or no utterance is left.
     """
     target = Path(folder)
-    asked = {"units": units, "rate": rate, "mels": mels, "speeds": list(speeds), "lengths": lengths}
-    asked |= {} if longest is None else {"longest": longest}
+    asked = {"units": units, "rate": rate, "mels": mels, "speeds": list(speeds), "lengths": lengths, "longest": longest}
     wanted = {"manifest": of, "asked": asked}
     like = None
     if tokeniser and Path(tokeniser).is_dir():

@@ -52,12 +52,15 @@ class Update:
       final: the speaker paused, or went on for too long, or the audio ended: what comes later is a new text.
       end: seconds of audio that were heard.
       took: seconds of computing since the update before.
+      start, until: seconds of audio between which `texts` are said.
     """
 
     texts: list[Text]
     final: bool
     end: float
     took: float
+    start: float = 0.0
+    until: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,13 +211,15 @@ class Recogniser:
                 segment.read(frames[:window], window)
                 frames = frames[step:]
                 if segment.over:
-                    yield Update(segment.final(), True, heard / self.rate, time.perf_counter() - began)
+                    found, times = segment.final(), (segment.start, segment.end)
+                    yield Update(found, True, heard / self.rate, time.perf_counter() - began, *times)
                     began = time.perf_counter()
                     segment = _Segment(self, chunk, segment.end)
             if block is None:
-                yield Update(segment.final(), True, heard / self.rate, time.perf_counter() - began)
+                found, times = segment.final(), (segment.start, heard / self.rate)
             else:
-                yield Update(segment.texts(), False, heard / self.rate, time.perf_counter() - began)
+                found, times = segment.texts(), (segment.start, segment.end)
+            yield Update(found, block is None, heard / self.rate, time.perf_counter() - began, *times)
 
 
 class _Segment:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import functools
+import io
 import json
+import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -17,6 +20,8 @@ from moe_jax.formats import audio
 from moe_jax.speech.recognise import WAYS, Recogniser, Text
 
 PORTION = 0.16  # seconds of audio that a stream is given at once
+LONGEST = 60  # seconds of a recording that is read at once
+STREAMED = ("ctc", "rescored")  # ways that read a stream
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pcm-rate", type=int, help="of standard input, in samples a second (default: the model's)")
     parser.add_argument("--checkpoint", required=True, help="a run folder, or a safetensors file")
     parser.add_argument("--output", metavar="JSON", help='write a list of {"input": [n-best], "audio": ...}')
+    parser.add_argument("--overwrite", action="store_true", help="replace --output where it is there already")
     parser.add_argument("--nbest", type=int, default=5, help="how many texts a recording (default: 5)")
     parser.add_argument("--beam", type=int, default=10, help="prefixes that the search keeps (default: 10)")
     what = "ctc and rescored have an n-best; attention reads whole recordings alone (default: rescored)"
@@ -35,24 +41,115 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Raises ValueError (also CheckpointError, AudioError) in one line; then nothing is written."""
+    """The exit code: 1 where some audio could not be read; what could is written.
+
+    Raises ValueError (also CheckpointError) in one line before anything is read.
+    """
     if args.nbest > args.beam or args.nbest < 1 or (args.chunk is not None and args.chunk < 1):
         raise ValueError(f"--nbest {args.nbest} must be from 1 to --beam {args.beam}, and --chunk 1 or more")
-    if args.stream and args.decode not in ("ctc", "rescored"):
+    if args.stream and args.decode not in STREAMED:
         raise ValueError(f"--stream reads by ctc or rescored, not by --decode {args.decode}")
-    by = Recogniser.load(args.checkpoint, way=args.decode, beam=args.beam, chunk=args.chunk, left=args.left)
-    records = []
-    for path in args.audio:
-        blocks = functools.partial(_blocks, path, by.rate, args.pcm_rate or by.rate)
-        if args.stream:
-            texts = _streamed(by, path, blocks())
-        else:
-            texts = by(np.concatenate([*blocks()]) if path == "-" else audio.read(path, by.rate))
-        records.append({**record(texts, args.nbest), "audio": path})
-        print(texts[0].text if texts else "", flush=True)
     if args.output:
+        _check(Path(args.output), args.overwrite)
+    by = Recogniser.load(args.checkpoint, way=args.decode, beam=args.beam, chunk=args.chunk, left=args.left)
+    records: list[dict[str, Any]] = []
+    failed = 0
+    for path in args.audio:
+        try:
+            for one in _records(by, path, args):
+                records.append(one)
+                if not _said(one["input"][0]) and not args.output:
+                    return 1
+        except audio.AudioError as error:
+            print(error, file=sys.stderr)
+            failed += 1
+    if args.output and records:
         partfile.write_text(Path(args.output), json.dumps(records, indent=1, ensure_ascii=False) + "\n")
-    return 0
+    if failed:
+        print(f"{failed} of {len(args.audio)} could not be read", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _check(output: Path, overwrite: bool) -> None:
+    """Raises ValueError for what would show only when all is done."""
+    if not output.parent.is_dir():
+        raise ValueError(f"{output.parent}: no such folder; create it first")
+    if output.exists() and not output.is_file():
+        raise ValueError(f"{output}: is not a file; give the name of a file")
+    if output.exists() and not overwrite:
+        raise ValueError(f"{output}: is there already; pass --overwrite to replace it, or give another --output")
+
+
+def _said(text: str) -> bool:
+    """Prints a line at once; False where nobody reads any more."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails once more as it ends
+        return False
+    return True
+
+
+def _records(by: Recogniser, path: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One of a recording; one a text of what is streamed, with the seconds where it begins and ends, as it comes."""
+    if path == "-":
+        if args.stream:
+            _compile(by)
+        live = _Live()
+        with live:
+            source = cast(io.BufferedReader, sys.stdin.buffer)
+            blocks = live.heard(audio.pcm(source, args.pcm_rate or by.rate, by.rate, PORTION))
+            if args.stream:
+                yield from _streamed(by, path, blocks, args.nbest)
+                return
+            samples = np.concatenate([*blocks, np.zeros(0, np.float32)])
+        seconds = len(samples) / by.rate
+        blocks = iter(np.array_split(samples, max(1, round(seconds / PORTION))))
+    else:
+        seconds, samples = audio.seconds(path), None
+        blocks = audio.blocks(path, by.rate, PORTION)
+    if args.stream or (seconds > LONGEST and by.way in STREAMED):
+        if not args.stream:
+            _say_once(f"what is longer than {LONGEST} s is read as with --stream, a record a text")
+        _compile(by)
+        yield from _streamed(by, path, blocks, args.nbest)
+        return
+    texts = by(audio.read(path, by.rate) if samples is None else samples)
+    yield {**record(texts, args.nbest), "audio": path}
+
+
+@functools.cache
+def _say_once(said: str) -> None:
+    print(said, file=sys.stderr)
+
+
+class _Ended(Exception):
+    """The user ended what was being heard."""
+
+
+class _Live(partfile.Signals):
+    """Within it Ctrl-C or SIGTERM ends the audio that comes, as its own end would; Ctrl-C after that stops at once."""
+
+    waiting = False
+
+    def _catch(self, signum: int, frame: Any) -> None:
+        if self.caught and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.caught = signum
+        if self.waiting:  # a read goes on after a signal, unless its handler raises
+            raise _Ended
+
+    def heard(self, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        try:
+            while not self.caught:
+                self.waiting = True
+                block = next(blocks, None)
+                self.waiting = False
+                if block is None:
+                    return
+                yield block
+        except _Ended:
+            self.waiting = False
 
 
 def record(texts: Sequence[Text], nbest: int) -> dict[str, Any]:
@@ -65,30 +162,22 @@ def record(texts: Sequence[Text], nbest: int) -> dict[str, Any]:
     }
 
 
-def _blocks(path: str, rate: int, own_rate: int) -> Iterator[np.ndarray]:
-    if path == "-":
-        return audio.pcm(sys.stdin.buffer, own_rate, rate, PORTION)
-    return audio.blocks(path, rate, PORTION)
+def _compile(by: Recogniser) -> None:
+    list(by.stream([np.zeros(by.rate, np.float32)]))
 
 
-def _streamed(by: Recogniser, path: str, blocks: Iterable[np.ndarray]) -> list[Text]:
-    """Shows what is understood while it is heard."""
-    list(by.stream([np.zeros(by.rate, np.float32)]))  # compiles
-    finals, took, end, slowest = [], 0.0, 0.0, 0.0
+def _streamed(by: Recogniser, path: str, blocks: Iterable[np.ndarray], nbest: int) -> Iterator[dict[str, Any]]:
+    """Shows what is understood while it is heard, and hands on what is final. Silence is no text, unless it is all."""
+    finals, took, end, slowest = 0, 0.0, 0.0, 0.0
     for update in by.stream(blocks):
         took, end, slowest = took + update.took, update.end, max(slowest, update.took)
         if update.texts and (update.final or sys.stderr.isatty()):
             print(f"\r{update.end:8.2f} s  {update.texts[0].text}", end="\n" if update.final else "", file=sys.stderr)
-        finals += [update.texts] if update.final and update.texts else []
+        if update.final and update.texts and update.texts[0].text:
+            finals += 1
+            times = {"start": round(update.start, 2), "end": round(update.until, 2)}
+            yield {**record(update.texts, nbest), "audio": path, **times}
+    if not finals:
+        yield {**record([], nbest), "audio": path, "start": 0.0, "end": round(end, 2)}
     speed = f"real-time factor {took / max(end, 1e-9):.3f}, slowest portion {slowest:.3f} s"
     print(f"{path}: {end:.1f} s, {speed}", file=sys.stderr)
-    return _joined(finals, by.beam)
-
-
-def _joined(finals: Sequence[list[Text]], most: int) -> list[Text]:
-    """The best ways to choose one text of each final."""
-    found = [Text("", 0.0, ())]
-    for texts in finals:
-        ways = [Text(f"{a.text} {b.text}".strip(), a.score + b.score, a.times + b.times) for a in found for b in texts]
-        found = sorted({way.text: way for way in reversed(ways)}.values(), key=lambda way: -way.score)[:most]
-    return found if finals else []
