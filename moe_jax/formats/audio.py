@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from scipy.signal import resample_poly
@@ -18,6 +18,14 @@ SCALE = 1 << 15  # of samples: floats in the range of 16-bit integers, as Kaldi 
 
 PAGE = 27 + 255 + 255 * 255  # bytes of Ogg's largest page
 CONTAINERS = {b"RIFF": "wav", b"fLaC": "flac", b"OggS": "ogg", b"ID3": "mp3"}  # what files of each begin with
+
+
+class Bytes(Protocol):
+    """What comes: `read1` hands on what is there, and waits where nothing is."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+    def read1(self, size: int, /) -> bytes: ...
 
 
 class AudioError(ValueError):
@@ -84,7 +92,7 @@ def blocks(path: str | os.PathLike, rate: int, seconds: float) -> Iterator[np.nd
         yield from _portions(_resampled_parts(parts(), file.samplerate, rate), size)
 
 
-def pcm(file: io.BufferedReader, own_rate: int, rate: int, seconds: float) -> Iterator[np.ndarray]:
+def pcm(file: Bytes, own_rate: int, rate: int, seconds: float) -> Iterator[np.ndarray]:
     """As `blocks`, of 16-bit little-endian samples of one channel as they come; of half a sample at the end a warning
     says that it is left out.
 

@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -95,10 +95,9 @@ def _records(by: Recogniser, path: str, args: argparse.Namespace) -> Iterator[di
     if path == "-":
         if args.stream:
             _compile(by)
-        live = _Live()
+        live = _Live(cast(io.BufferedReader, sys.stdin.buffer))
         with live:
-            source = cast(io.BufferedReader, sys.stdin.buffer)
-            blocks = live.heard(audio.pcm(source, args.pcm_rate or by.rate, by.rate, PORTION))
+            blocks = audio.pcm(live, args.pcm_rate or by.rate, by.rate, PORTION)
             if args.stream:
                 yield from _streamed(by, path, blocks, args.nbest)
                 return
@@ -128,28 +127,38 @@ class _Ended(Exception):
 
 
 class _Live(partfile.Signals):
-    """Within it Ctrl-C or SIGTERM ends the audio that comes, as its own end would; Ctrl-C after that stops at once."""
+    """Standard input. Within it Ctrl-C or SIGTERM is its end, so that what was heard is read out; Ctrl-C after that
+    stops at once.
+    """
 
-    waiting = False
+    def __init__(self, file: audio.Bytes) -> None:
+        super().__init__()
+        self._file, self._waiting = file, False
 
     def _catch(self, signum: int, frame: Any) -> None:
         if self.caught and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.caught = signum
-        if self.waiting:  # a read goes on after a signal, unless its handler raises
+        if self._waiting:  # a read goes on after a signal, unless its handler raises
+            self._waiting = False
             raise _Ended
 
-    def heard(self, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    def read(self, size: int) -> bytes:
+        return self._until_caught(self._file.read, size)
+
+    def read1(self, size: int) -> bytes:
+        return self._until_caught(self._file.read1, size)
+
+    def _until_caught(self, function: Callable[[int], bytes], size: int) -> bytes:
+        if self.caught:
+            return b""
         try:
-            while not self.caught:
-                self.waiting = True
-                block = next(blocks, None)
-                self.waiting = False
-                if block is None:
-                    return
-                yield block
+            self._waiting = True
+            data = function(size)
+            self._waiting = False
         except _Ended:
-            self.waiting = False
+            return b""
+        return data
 
 
 def record(texts: Sequence[Text], nbest: int) -> dict[str, Any]:
