@@ -231,7 +231,7 @@ def u2pp(data: dict[str, Any]) -> str:
         return [r for r in rows if (r["task"], r["arm"], r["metric"], r.get("decoding"), r["set"]) == key]
 
     def rate(found: list[dict[str, Any]]) -> str:
-        values = [100 * r["value"] for r in found]
+        values = [100 * r["value"] for r in found if r["seed"] is not None]
         return f"{np.mean(values):.2f}{spread(values)}"
 
     for corpus in unique(r["task"] for r in rows):
@@ -245,14 +245,15 @@ def u2pp(data: dict[str, Any]) -> str:
         for decoding in decodings:
             for arm in arms:
                 found = of(corpus, arm, "wer", decoding)
-                low, high = found[0]["value_ci95"]
-                change, p = found[0]["relative_change"], found[0]["p_value"]
+                over = next((r for r in found if r["seed"] is None), found[0])  # of all seeds, where there are several
+                low, high = over["value_ci95"]
+                change, p = over["relative_change"], over["p_value"]
                 table.append(
                     (
                         decoding,
                         arm,
                         f"{of(corpus, arm, 'parameters')[0]['value'] / 1e6:.2f}",
-                        str(len(found)),
+                        str(sum(r["seed"] is not None for r in found)),
                         rate(found),
                         f"{100 * low:.2f} to {100 * high:.2f}",
                         rate(of(corpus, arm, "cer", decoding)),

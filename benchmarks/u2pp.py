@@ -16,6 +16,7 @@ import argparse
 import datetime
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,13 @@ from benchmarks import kept
 from benchmarks.launch import launch
 from moe_jax import checkpoint, main, partfile
 from moe_jax.metrics import significance
+from moe_jax.metrics.scoring import finite
 from moe_jax.speech import evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
 ARMS = ("dense", "moe", "wide")  # wide: dense, with as many parameters in all as moe
 DIGITS = ("digits", "speaker")
+NO_CHANGE: dict[str, Any] = {"relative_change": None, "ci95": None, "p_value": None}
 
 
 def run(corpus: str, path: str, arm: str, seed: int, extra: list[str]) -> None:
@@ -62,28 +65,47 @@ def rows_of(
     """The run's scores (`of_run`), each decoding against the dense arm's of the same seed."""
     rows: list[dict[str, Any]] = []
     for row in found["scores"]:
-        about = {"arm": arm, "seed": seed, "task": corpus, "set": row["set"], "decoding": row["decoding"]}
-        about |= {
-            "metric": row["metric"],
-            "value": row["value"],
-            "value_ci95": row["value_ci95"],
-            "lines": row["lines"],
-        }
-        change: dict[str, Any] = {"relative_change": None, "ci95": None, "p_value": None}
-        if dense:
-            before, after = (
-                evaluate.counted(
-                    [one for one in said if row["set"] in (evaluate.ALL, one["lang"])], row["decoding"], row["metric"]
-                )
-                for said in (dense["said"], found["said"])
-            )
-            test = significance.compare(before, after)
-            change = {"relative_change": test.relative_change, "ci95": test.ci95, "p_value": test.p_value}
-            change = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in change.items()}
-        rows.append(about | change)
+        values = {name: row[name] for name in ("value", "value_ci95", "lines")}
+        change = _change(_counts(dense, row), _counts(found, row)) if dense else NO_CHANGE
+        rows.append(_about(corpus, arm, seed, row) | values | change)
     nothing = {"ci95": None, "p_value": None}
     about = {"arm": arm, "seed": seed, "task": corpus, "set": evaluate.ALL, "metric": "parameters"}
     return [*rows, about | {"value": found["parameters"]} | nothing]
+
+
+def over_seeds(
+    corpus: str, arm: str, runs: Sequence[dict[str, Any]], dense: Sequence[dict[str, Any]] | None
+) -> list[dict[str, Any]]:
+    """Rows of seed None: the errors of an utterance are summed over the runs, and over the dense arm's of the same
+    seeds, so that interval and p are those of all of them.
+    """
+    rows = []
+    for row in runs[0]["scores"]:
+        after = np.sum([_counts(found, row) for found in runs], axis=0)
+        ci95 = significance.compare(after, after).corrected_ci95
+        rate = float(significance.error_rate(after.sum(0, keepdims=True))[0])
+        values = {"value": rate, "value_ci95": [finite(end) for end in ci95], "lines": len(after)}
+        before = np.sum([_counts(found, row) for found in dense or []], axis=0)
+        change = _change(before, after) if dense else NO_CHANGE
+        rows.append(_about(corpus, arm, None, row) | values | change)
+    return rows
+
+
+def _about(corpus: str, arm: str, seed: int | None, row: dict[str, Any]) -> dict[str, Any]:
+    names = ("set", "decoding", "metric")
+    return {"arm": arm, "seed": seed, "task": corpus, **{name: row[name] for name in names}}
+
+
+def _counts(found: dict[str, Any], row: dict[str, Any]) -> np.ndarray:
+    """Nx2: errors and length of each utterance of the row's set."""
+    said = [one for one in found["said"] if row["set"] in (evaluate.ALL, one["lang"])]
+    return evaluate.counted(said, row["decoding"], row["metric"])
+
+
+def _change(before_Nx2: np.ndarray, after_Nx2: np.ndarray) -> dict[str, Any]:
+    test = significance.compare(before_Nx2, after_Nx2)
+    change = {"relative_change": test.relative_change, "ci95": test.ci95, "p_value": test.p_value}
+    return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in change.items()}
 
 
 def hold_out(speaker: str, path: Path) -> Path:
@@ -118,14 +140,14 @@ def run_all() -> None:
         for corpus, path in corpora.items():
             for arm in args.arms:
                 run(corpus, str(Path(path).absolute()), arm, seed, extra)
-    _write(args, list(corpora))
+    _write(args, list(corpora), extra)
 
 
 def _parted(given: str) -> tuple[str, str, str]:
     return given.partition("=")
 
 
-def _write(args: argparse.Namespace, corpora: list[str]) -> None:
+def _write(args: argparse.Namespace, corpora: list[str], extra: Sequence[str] = ()) -> None:
     """The table of what was asked for and is finished."""
     rows: list[dict[str, Any]] = []
     dates = [""]
@@ -135,9 +157,17 @@ def _write(args: argparse.Namespace, corpora: list[str]) -> None:
             if found:
                 dates.append(found["date"])
                 rows += rows_of(corpus, arm, seed, found, runs.get("dense") if arm != "dense" else None)
-    given, seeds = " ".join(corpora), " ".join(map(str, args.seeds))
+    for corpus, arm in itertools.product(corpora, args.arms):
+        pairs = [[kept.read("u2pp", f"{corpus}-{name}-{seed}") for name in (arm, "dense")] for seed in args.seeds]
+        pairs = [(found, dense) for found, dense in pairs if found]
+        if len(pairs) > 1:
+            dense = [dense for _, dense in pairs if dense]
+            whole = arm != "dense" and len(dense) == len(pairs)
+            rows += over_seeds(corpus, arm, [found for found, _ in pairs], dense if whole else None)
+    given, seeds = " ".join(args.corpora), " ".join(map(str, args.seeds))
+    more = ([f"--arms {' '.join(args.arms)}"] if args.arms != list(ARMS) else []) + list(extra)
     meta = {"split": "test", "date": max(dates)}
-    meta["command"] = f"python -m benchmarks.u2pp --corpora {given} --seeds {seeds}"
+    meta["command"] = " ".join([f"python -m benchmarks.u2pp --corpora {given} --seeds {seeds}", *more])
     output = ROOT / "results" / "u2pp" / "table.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     partfile.write_text(output, json.dumps({"experiment": "u2pp", "meta": meta, "rows": rows}, indent=1) + "\n")

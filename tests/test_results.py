@@ -137,6 +137,27 @@ def test_recognisers_are_compared_on_the_utterances_of_the_dense_arm(tmp_path):
     text = results.u2pp({"experiment": "u2pp", "meta": {"command": "c", "split": "test", "date": "d"}, "rows": rows})
     assert "| whole, rescored | moe | 1.00 | 1 | 16.67 |" in text and "-66.7 %" in text
     assert "| WER %, whole, rescored | en | es |" in text and "| moe | 0.00 | 25.00 |" in text
+    other = finish("other", ["a c", "a c", "a b"])
+    runs = [moe, other]
+    rows += u2pp.rows_of("prompts", "moe", 1, other, dense) + u2pp.over_seeds("prompts", "moe", runs, [dense] * 2)
+    (over,) = (
+        r
+        for r in rows
+        if r["seed"] is None and (r["set"], r["decoding"], r["metric"]) == ("all", "whole, rescored", "wer")
+    )
+    assert over["value"] == pytest.approx(3 / 12) and over["relative_change"] == pytest.approx(3 / 6 - 1)
+    assert over["lines"] == 3
+    text = results.u2pp({"experiment": "u2pp", "meta": {"command": "c", "split": "test", "date": "d"}, "rows": rows})
+    assert "| whole, rescored | moe | 1.00 | 2 | 25.00" in text and "-50.0 %" in text and "-66.7 %" not in text
+
+
+def test_the_table_of_recognisers_says_what_was_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(u2pp, "ROOT", tmp_path)
+    monkeypatch.setattr(u2pp.kept, "read", lambda *_: None)
+    monkeypatch.setattr("sys.argv", ["u2pp", "--collect", "--corpora", "digits=a.jsonl", "prompts", "--arms", "moe"])
+    u2pp.run_all()
+    said = json.loads((tmp_path / "results/u2pp/table.json").read_text())["meta"]["command"]
+    assert said == "python -m benchmarks.u2pp --corpora digits=a.jsonl prompts --seeds 0 1 2 --arms moe"
 
 
 def test_a_speaker_that_is_held_out_is_in_no_other_split(tmp_path, monkeypatch):
