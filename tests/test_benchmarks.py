@@ -288,6 +288,9 @@ def test_rivals_of_equal_size():
     sizes = {name: tree.count(tree.flatten(m)) for name, m in made.items()}
     assert sizes["moe top 1"] == sizes["moe top 2"] > 2 * sizes["dense"]
     assert 0.95 < sizes["wide"] / sizes["moe top 2"] < 1.05
+    work = {name: sum(x.size * m.active(path) for path, x in tree.flatten(m).items()) for name, m in made.items()}
+    for ours, rival, target in rtf.RIVALS:
+        assert target is None or 0.95 < work[ours] / work[rival] < 1.1
     assert made["moe top 1"].ffn.router.k == 1 and made["moe top 2"].ffn.router.k == 2
 
 
