@@ -165,6 +165,9 @@ references.
 """
 
 
+SPELT = {"chrf": "chrF", "bleu": "BLEU"}
+
+
 def task_moe(data: dict[str, Any]) -> str:
     """Translators: an arm a line, groups of directions; then what a new language costs."""
     rows, meta = data["rows"], data["meta"]
@@ -192,25 +195,33 @@ def task_moe(data: dict[str, Any]) -> str:
         cells = [(cell(arm, m, t, 1, 100) for m in ("off-target", "references off-target")) for t in tasks]
         lines.append((arm, *(f"{mine} ({theirs})" for mine, theirs in cells)))
     out.append(aligned([head, ("---", "--:", "--:"), *lines]))
-    out += ["chrF of the same lines of all trained directions, all seeds:\n"]
+    out += ["Changes of the mean over directions, on the same lines, all seeds; test rows are drawn whole:\n"]
     lines = [
         (
             c["arm"],
             c["against"],
+            c["task"],
+            SPELT.get(c["metric"], c["metric"]),
             f"{100 * c['relative_change']:+.1f} %",
             "{:+.1f} to {:+.1f}".format(*(100 * x for x in c["ci95"])),
             f"{c['p_value']:.4f}",
         )
         for c in data["comparisons"]
     ]
-    out.append(aligned([("arm", "against", "change", "95 % interval", "p"), ("---", "---", *["--:"] * 3), *lines]))
-    out += ["A new language (English and Swedish, both ways) for a model that never saw it:\n"]
-    head = ("arm", "seeds", "trained parameters", "chrF ↑", "BLEU ↑")
+    head = ("arm", "against", "directions", "metric", "change", "95 % interval", "p")
+    out.append(aligned([head, (*["---"] * 4, *["--:"] * 3), *lines]))
+    out += [
+        "A new language (English and Swedish, both ways) for a model that never saw it, and what became of old ones:\n"
+    ]
+    old = ("old lines that changed", "of", "old chrF before", "after")
+    head = ("arm", "seeds", "trained parameters", "chrF ↑", "BLEU ↑", *old)
     lines = []
     for arm in new:
         scores = [cell(arm, metric, "new", 2, 100) for metric in ("chrf", "bleu")]
-        lines.append((arm, seeds(arm), cell(arm, "trained parameters", "new", 0), *scores))
-    out.append(aligned([head, ("---", *["--:"] * 4), *lines]))
+        counts = [cell(arm, metric, "old", 0) for metric in ("lines changed", "lines")]
+        both = [cell(arm, metric, "old", 2, 100) for metric in ("chrf before", "chrf")]
+        lines.append((arm, seeds(arm), cell(arm, "trained parameters", "new", 0), *scores, *counts, *both))
+    out.append(aligned([head, ("---", *["--:"] * 8), *lines]))
     return "\n".join(out) + "\n"
 
 

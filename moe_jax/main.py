@@ -75,11 +75,17 @@ def parallel(split: str, directions: Sequence[str]) -> dict[str, list[tuple[str,
     """direction -> sentences and their references, of the embedded parallel text; MOE_JAX_DATA as in `corpus`."""
     from moe_jax.tasks import translation
 
+    rows, ends = multiparallel(split), {direction: translation.languages(direction) for direction in directions}
+    return {d: [(row[a], row[b]) for row in rows if a in row and b in row] for d, (a, b) in ends.items()}
+
+
+def multiparallel(split: str) -> list[dict[str, str]]:
+    """What `parallel` is made of: the texts of each row by language."""
+    from moe_jax.tasks import translation
+
     folder = os.environ.get("MOE_JAX_DATA")
     name = f"translate.{split}.jsonl.gz"
-    rows = [row for _, row in translation.read(Path(folder) / name if folder else Path(shipped(name)))]
-    ends = {direction: translation.languages(direction) for direction in directions}
-    return {d: [(row[a], row[b]) for row in rows if a in row and b in row] for d, (a, b) in ends.items()}
+    return [row for _, row in translation.read(Path(folder) / name if folder else Path(shipped(name)))]
 
 
 def own_corpus(folder: str, split: str) -> list[str]:

@@ -247,6 +247,17 @@ def test_chunks_do_not_change_the_bootstrap_weights(monkeypatch):
     assert significance.compare(first, corrected, resamples=100, seed=6).ci95 != whole.ci95
 
 
+def test_clusters_are_drawn_whole_and_groups_count_alike():
+    lines = np.array([[1, 10], [2, 10], [4, 20], [0, 5]])
+    clusters, groups = np.array([7, 3, 7, 3]), np.array([0, 0, 1, 1])
+    found = significance.by_cluster(lines, clusters, groups, 2)
+    np.testing.assert_array_equal(found, [[2, 10, 0, 5], [1, 10, 4, 20]])  # clusters in order, the groups side by side
+    score = significance.mean_of_groups(significance.error_rate, 2)
+    assert score(found.sum(0, keepdims=True)) == pytest.approx([(3 / 20 + 4 / 25) / 2])
+    twice = significance.by_cluster(np.repeat(lines, 50, 0), np.repeat(clusters, 50), np.repeat(groups, 50), 2)
+    assert significance.compare(twice, twice * [0.5, 1, 0.5, 1], score).p_value >= 0.4  # two clusters say little
+
+
 def test_compare_refuses_unequal_arrays():
     with pytest.raises(ValueError, match="two equal, non-empty"):
         significance.compare(np.zeros((2, 2)), np.zeros((3, 2)))

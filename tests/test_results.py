@@ -1,5 +1,6 @@
 """The evidence: documents agree with the tables, and the tables with their form."""
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 
 from benchmarks import arms, kept, results, task_moe, u2pp
-from moe_jax import checkpoint
+from moe_jax import checkpoint, main
+from moe_jax.metrics import translation
 from moe_jax.speech import evaluate
 
 ROOT = Path(__file__).parents[1]
@@ -77,7 +79,7 @@ def test_arms_are_compared_on_the_lines_and_seeds_that_both_have(tmp_path, monke
     rows = {(r["task"], r["metric"]): r["value"] for r in arms.likelihoods("moe", 0, runs["moe", 0])}
     assert rows["mean", "nll"] == pytest.approx(3 / 4) and rows["asr", "agreement"] == 0.5
     assert rows["all", "told apart"] == pytest.approx(1)
-    assert "moe, layer 0" in (arms.picture(runs, ["moe"], 0) or "")
+    assert ">moe<" in (arms.picture(runs, ["moe"], 0) or "")
 
 
 def test_a_run_becomes_rows_of_its_arm_and_the_references_stand_once():
@@ -103,14 +105,30 @@ def test_translators_become_means_over_groups_and_a_table_of_a_new_language(tmp_
         "en-xx": pytest.approx(0.3),
         "zero-shot": 0.1,
     }
-    new = finish("new_static", {"en-sv": 0.3, "sv-en": 0.5})
-    checkpoint.write_safetensors(str(new / "adapters.safetensors"), {"a": np.zeros((3, 4), np.float32)}, {})
+    said = ["old", "new"]
+    base = finish("static_adapters", {"en-de": 0.6, "de-en": 0.4, "en-es": 0.1})
+    new = finish("new_static", {"en-sv": 0.3, "sv-en": 0.5, "en-de": 0.5, "de-en": 0.4})
+    for folder, written in ((base, said), (new, ["old", "other"])):
+        lines = [["en-de", f"source {i}", text, "reference"] for i, text in enumerate(written)]
+        (folder / "translations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    leaf, moved = np.zeros((3, 4), np.float32), np.zeros((3, 4), np.float32)
+    moved[1] = 1.0  # the other rows are of other directions, and stood still
+    checkpoint.write_safetensors(str(base / "model.safetensors"), {"a": leaf, "b": leaf}, {})
+    checkpoint.write_safetensors(str(new / "adapters.safetensors"), {"a": moved}, {})
     rows += task_moe.rows_of("new_static", 0, new)
     meta = {"command": "c", "split": "test", "date": "2026-01-01"}
-    change = {"arm": "top_k", "against": "dense", "relative_change": 0.1, "ci95": [0.0, 0.2], "p_value": 0.03}
+    change = {
+        "arm": "top_k",
+        "against": "dense",
+        "task": "trained",
+        "metric": "chrf",
+        "relative_change": 0.1,
+        "ci95": [0.0, 0.2],
+        "p_value": 0.03,
+    }
     text = results.task_moe({"experiment": "task_moe", "meta": meta, "rows": rows, "comparisons": [change]})
-    assert "| new_static | 1 | 12 | 40.00 | 40.00 |" in text
-    assert "| top_k | dense | +10.0 % | +0.0 to +20.0 | 0.0300 |" in text
+    assert "| new_static | 1 | 4 | 40.00 | 40.00 | 1 | 2 | 60.00 | 50.00 |" in text
+    assert "| top_k | dense | trained | chrF | +10.0 % | +0.0 to +20.0 | 0.0300 |" in text
     assert "| top_k | 1 | 30.00 |" in text.replace("±", "")
 
 
@@ -172,19 +190,65 @@ def test_a_speaker_that_is_held_out_is_in_no_other_split(tmp_path, monkeypatch):
         u2pp.hold_out("joe", tmp_path / "l.jsonl")
 
 
-def test_translators_are_compared_on_the_lines_of_all_seeds(tmp_path):
-    def finish(arm: str, seed: int, said: str) -> dict[str, Any]:
-        folder = tmp_path / f"{arm}-{seed}"
-        folder.mkdir()
-        (folder / "scores.json").write_text(json.dumps({"rows": []}))
-        lines = [["en-de", "source", said, "a clear answer"], ["de-ru", "source", "zero-shot", "is left out"]]
-        (folder / "translations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return json.loads(json.dumps(task_moe.of_run(arm, seed, folder)))
+def scored(folder: Path, lines: list[list[str]]) -> dict[str, Any]:
+    """What is kept of a run that wrote `lines`."""
+    folder.mkdir()
+    (folder / "scores.json").write_text(json.dumps({"rows": []}))
+    (folder / "routing.json").write_text(json.dumps({"experts": USE} if "top_k" in folder.name else {}))
+    (folder / "translations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return json.loads(json.dumps(task_moe.of_run(*folder.name.split("-"), folder)))
 
-    said = {"dense": "a clean antler", "top_k": "a clear answer", "task_gated": "no"}
-    runs = {(arm, seed): finish(arm, seed, text) for arm, text in said.items() for seed in (0, 1)}
+
+USE = {"tasks": ["en-de"], "load": [[[0.5, 0.5]]], "told_apart": [0.0]}
+
+
+def test_translators_are_compared_on_the_lines_of_all_seeds(tmp_path, monkeypatch):
+    rows = [{"en": f"source {i}", "de": "eine klare Antwort", "fr": "une réponse claire"} for i in range(4)]
+    monkeypatch.setattr(main, "multiparallel", lambda split: rows)
+    task_moe.test_rows.cache_clear()
+    said = {"dense": "eine karge Antwort", "top_k": "eine klare Antwort", "task_gated": "no"}
+    runs = {}
+    for (arm, text), seed in itertools.product(said.items(), (0, 1)):
+        lines = [["en-de", row["en"], text, row["de"]] for row in rows]
+        lines += [["en-fr", row["en"], "une réponse", row["fr"]] for row in rows[:2]]
+        runs[arm, seed] = scored(tmp_path / f"{arm}-{seed}", lines)
+    assert runs["dense", 0]["lines"]["en-fr"]["row"] == [0, 1]  # the same clusters as of en-de
+    assert ">top_k, experts<" in (task_moe.picture(runs, 0) or "")
     del runs["task_gated", 1]  # not finished: compared with nothing
-    (found,) = task_moe.comparisons(runs, [0, 1])[:1]
-    assert (found["arm"], found["against"]) == ("top_k", "dense") and found["relative_change"] > 0
-    assert {row["arm"] for row in task_moe.comparisons(runs, [0, 1])} == {"top_k", "dense"}
-    assert len(runs["dense", 0]["chrf"][0]) == 1
+    found = {(c["arm"], c["against"], c["metric"]): c for c in task_moe.comparisons(runs, [0, 1])}
+    assert {arm for arm, _, _ in found} == {"top_k", "dense"}
+    chrf = translation.chrf()
+    german, french = (
+        chrf.corpus([text], [reference])[0]
+        for text, reference in ((said["dense"], rows[0]["de"]), ("une réponse", rows[0]["fr"]))
+    )
+    # The mean over directions, however many lines each has.
+    change = (1 + french) / (german + french) - 1
+    assert found["top_k", "dense", "chrf"]["relative_change"] == pytest.approx(change)
+    assert found["top_k", "dense", "chrf"]["p_value"] > 0.1  # near 2 / 2^4: four sentences in six lines
+    runs["dense", 1]["lines"]["en-fr"]["row"] = [0, 2]
+    with pytest.raises(ValueError, match="different lines"):
+        task_moe.comparisons(runs, [0, 1])
+    runs["dense", 0]["lines"]["en-fr"]["row"] = [0, 2]
+    with pytest.raises(ValueError, match="top_k and dense were"):
+        task_moe.comparisons(runs, [0, 1])
+    task_moe.test_rows.cache_clear()
+
+
+def test_a_new_language_is_compared_with_training_everything(tmp_path, monkeypatch):
+    rows = [{"en": f"source {i}", "sv": "ett tydligt svar"} for i in range(3)]
+    monkeypatch.setattr(main, "multiparallel", lambda split: rows)
+    monkeypatch.setattr(task_moe, "rows_of", lambda *_: [])
+    task_moe.test_rows.cache_clear()
+    said = {"new_static": "ett svar", "new_dynamic": "svar", "new_full": "ett tydligt svar"}
+    runs = {
+        (arm, 0): scored(tmp_path / f"{arm}-0", [["en-sv", row["en"], text, row["sv"]] for row in rows])
+        for arm, text in said.items()
+    }
+    found = [c for c in task_moe.comparisons(runs, [0]) if c["metric"] == "chrf"]
+    assert [(c["arm"], c["against"], c["task"]) for c in found] == [
+        ("new_static", "new_full", "new"),
+        ("new_dynamic", "new_full", "new"),
+    ]
+    assert all(c["relative_change"] < 0 for c in found)
+    task_moe.test_rows.cache_clear()

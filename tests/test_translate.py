@@ -1,8 +1,10 @@
 """Translating files: order, long and empty lines, what is refused, and scores by direction."""
 
+import dataclasses
 import io
 import json
 import xml.etree.ElementTree as ET
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,8 @@ from moe_jax import checkpoint, cli, describe, main, translate, tree
 from moe_jax.data import write_prepared
 from moe_jax.layers.param import Rngs
 from moe_jax.models.translator import Translator
+from moe_jax.moe import experts, task_routers
+from moe_jax.moe.layer import MoeFfn
 from moe_jax.packing import Packable
 from moe_jax.report.heatmap import heat_maps
 from moe_jax.tasks import translation
@@ -160,6 +164,27 @@ def test_scores_and_usage_by_direction(shipped, tokeniser, tmp_path):
     assert [k[0] for k in kept] == ["en-de"] * 3 + ["de-en"] * 3
     assert [k[1] for k in kept[:3]] == [source for source, _ in test["en-de"][:3]]
     assert json.loads((run / "routing.json").read_text()) == {}
+
+
+def test_usage_has_a_map_of_the_experts_and_of_the_adapters(pipeline, tokeniser, tmp_path):
+    rng = np.random.default_rng(0)
+    examples = [Packable(rng.integers(9, 300, 10).tolist(), [1] * 5 + [2] * 5, 16 + 7 * (i % 2)) for i in range(40)]
+    write_prepared(tmp_path / "valid", examples, length=32, tokeniser=tokeniser, families=TASKS)
+    own = partial(task_routers.ByTask, experts={16: [0], 23: [2]})
+    parts = {"ffn": partial(MoeFfn, num_experts=4, hidden=8)}
+    parts["adapter"] = partial(MoeFfn, num_experts=3, hidden=4, router=own, experts=experts.Bottleneck)
+    sizes = {"d": 16, "vocab": tokeniser.vocab_size, "encoder_layers": 2, "decoder_layers": 1}
+    model = Translator(**sizes, **parts, rngs=Rngs(params=0))
+    found = translate.usage(
+        dataclasses.replace(pipeline, model=model), str(tmp_path / "valid"), batches=2, batch_size=4
+    )
+    assert {*found} == {"experts", "adapters"}
+    for part, width in (("experts", 4), ("adapters", 3)):
+        load = np.array(found[part]["load"])  # the layers of the encoder, then of the decoder
+        assert load.shape == (3, 2, width) and found[part]["tasks"] == ["en-de", "de-en"]
+        np.testing.assert_allclose(load.sum(-1), 1, rtol=1e-5)
+    np.testing.assert_array_equal(found["adapters"]["load"], [[[1, 0, 0], [0, 0, 1]]] * 3)
+    np.testing.assert_allclose(found["adapters"]["told_apart"], 1)
 
 
 def test_heat_maps_show_every_share_and_nothing_of_a_name_is_markup():

@@ -10,7 +10,8 @@ under it the two outputs of a line may be swapped. p is the share of random swap
 the observed one in size, two-sided, with one added above and below (so p is never 0). Unlike a bootstrap p,
 it stays honest on few lines: a single line gives p = 1, n lines no less than 2 / 2^n.
 
-Both take lines as independent. Lines of one document or speaker are not quite: read p as optimistic there.
+Both take lines as independent. Lines of one document or speaker are not quite: read p as optimistic there, or give what
+belongs together as one (`by_cluster`).
 """
 
 from __future__ import annotations
@@ -53,6 +54,20 @@ def relative_change(first_R: np.ndarray, corrected_R: np.ndarray) -> np.ndarray:
     difference = corrected_R - first_R
     change = np.where(difference == 0, 0.0, np.inf)
     return np.divide(difference, first_R, out=change, where=first_R != 0)
+
+
+def by_cluster(statistics_NxK: np.ndarray, cluster_N: np.ndarray, group_N: np.ndarray, groups: int) -> np.ndarray:
+    """Cx(groups K): what the lines of each cluster have together, group by group. `compare` then draws and swaps whole
+    clusters, such as the translations of one sentence into several languages, which share its difficulty."""
+    _, place_N = np.unique(cluster_N, return_inverse=True)
+    out_CxGxK = np.zeros((place_N.max(initial=-1) + 1, groups, statistics_NxK.shape[1]))
+    np.add.at(out_CxGxK, (place_N, group_N), statistics_NxK)
+    return out_CxGxK.reshape(len(out_CxGxK), -1)
+
+
+def mean_of_groups(score: Score, groups: int) -> Score:
+    """The mean over groups of each group's own corpus score, of sums laid out as by `by_cluster`."""
+    return lambda sums_RxGK: score(sums_RxGK.reshape(len(sums_RxGK) * groups, -1)).reshape(-1, groups).mean(1)
 
 
 def compare(

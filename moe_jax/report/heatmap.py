@@ -7,18 +7,21 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-CELL, GAP, NAMES, HEAD = 16, 24, 64, 56
+CELL, GAP, NAMES, HEAD, TITLE = 16, 24, 64, 56, 20
+TEXT = Markup('<text x="{}" y="{}" {}>{}</text>')
 
 
 def heat_maps(parts: dict[str, dict[str, Any]]) -> str:
     """SVG of `{"experts": {"tasks": [...], "load": shares_NxTxE, "told_apart": [...]}, ...}`: one row of panels a part,
-    in each a row a task and a column an expert, the darker the larger the share of the task's tokens. Hover for it."""
+    under its name, in each a row a task and a column an expert, the darker the larger the share of the task's tokens.
+    Hover for it."""
     drawn, y, width = Markup(""), 0, 0
     for part, found in parts.items():
-        x = NAMES
+        drawn += TEXT.format(NAMES, y + 16, Markup('font-weight="bold"'), part)
+        x, y = NAMES, y + TITLE
         for layer, (load, apart) in enumerate(zip(found["load"], found["told_apart"], strict=True)):
             names = found["tasks"] if layer == 0 else None
-            drawn += _panel(x, y, f"{part}, layer {layer}", apart, load, names, found["tasks"])
+            drawn += _panel(x, y, f"layer {layer}", apart, load, names, found["tasks"])
             x += CELL * len(load[0]) + GAP
         width, y = max(width, x), y + HEAD + CELL * len(found["tasks"]) + GAP
     return str(
@@ -32,14 +35,13 @@ def heat_maps(parts: dict[str, dict[str, Any]]) -> str:
 def _panel(
     x: int, y: int, title: str, apart: float, load: Sequence[Sequence[float]], names: Sequence[str] | None, tasks: Any
 ) -> Markup:
-    text = Markup('<text x="{}" y="{}" {}>{}</text>')
-    out = text.format(x, y + 16, "", title) + text.format(x, y + 30, Markup('fill="#666"'), f"told apart {apart:.2f}")
+    out = TEXT.format(x, y + 16, "", title) + TEXT.format(x, y + 30, Markup('fill="#666"'), f"told apart {apart:.2f}")
     for e in range(len(load[0])):
-        out += text.format(x + CELL * e + CELL // 2, y + HEAD - 6, Markup('text-anchor="middle" fill="#666"'), e)
+        out += TEXT.format(x + CELL * e + CELL // 2, y + HEAD - 6, Markup('text-anchor="middle" fill="#666"'), e)
     for row, (task, shares) in enumerate(zip(tasks, load, strict=True)):
         top = y + HEAD + CELL * row
         if names:
-            out += text.format(x - 6, top + 12, Markup('text-anchor="end"'), names[row])
+            out += TEXT.format(x - 6, top + 12, Markup('text-anchor="end"'), names[row])
         for e, share in enumerate(shares):
             out += Markup(
                 '<rect x="{}" y="{}" width="{}" height="{}" fill="#1f4e79" fill-opacity="{:.3f}" stroke="#ddd">'
