@@ -153,7 +153,8 @@ def evaluate(
     the scores.
 
     Args:
-      test: direction -> sentences and references, of which the first `lines` are taken (None: all).
+      test: direction -> sentences and references, of which `lines` are taken (None: all), spread evenly: a file goes
+        from one source of text to the next.
     """
     folder = Path(run_dir)
     pipeline = Translate.load(folder, beams=beams)
@@ -161,7 +162,7 @@ def evaluate(
     kept: list[str] = []
     measures = (translation.bleu(), translation.chrf())
     for direction, pairs in tqdm(test.items(), "directions", disable=None if progress else True):
-        sources, references = (list(side) for side in zip(*list(pairs)[:lines], strict=True))
+        sources, references = (list(side) for side in zip(*spread(pairs, lines), strict=True))
         written = pipeline(sources, direction)
         found: dict[str, tuple[float | None, str | None]] = {m.name: m.corpus(written, references) for m in measures}
         asked = [direction.partition("-")[2]] * len(sources)
@@ -182,6 +183,12 @@ def evaluate(
         write_text(folder / "routing.svg", heat_maps(used))
     print(to_markdown(rows))
     return rows
+
+
+def spread(pairs: Sequence[Any], number: int | None) -> list[Any]:
+    """So many of them, evenly spaced; all where there are no more, or `number` is None."""
+    kept = len(pairs) if number is None else min(number, len(pairs))
+    return [pairs[i * len(pairs) // kept] for i in range(kept)]
 
 
 def to_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
