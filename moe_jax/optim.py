@@ -49,13 +49,16 @@ def muon_adam(
     clip: float = 1.0,
 ) -> optax.GradientTransformation:
     """Muon (Jordan et al. 2024) for the matrices of the blocks, each layer and each expert on its own; Adam for
-    embeddings, norms, convolutions, router gates and LoRA's factors, at `adam_scale` times the learning rate."""
+    embeddings, norms, convolutions, router gates, task adapters and LoRA's factors, at `adam_scale` times the learning
+    rate."""
 
     def matrices(table):
+        # Not the adapters: a Muon step has the same size however small the momentum is, and so the adapter of a task
+        # that a batch has nothing of would move by a whole one, along what is left of other batches' gradients.
         is_matrix = re.compile(r"(^|/)(dense_)?blocks/.*/(q|k|v|p|o|gate|up|down)$")
         return {
             p: MuonDimensionNumbers((x.ndim - 2,), (x.ndim - 1,))
-            if is_matrix.search(p) and "router" not in p and x.ndim >= 2
+            if is_matrix.search(p) and "router" not in p and "/adapter/" not in p and x.ndim >= 2
             else None
             for p, x in table.items()
         }

@@ -118,6 +118,16 @@ def test_a_router_that_is_not_the_mixtures_own_kind_is_refused(kind, bindings, s
         train.build(configured_model(), vocab=40, seed=0)
 
 
+@pytest.mark.parametrize("name", [r for r in COMPLETE if r.startswith("experiments/task_moe/")])
+def test_no_arm_of_translation_hides_the_task_from_its_routers(name):
+    main.load([name], GIVEN.get(name, ()))
+    model = configured_model()
+    built = jax.eval_shape(lambda: model(vocab=64, rngs=Rngs(params=0)))
+    for layer in (built.ffn, built.encoder_ffn, built.adapter):
+        router = getattr(layer, "router", None)
+        assert getattr(getattr(router, "router", router), "unknown_rate", 0.0) == 0.0
+
+
 @pytest.mark.parametrize("router", ROUTERS)
 def test_every_router_file_makes_an_moe_of_the_tiny_corrector(router):
     text = (GIN / "runs" / "base.gin").read_text().replace("models/dense.gin", f"routers/{router}.gin")

@@ -41,6 +41,19 @@ def test_every_matrix_of_a_stack_is_stepped_as_it_would_be_alone(make):
             np.testing.assert_allclose(together[layer, expert], one, atol=1e-5)
 
 
+def test_the_adapter_of_a_task_that_batches_lack_comes_to_rest():
+    path = "decoder/blocks/feed/adapter/experts/up"
+    params = {path: jnp.ones((1, 2, 4, 6)), "blocks/ffn/experts/up": jnp.ones((1, 2, 4, 6))}
+    transform = optim.muon_adam(constant, weight_decay=0.0, clip=1e9)
+    state, moves = transform.init(params), []
+    for number in range(20):  # one batch, then 19 without the task
+        grads = {p: jax.random.normal(jax.random.key(1), x.shape) * (number == 0) for p, x in params.items()}
+        updates, state = transform.update(grads, state, params)
+        moves.append({p: float(jnp.abs(x).mean()) for p, x in updates.items()})
+    assert moves[-1][path] < 0.3 * moves[0][path]
+    assert moves[-1]["blocks/ffn/experts/up"] > 0.9 * moves[0]["blocks/ffn/experts/up"]
+
+
 def test_muon_makes_the_update_of_a_matrix_orthogonal_and_leaves_the_rest_to_adam():
     params = {
         "blocks/attention/q": jnp.eye(8),
