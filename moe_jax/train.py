@@ -72,11 +72,13 @@ def initial(
     rules: Sequence[checkpoint.Rule],
     tokeniser: str,
     mesh: Any,
+    families: Mapping[str, int] | None = None,
 ) -> Any:
     """`make()`, with arrays taken from `init_from` by `rules`; fresh ones are made where they lie on the mesh,
     so that no device ever holds them all.
 
-    Raises ValueError (also CheckpointError) for sources that do not fit the model, the tokeniser or each other.
+    Raises ValueError (also CheckpointError) for sources that do not fit the model, the tokeniser, the data's `families`
+    or each other.
     """
     sources = _sources(init_from)
     for source in sources:
@@ -84,6 +86,7 @@ def initial(
             raise ValueError(
                 f"{source.path} was trained with another tokeniser than the data: prepare the data with its own"
             )
+        _same_numbers(source, families or {})
     model = jax.eval_shape(make)
     table = tree.flatten(model)
     if sources:
@@ -96,6 +99,20 @@ def initial(
         return {path: whole[path] for path in fresh}
 
     return tree.unflatten(model, table | jax.jit(made, out_shardings=where)())
+
+
+def _same_numbers(source: checkpoint.Source, families: Mapping[str, int]) -> None:
+    """Raises ValueError where a number is another task's in the source, whose rows of routers and adapters it would
+    take, or a task has two numbers."""
+    there = source.meta.get("families", {})
+    names = {number: name for name, number in there.items()}
+    for name, number in families.items():
+        if names.get(number, name) != name or there.get(name, number) != number:
+            was = f"{names[number]} has it" if names.get(number, name) != name else f"it has {there[name]}"
+            raise ValueError(
+                f"{name} is task {number} in the data, but {was} in {source.path}: give tasks the numbers that they "
+                "have there, and new ones new numbers (prepare.prepare.ids)"
+            )
 
 
 def _split(model: Any, adapters: Adapters, seed: int) -> tuple[Table, Table]:
@@ -331,7 +348,7 @@ def train(
     families = train_set.meta["families"]
     devices = mesh()
     make = functools.partial(build, model, vocab=train_set.tokeniser.vocab_size, seed=seed)
-    network = initial(make, init_from, init_rules, train_set.meta["tokeniser"], devices)
+    network = initial(make, init_from, init_rules, train_set.meta["tokeniser"], devices, families)
     transform = optim.guarded(optimizer(), spike=spike)
     about = {
         "model": describe.describe(network),

@@ -343,6 +343,23 @@ def test_adapters_of_nothing_are_refused(data, tmp_path):
         child.run(tmp_path, data, adapters=Adapters())
 
 
+@pytest.mark.parametrize(
+    ("there", "said"),
+    [
+        ({"asr": 1, "mt": 2}, "ocr is task 2 in the data, but mt has it in"),
+        ({"asr": 1, "ocr": 3}, "ocr is task 2 in the data, but it has 3 in"),
+    ],
+)
+def test_a_base_that_numbers_tasks_otherwise_is_refused(data, tmp_path, there, said):
+    child.run(tmp_path / "base", data, steps=0)
+    table, meta = checkpoint.read_safetensors(tmp_path / "base")
+    checkpoint.write_safetensors(tmp_path / "other.safetensors", table, {**meta, "families": there})
+    with pytest.raises(ValueError, match=said) as error:
+        child.run(tmp_path / "new", data, steps=0, init_from=str(tmp_path / "other.safetensors"))
+    assert "\n" not in str(error.value)
+    child.run(tmp_path / "again", data, steps=0, init_from=str(tmp_path / "base"))
+
+
 def test_a_run_starts_from_several_models(data, dense, tmp_path):
     mixed = tiny.configured(partial(tiny.moe(hidden=24), num_experts=2))
     several = {"init_from": [str(folder) for folder in dense], "init_rules": checkpoint.branch_train_mix()}
