@@ -170,6 +170,8 @@ def _subnetwork(args: argparse.Namespace) -> int:
     if Path(args.output).exists():
         raise ValueError(f"{args.output}: is there already; remove it, or give another --output")
     table, meta = checkpoint.read_safetensors(args.checkpoint)
+    if args.task in meta["families"] and (said := translate.untrained(args.task, meta.get("trained"))):
+        print(f"warning: {said}", file=sys.stderr)
     small, about = subnetwork.extract(table, meta, args.task)
     checkpoint.write_safetensors(args.output, small, about)
     print(f"{args.output}: {tree.count(small) / 1e6:.2f} M of {tree.count(table) / 1e6:.2f} M parameters")

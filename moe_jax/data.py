@@ -169,7 +169,7 @@ def write_prepared(
     aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     aside.mkdir(parents=True)
     try:
-        tallies = {name: Counter(examples=0, tokens=0) for name in families}
+        tallies = {name: Counter(examples=0, tokens=0, read=0) for name in families}
         counted = _counted(examples, tokeniser.vocab_size, families, tallies)
         rows, max_targets = _write_columns(aside, pack(counted, length), _dtypes(tokeniser), length)
         if not rows:
@@ -182,6 +182,7 @@ def write_prepared(
             "length": length,
             "rows": rows,
             "max_targets": max_targets,
+            "longest_read": max(tally.pop("read") for tally in tallies.values()),
             "fill": sum(tally["tokens"] for tally in tallies.values()) / (rows * length),
             "tokeniser": tokeniser.sha256,
             "families": dict(families),
@@ -225,6 +226,7 @@ def _counted(
         tally = tallies[names[example.task]]
         tally["examples"] += 1
         tally["tokens"] += tokens.size
+        tally["read"] = max(tally["read"], int((np.asarray(example.roles) == READ).sum()))
         yield example
 
 

@@ -242,10 +242,10 @@ def _jobs(resolved: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def buildable() -> None:
-    """What is wrong with a model or its adapters, such as a task map or a pattern that matches no leaf, and files to
-    score that are not there, are said before the first job runs: preparing data takes longer. Raises ValueError as the
-    jobs would. Holds no array, and leaves it to them to start JAX's backend. A recogniser is left out: it has numbers
-    of its data in it."""
+    """What is wrong with a model or its adapters, such as a task map or a pattern that matches no leaf, and files,
+    sentences and packages to score with that are not there, are said before the first job runs: preparing data takes
+    longer. Raises ValueError as the jobs would. Holds no array, and leaves it to them to start JAX's backend. A
+    recogniser is left out: it has numbers of its data in it."""
     import copy
 
     import gin
@@ -256,6 +256,7 @@ def buildable() -> None:
     if any(name.endswith("data.frontend") for _, name in bound_for):
         return
     wanted = {"train.train": ("model", "adapters"), "evaluate.evaluate": ("valid", "test")}
+    wanted["translate.evaluate"] = ("test",)
     for name, bound in _jobs(resolved=False):
         # A copy of a reference is what it refers to; what else is bound may not be there yet.
         given = {key: copy.deepcopy(bound[key]) for key in wanted.get(name, ()) if bound.get(key) is not None}
@@ -263,6 +264,10 @@ def buildable() -> None:
             from moe_jax import train
 
             train.check(**given)
+        if name == "translate.evaluate":
+            from moe_jax import translate
+
+            translate.check(given.pop("test"))
         for path in [*given.get("valid", ()), *given.get("test", ())]:
             if not Path(path).exists():
                 raise ConfigError(f"{path}: no such file, which is to be scored; is MOE_JAX_DATA right?")

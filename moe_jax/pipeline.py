@@ -377,6 +377,6 @@ def repeats(text: str, hypotheses: Sequence[str], n: int = 3) -> bool:
 def export(path: Path | str, params: dict[str, Any], meta: dict[str, Any], **more: Any) -> None:
     """One safetensors file that `Pipeline.load` and `init_from` read. `meta` is that of a run's checkpoint."""
     needed = ("model", "families", "layout", "length", "tokeniser", "tokeniser_model")
-    known = ("step", "seed", "max_hypotheses", "max_sources", "positions")
+    known = ("step", "seed", "max_hypotheses", "max_sources", "positions", "trained", "longest_read")
     about = {k: meta[k] for k in needed} | {k: meta[k] for k in known if k in meta} | more
     checkpoint.write_safetensors(path, params, json.loads(json.dumps(about)))

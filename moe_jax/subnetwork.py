@@ -30,7 +30,7 @@ def extract(
     table: Mapping[str, Any], meta: Mapping[str, Any], task: str
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(table, metadata) of the model with the experts alone that routers by task (`TaskLevel`, `ByTask`, also within
-    `Grouped`) give `task`. It computes for every task what the whole computes for this one.
+    `Grouped`) give `task`. It knows this task alone, for which it computes what the whole does.
 
     Raises CheckpointError for a task that the model does not know, where no router goes by tasks, or where a weight
     depends on experts that would be left out.
@@ -52,6 +52,7 @@ def extract(
     args |= changed
     if not changed:
         raise CheckpointError("no router of this model goes by tasks: every task may need every expert")
+    meta["families"] = {task: meta["families"][task]}  # or whoever asks for another would be given this one
     described = tree.flatten(describe.abstract(meta["model"]))
     return {path: out[path] for path in described}, meta
 

@@ -66,6 +66,21 @@ def _positions(init_from: str | Sequence[str] | None) -> dict[str, int]:
     return {k: v for source in _sources(init_from) for k, v in source.meta.items() if k == "positions"}
 
 
+def _seen(data: Dataset, init_from: str | Sequence[str] | None) -> dict[str, Any]:
+    """What a model was trained on, before this run too: "trained", its tasks, and "longest_read", the most tokens that
+    an example had to read. Nothing of what is not known of the data or of a base."""
+    metas = [source.meta for source in _sources(init_from)]
+    trained = [name for name, tally in data.meta.get("tasks", {}).items() if tally["examples"]]
+    own = {"trained": trained, "longest_read": data.meta.get("longest_read", 0)}
+    found = [own, *metas]
+    out: dict[str, Any] = {}
+    if all(meta.get("trained") for meta in found):
+        out["trained"] = [*dict.fromkeys(name for meta in found for name in meta["trained"])]
+    if all(meta.get("longest_read") for meta in found):
+        out["longest_read"] = max(meta["longest_read"] for meta in found)
+    return out
+
+
 def initial(
     make: Callable[[], Any],
     init_from: str | Sequence[str] | None,
@@ -359,6 +374,7 @@ def train(
         **{k: train_set.meta[k] for k in ("max_hypotheses", "max_sources") if k in train_set.meta},
         "length": train_set.meta["length"],
         **_positions(init_from),
+        **_seen(train_set, init_from),
         "batch_size": batch_size,
         "seed": seed,
     }

@@ -10,9 +10,11 @@ import argparse
 import dataclasses
 import datetime
 import json
+import os
 import re
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,11 @@ from moe_jax.metrics import language, translation
 from moe_jax.partfile import write_text
 from moe_jax.report.atlas import told_apart
 from moe_jax.report.heatmap import heat_maps
-from moe_jax.text.prompt import check_layout, encode_example
+from moe_jax.text.prompt import check_layout, encode_example, room_to_write
 from moe_jax.text.tokeniser import Tokeniser
 
 FAMILY = "translate"
+WINDOW = 512  # lines of which those of like lengths are translated together
 SENTENCE = re.compile(r"(?<=[.!?…;:])\s+")
 Sides = Mapping[str, Sequence[tuple[str, str]]]  # direction -> sentences and their references
 
@@ -41,7 +44,9 @@ class Translate:
 
     Attributes:
       tasks: task -> its number; the directions are those named "translate/de-en".
-      length: tokens of a source and its translation that the model was made for.
+      longest: tokens of the longest source that it reads, its tag and end among them: of those that it was trained on
+        or, where a checkpoint does not remember them, half of the tokens of a pair.
+      trained: the tasks that it was trained on; None where a checkpoint does not remember them.
       beams, alpha: of the search and of its length penalty.
     """
 
@@ -49,10 +54,11 @@ class Translate:
     tokeniser: Tokeniser
     tasks: Mapping[str, int]
     layout: str
-    length: int
+    longest: int
     beams: int = 4
     alpha: float = 0.6
     batch_size: int = 32
+    trained: Sequence[str] | None = None
 
     @classmethod
     def load(cls, path: str | Path, **options: Any) -> Translate:
@@ -64,10 +70,10 @@ class Translate:
                 raise ValueError(f"it is a {meta['model']['class']}; moe-jax correct is for those")
             model = tree.unflatten(describe.abstract(meta["model"]), params)
             check_layout(tokeniser, meta["layout"])
-            own = dict(meta["families"]), meta["layout"], int(meta["length"])
+            own = dict(meta["families"]), meta["layout"], int(meta.get("longest_read") or meta["length"] // 2)
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise checkpoint.CheckpointError(f"{path}: cannot translate: {error}") from error
-        return cls(model, tokeniser, *own, **options)
+        return cls(model, tokeniser, *own, trained=meta.get("trained"), **options)
 
     @property
     def directions(self) -> list[str]:
@@ -82,42 +88,57 @@ class Translate:
     def __call__(
         self, texts: Sequence[str], direction: str, *, split: bool = True, progress: bool = False
     ) -> list[str]:
-        """The translation of each text.
+        """The translation of each text; for the rest, see `stream`."""
+        return list(self.stream(texts, direction, split=split, progress=progress))
+
+    def stream(
+        self, texts: Sequence[str], direction: str, *, split: bool = True, progress: bool = False
+    ) -> Iterator[str]:
+        """The translations in order, each as soon as it and those before it are there.
 
         Args:
           split: translate in pieces what is too long. Otherwise, raises ValueError naming the first such line.
         """
         task = self.task(direction)
-        pieces: list[tuple[int, list[int]]] = []  # (line, prompt)
-        for line, text in enumerate(texts):
-            prompts = self._prompts(" ".join(text.split()), task)
-            if len(prompts) > 1 and not split:
-                raise ValueError(f"line {line + 1} has more than the {self.length} tokens of this model: split it")
-            pieces += [(line, prompt) for prompt in prompts]
-        order = sorted(range(len(pieces)), key=lambda i: len(pieces[i][1]))
-        written: dict[int, str] = {}
-        batches = range(0, len(order), self.batch_size)
-        for start in tqdm(batches, "translating", unit="batch", disable=None if progress else True):
-            mine = order[start : start + self.batch_size]
-            for i, text in zip(mine, self._written([pieces[i][1] for i in mine], task), strict=True):
-                written[i] = text
-        out: list[list[str]] = [[] for _ in texts]
-        for i, (line, _) in enumerate(pieces):
-            out[line].append(written[i])
-        return [" ".join(" ".join(parts).split()) for parts in out]  # what is written may hold a line break
+        prompts = [self._prompts(" ".join(text.split()), task) for text in texts]
+        if long := [n for n, parts in enumerate(prompts, 1) if len(parts) > 1 and not split]:
+            raise ValueError(
+                f"line {long[0]} has more than {self.longest} tokens, the longest that this model reads: split it"
+            )
+        with tqdm(None, "translating", sum(map(len, prompts)), disable=None if progress else True) as bar:
+            for start in range(0, len(prompts), WINDOW):
+                yield from self._window(prompts[start : start + WINDOW], task, bar)
+
+    def _window(self, prompts: Sequence[Sequence[list[int]]], task: str, bar: Any) -> Iterator[str]:
+        """The translations of lines, in batches of like lengths."""
+        pieces = [(line, part) for line, parts in enumerate(prompts) for part in range(len(parts))]
+        pieces.sort(key=lambda at: len(prompts[at[0]][at[1]]))
+        written: list[dict[int, str]] = [{} for _ in prompts]
+        done = 0
+        for start in range(0, len(pieces) or 1, self.batch_size):  # once where all lines are empty
+            mine = pieces[start : start + self.batch_size]
+            found = self._written([prompts[i][j] for i, j in mine], task) if mine else []
+            for (line, part), text in zip(mine, found, strict=True):
+                written[line][part] = text
+            bar.update(len(mine))
+            while done < len(prompts) and len(written[done]) == len(prompts[done]):
+                parts = [text for _, text in sorted(written[done].items())]
+                yield " ".join(" ".join(parts).split())  # what is written may hold a line break
+                done += 1
 
     def _prompts(self, text: str, task: str) -> list[list[int]]:
         """Of the text, or of parts of it that fit: halves at the end of a sentence, else between words."""
         if not text:
             return []
-        prompt = encode_example(self.tokeniser, [text], max_length=self.length, layout=self.layout, family=task)
+        room = self.longest + room_to_write(self.tokeniser, text)  # what is written lies on the decoder's side
+        prompt = encode_example(self.tokeniser, [text], max_length=room, layout=self.layout, family=task)
         if prompt is not None:
             return [prompt.tokens]
         for parts, joint in ((SENTENCE.split(text), " "), (text.split(" "), " "), (list(text), "")):
             if len(parts) > 1:
                 half = _middle(parts)
                 return [p for some in (parts[:half], parts[half:]) for p in self._prompts(joint.join(some), task)]
-        raise ValueError(f"a single character is more than the {self.length} tokens of this model")
+        raise ValueError(f"a single character is more than {self.longest} tokens, the longest that this model reads")
 
     def _written(self, prompts: Sequence[list[int]], task: str) -> list[str]:
         padded = [*prompts, *[prompts[-1]] * (self.batch_size - len(prompts))]  # one program for all batches
@@ -132,6 +153,26 @@ def _middle(parts: Sequence[str]) -> int:
     """Where to cut parts in two halves of about the same number of characters, neither empty."""
     ends = np.cumsum([len(part) for part in parts])
     return int(np.clip(np.searchsorted(ends, ends[-1] / 2) + 1, 1, len(parts) - 1))
+
+
+def untrained(task: str, trained: Sequence[str] | None) -> str | None:
+    """What to say of a task that was never trained, of a direction whose languages were, each on its side, in others;
+    None where it was, or where the checkpoint does not remember (`trained` is None).
+
+    Raises ValueError for one of which nothing can be expected.
+    """
+    if trained is None or task in trained:
+        return None
+    family, _, direction = task.partition("/")
+    source, _, target = direction.partition("-")
+    pairs = [name.partition("/")[2].split("-") for name in trained if name.startswith(f"{FAMILY}/")]
+    known = f"it was trained on {', '.join(trained)}"
+    if family != FAMILY:
+        raise ValueError(f"{task}: this model was not trained on it; {known}")
+    for what, code, seen in (("read", source, {a for a, _ in pairs}), ("write", target, {b for _, b in pairs})):
+        if code not in seen:
+            raise ValueError(f"{task}: in training this model never had {code} to {what}; {known}")
+    return f"{task}: no such pair was trained on, only {source} with others and {target} with others (zero-shot)"
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------
@@ -156,6 +197,7 @@ def evaluate(
       test: direction -> sentences and references, of which `lines` are taken (None: all), spread evenly: a file goes
         from one source of text to the next.
     """
+    check(test)
     folder = Path(run_dir)
     pipeline = Translate.load(folder, beams=beams)
     rows: list[dict[str, Any]] = []
@@ -183,6 +225,13 @@ def evaluate(
         write_text(folder / "routing.svg", heat_maps(used))
     print(to_markdown(rows))
     return rows
+
+
+def check(test: Sides) -> None:
+    """Raises ValueError for what `evaluate` could not score, before anything is trained to be scored."""
+    if empty := [direction for direction, pairs in test.items() if not pairs]:
+        raise ValueError(f"no test sentences for {', '.join(empty)}: leave them out, or is MOE_JAX_DATA right?")
+    language.check({code for direction in test for code in direction.split("-")})
 
 
 def spread(pairs: Sequence[Any], number: int | None) -> list[Any]:
@@ -256,18 +305,26 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"{output}: is there already; pass --overwrite to replace it")
     if output and (output.is_dir() or not output.parent.is_dir()):
         raise ValueError(f"{output}: is a folder, or in none; give a file in a folder that is there")
-    lines = _lines(args.input)
-    references = _lines(args.reference) if args.reference else None
-    if references is not None and len(references) != len(lines):
-        raise ValueError(f"{args.reference} has {len(references)} lines, the input {len(lines)}: they must be pairs")
     pipeline = Translate.load(args.checkpoint, beams=args.beam)
     direction = f"{args.source_lang}-{args.target_lang}"
-    written = pipeline(lines, direction, split=args.long == "split", progress=True)
-    text = "".join(f"{line}\n" for line in written)
+    if said := untrained(pipeline.task(direction), pipeline.trained):
+        print(f"warning: {said}", file=sys.stderr)
+    references = _lines(args.reference) if args.reference else None
+    lines = _lines(args.input)
+    if references is not None and len(references) != len(lines):
+        raise ValueError(f"{args.reference} has {len(references)} lines, the input {len(lines)}: they must be pairs")
+    written = []
+    try:
+        for line in pipeline.stream(lines, direction, split=args.long == "split", progress=True):
+            written.append(line)
+            if not output:
+                sys.stdout.buffer.write(f"{line}\n".encode())  # whatever the locale
+                sys.stdout.buffer.flush()
+    except BrokenPipeError:  # who reads has enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
+        return 128 + signal.SIGPIPE
     if output:
-        write_text(output, text)
-    else:
-        sys.stdout.write(text)
+        write_text(output, "".join(f"{line}\n" for line in written))
     if references:
         for metric in (translation.bleu(), translation.chrf()):
             value, signature = metric.corpus(written, references)

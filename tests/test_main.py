@@ -2,9 +2,11 @@
 
 import copy
 import functools
+import gzip
 import json
 import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import pytest
 from moe_jax import branches, checkpoint, main, sharding, train, tree
 from moe_jax.interop import bring
 from moe_jax.layers.param import Rngs
+from moe_jax.metrics import language
 from moe_jax.tasks import families
 
 GIN = Path(main.GIN)
@@ -126,6 +129,19 @@ def test_no_arm_of_translation_hides_the_task_from_its_routers(name):
     for layer in (built.ffn, built.encoder_ffn, built.adapter):
         router = getattr(layer, "router", None)
         assert getattr(getattr(router, "router", router), "unknown_rate", 0.0) == 0.0
+
+
+def test_directions_that_cannot_be_scored_are_said_before_training(tmp_path, monkeypatch):
+    (tmp_path / "translate.test.jsonl.gz").write_bytes(gzip.compress(b'{"en": "a", "de": "b"}\n'))
+    monkeypatch.setenv("MOE_JAX_DATA", str(tmp_path))
+    main.load(["experiments/task_moe/dense.gin"], [])
+    with pytest.raises(ValueError, match="no test sentences for en-es"):
+        main.buildable()
+    monkeypatch.delenv("MOE_JAX_DATA")
+    monkeypatch.setitem(sys.modules, "py3langid.langid", None)
+    language._detector.cache_clear()
+    with pytest.raises(ValueError, match="needs py3langid"):
+        main.buildable()
 
 
 @pytest.mark.parametrize("router", ROUTERS)

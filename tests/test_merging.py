@@ -455,6 +455,16 @@ def test_families_of_models_tuned_apart_are_united(tmp_path, tokeniser):
     assert checkpoint.Source(tmp_path / "m.safetensors").meta["families"] == {"asr": 1, "ocr": 2}
 
 
+@pytest.mark.parametrize(("others", "after"), [(["ocr"], ["gec", "asr", "ocr"]), (None, None)])
+def test_a_merge_was_trained_on_what_its_models_were_where_all_remember(tmp_path, tokeniser, others, after):
+    paths = {}
+    for i, (name, trained) in enumerate({"base": ["gec"], "a": ["gec", "asr"], "b": others}.items()):
+        change = lambda t, m, trained=trained: (t, m | ({"trained": trained} if trained else {}))  # noqa: E731
+        paths[name] = written(tmp_path / f"{name}.safetensors", tokeniser, shift=i, change=change)
+    merging(paths, tmp_path / "m.safetensors", ("a", "b"))
+    assert checkpoint.Source(tmp_path / "m.safetensors").meta.get("trained") == after
+
+
 def test_nothing_is_rounded_further_than_the_models(tmp_path, tokeniser):
     paths = {n: written(tmp_path / n, tokeniser, shift=i, dtype="bfloat16") for i, n in enumerate(["base", "a"])}
     merge.merge(str(tmp_path / "m"), base=paths["base"], models=[paths["a"]], method="average", progress=False)

@@ -343,6 +343,21 @@ def test_adapters_of_nothing_are_refused(data, tmp_path):
         child.run(tmp_path, data, adapters=Adapters())
 
 
+def test_a_model_remembers_what_it_and_its_base_were_trained_on(data, tmp_path):
+    child.run(tmp_path / "base", data, steps=0)
+    table, meta = checkpoint.read_safetensors(tmp_path / "base")
+    assert (meta["trained"], meta["longest_read"]) == (["asr", "ocr"], 5)
+    older = tmp_path / "older.safetensors"
+    checkpoint.write_safetensors(older, table, {**meta, "trained": ["gec"], "longest_read": 9})
+    child.run(tmp_path / "new", data, steps=0, init_from=str(older))
+    meta = checkpoint.read_safetensors(tmp_path / "new")[1]
+    assert (meta["trained"], meta["longest_read"]) == (["asr", "ocr", "gec"], 9)
+    del meta["trained"]
+    checkpoint.write_safetensors(older, table, meta)  # one that does not remember
+    child.run(tmp_path / "newest", data, steps=0, init_from=str(older))
+    assert "trained" not in checkpoint.read_safetensors(tmp_path / "newest")[1]
+
+
 @pytest.mark.parametrize(
     ("there", "said"),
     [

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import xml.etree.ElementTree as ET
 from functools import partial
 from pathlib import Path
@@ -56,7 +57,7 @@ class Echo(Translate):
 
 @pytest.fixture
 def echo(pipeline) -> Echo:
-    return Echo(pipeline.model, pipeline.tokeniser, pipeline.tasks, pipeline.layout, pipeline.length, batch_size=2)
+    return Echo(pipeline.model, pipeline.tokeniser, pipeline.tasks, pipeline.layout, pipeline.longest, batch_size=2)
 
 
 def test_one_line_in_one_line_out_in_order(echo):
@@ -69,8 +70,30 @@ def test_what_is_too_long_is_translated_in_pieces_and_nothing_is_lost(echo):
     word = "x" * 300
     found = echo([long, "Short.", word], "en-de")
     assert found[0] == long and found[1] == "Short." and found[2].replace(" ", "") == word
-    with pytest.raises(ValueError, match="line 1 has more than the 64 tokens"):
+    with pytest.raises(ValueError, match="line 1 has more than 32 tokens, the longest"):
         echo([long], "en-de", split=False)
+
+
+def test_what_the_encoder_can_read_is_read_whole(echo, tokeniser):
+    """What is written lies on the decoder's side: no room for it is taken from the source."""
+    pieces = lambda text: echo._prompts(text, "translate/en-de")  # noqa: E731
+    words = " ".join(["key"] * 60).split()
+    fits = max(n for n in range(1, 60) if len(tokeniser.encode(" ".join(words[:n]))) + 2 <= 32)
+    assert [len(p) for p in pieces(" ".join(words[:fits]))] == [len(tokeniser.encode(" ".join(words[:fits]))) + 2]
+    assert len(pieces(" ".join(words[: fits + 1]))) == 2
+    assert max(map(len, pieces(" ".join(words)))) <= 32
+
+
+def test_lines_come_in_order_as_soon_as_they_are_there(echo, monkeypatch):
+    monkeypatch.setattr(translate, "WINDOW", 4)
+    asked = []
+    written = Echo._written
+    monkeypatch.setattr(Echo, "_written", lambda self, p, task: asked.append(len(p)) or written(self, p, task))
+    lines = ["Yes.", "A longer line about windows.", "", "No.", "Press any key.", ""]
+    stream = echo.stream(lines, "en-de")
+    assert next(stream) == lines[0] and asked == [2]  # the two short lines of the first window
+    assert [next(stream) for _ in range(3)] == lines[1:4] and asked == [2, 1]
+    assert [*stream] == lines[4:] and asked == [2, 1, 1]
 
 
 def test_what_the_model_writes_is_one_line(pipeline):
@@ -78,7 +101,7 @@ def test_what_the_model_writes_is_one_line(pipeline):
         def _written(self, prompts, task):
             return ["one\ntwo\r"] * len(prompts)
 
-    own = Breaks(pipeline.model, pipeline.tokeniser, pipeline.tasks, pipeline.layout, pipeline.length)
+    own = Breaks(pipeline.model, pipeline.tokeniser, pipeline.tasks, pipeline.layout, pipeline.longest)
     assert own(["Yes.", "", "No."], "en-de") == ["one two", "", "one two"]
 
 
@@ -120,6 +143,82 @@ def test_the_command(shipped, tmp_path, capsys, monkeypatch):
     empty = ["--input", str(tmp_path / "in.txt"), "--reference", str(tmp_path / "in.txt")]
     assert cli.entry(["translate", *where, *empty]) == 0
     assert capsys.readouterr().out == ""
+
+
+WHERE = ["--source-lang", "en", "--target-lang", "de", "--beam", "1"]
+
+
+def test_what_is_written_is_utf8_whatever_the_locale(shipped, monkeypatch):
+    monkeypatch.setattr(Translate, "_written", lambda self, prompts, task: ["für"] * len(prompts))
+    out = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"for\n")))
+    monkeypatch.setattr("sys.stdout", out)
+    assert cli.entry(["translate", "--checkpoint", shipped, *WHERE]) == 0
+    assert out.buffer.getvalue() == "für\n".encode()
+
+
+def test_a_reader_that_has_enough_ends_it_quietly(shipped, monkeypatch, capsys):
+    reads, writes = os.pipe()
+    os.close(reads)
+    monkeypatch.setattr(Translate, "_written", lambda self, prompts, task: ["für"] * len(prompts))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"for\n")))
+    with os.fdopen(writes, "w") as out:
+        monkeypatch.setattr("sys.stdout", out)
+        assert cli.entry(["translate", "--checkpoint", shipped, *WHERE]) == 141
+        monkeypatch.undo()
+    assert "rror" not in capsys.readouterr().err
+
+
+def remembering(shipped: str, folder: Path, trained: list[str]) -> str:
+    """The translator as one that knows all directions and was trained on some."""
+    table, meta = checkpoint.read_safetensors(shipped)
+    path = folder / "m.safetensors"
+    names = [f"translate/{direction}" for direction in trained]
+    about = {"families": translation.direction_ids(), "trained": names, "longest_read": 20}
+    checkpoint.write_safetensors(path, table, {**meta, **about})
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("direction", "code", "said"),
+    [
+        ("fr-ca", 0, "warning: translate/fr-ca: no such pair was trained on"),
+        ("fr-en", 0, ""),
+        ("en-sv", 2, "never had sv to write; it was trained on translate/fr-en, translate/en-ca"),
+        ("de-en", 2, "never had de to read"),
+        ("en-sw", 2, "unknown direction en-sw"),
+    ],
+)
+def test_directions_without_training_are_refused_or_said_before_anything_is_read(
+    shipped, tmp_path, monkeypatch, capsys, direction, code, said
+):
+    path = remembering(shipped, tmp_path, ["fr-en", "en-ca"])
+    assert Translate.load(path).longest == 20
+    stdin = io.TextIOWrapper(io.BytesIO(b"Oui.\n")) if code == 0 else None  # what is not read need not be there
+    monkeypatch.setattr("sys.stdin", stdin)
+    source, target = direction.split("-")
+    where = ["--checkpoint", path, "--source-lang", source, "--target-lang", target, "--beam", "1"]
+    assert cli.entry(["translate", *where]) == code
+    found = capsys.readouterr().err
+    assert said in found and ("warning" in found) == ("warning" in said)
+
+
+def test_a_part_of_a_direction_without_training_is_refused(shipped, tmp_path, capsys):
+    path = remembering(shipped, tmp_path, ["fr-en", "en-ca"])
+    command = ["subnetwork", "--checkpoint", path, "--output", str(tmp_path / "part"), "--task"]
+    assert cli.entry([*command, "translate/en-sv"]) == 2
+    assert "never had sv to write" in capsys.readouterr().err
+    assert cli.entry([*command, "translate/fr-ca"]) == 2
+    assert "warning: translate/fr-ca" in (said := capsys.readouterr().err) and "no router of this model" in said
+
+
+@pytest.mark.parametrize(
+    ("test", "said"),
+    [({"en-de": [("a", "b")], "de-en": []}, "no test sentences for de-en"), ({"en-xx": [("a", "b")]}, "xx")],
+)
+def test_what_could_not_be_scored_is_said_first(tmp_path, test, said):
+    with pytest.raises(ValueError, match=said):
+        translate.evaluate(str(tmp_path / "no run yet"), test=test, valid_data="none")
 
 
 @pytest.mark.parametrize(

@@ -315,6 +315,7 @@ def test_the_part_that_a_task_needs_computes_what_the_whole_does(name):
     }
     for task in (1, 3):
         small, about = subnetwork.extract(table, meta, f"translate/{task}")
+        assert about["families"] == {f"translate/{task}": task}
         part = tree.unflatten(describe.abstract(about["model"]), {p: jnp.asarray(x) for p, x in small.items()})
         assert tree.count(small) < tree.count(table)
         mine = dataclasses.replace(

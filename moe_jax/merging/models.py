@@ -324,3 +324,7 @@ def _unite(first: Ours, other: Ours) -> None:
                 f"{first.path} and {other.path} number families differently: {name} is {number} in one only"
             )
     first.families = first.families | other.families
+    own = {k: v for k, v in first.meta.items() if k != "trained"}
+    if "trained" in first.meta and "trained" in other.meta:
+        own["trained"] = [*dict.fromkeys((*first.meta["trained"], *other.meta["trained"]))]
+    first.meta = own  # what one of them does not remember, their merge does not know

@@ -51,6 +51,11 @@ def off_target(
     return OffTarget(*share(outputs), *share(references))
 
 
+def check(languages: Collection[str]) -> None:
+    """Raises ValueError as `off_target` would."""
+    _detector(tuple(sorted(languages)))
+
+
 @functools.lru_cache
 def _detector(languages: tuple[str, ...]) -> Callable[[str], str]:
     try:
