@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.packing import COLUMNS, Packable, Rows, pack, to_batch, to_pairs
+from moe_jax.packing import COLUMNS, Packable, Rows, pack, pack_sides, to_batch, to_pairs
 from moe_jax.text.prompt import READ, WRITE
 from moe_jax.text.tokeniser import Tokeniser
 from moe_jax.types import Batch
@@ -148,6 +148,7 @@ def write_prepared(
     tokeniser: Tokeniser,
     families: Mapping[str, int],
     skipped: Mapping[str, int] | None = None,
+    sides: tuple[int, int] | None = None,
     **about: Any,
 ) -> Mapping[str, Any]:
     """Packs `examples` into a new prepared folder and returns its meta.
@@ -158,6 +159,7 @@ def write_prepared(
       length: tokens a row.
       tokeniser: the one that made the ids; a copy travels with the data.
       families: name -> id; every task id must be one of them.
+      sides: tokens a row that are read and written, together `length`, where a row is for an encoder and a decoder.
       skipped: family -> examples left out, read after the last example (so a generator may count in it).
       about: more for `meta.json`, such as mixture, seed and layout.
 
@@ -171,7 +173,8 @@ def write_prepared(
     try:
         tallies = {name: Counter(examples=0, tokens=0, read=0) for name in families}
         counted = _counted(examples, tokeniser.vocab_size, families, tallies)
-        rows, max_targets = _write_columns(aside, pack(counted, length), _dtypes(tokeniser), length)
+        packed = pack_sides(counted, sides) if sides else pack(counted, length)
+        rows, max_targets = _write_columns(aside, packed, _dtypes(tokeniser), length)
         if not rows:
             raise ValueError(f"{folder}: no example to write")
         for name, count in (skipped or {}).items():
@@ -188,6 +191,7 @@ def write_prepared(
             "families": dict(families),
             "tasks": {name: dict(tally) for name, tally in tallies.items() if any(tally.values())},
             "sha256": {name: sha256(aside / f"{name}.npy") for name in COLUMNS},
+            **({"sides": list(sides)} if sides else {}),
             **about,
         }
         (aside / "meta.json").write_text(json.dumps(meta, indent=2, ensure_ascii=False) + "\n", "utf-8")

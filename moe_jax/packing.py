@@ -54,6 +54,35 @@ def pack(examples: Iterable[Packable], length: int) -> Iterator[Rows]:
         yield _row(row, length)
 
 
+def pack_sides(examples: Iterable[Packable], sides: tuple[int, int]) -> Iterator[Rows]:
+    """As `pack`, for an encoder and a decoder: at most `sides` tokens of a row are read and written. Rows that are
+    filled up by their tokens together would leave each side as wide as the one row that has most there.
+
+    Raises ValueError for an example that is longer on a side, or empty there.
+    """
+    rows: list[tuple[tuple[int, int], list[Packable]]] = []  # as they were opened: (room on each side, what is in it)
+    for example in examples:
+        read = int((np.asarray(example.roles) == READ).sum())
+        sizes = read, len(example.roles) - read
+        if not (0 < sizes[0] <= sides[0] and 0 < sizes[1] <= sides[1]) or len(example.tokens) != sum(sizes):
+            raise ValueError(f"cannot pack an example that reads and writes {sizes} tokens into rows of {sides}")
+        fit = [at for at, (room, _) in enumerate(rows) if room[0] >= sizes[0] and room[1] >= sizes[1]]
+        if fit:
+            room, row = rows.pop(min(fit, key=lambda at: sum(rows[at][0])))
+        else:
+            if len(rows) == OPEN_ROWS:
+                yield _row(rows.pop(min(range(len(rows)), key=lambda at: sum(rows[at][0])))[1], sum(sides))
+            room, row = sides, []
+        row.append(example)
+        room = room[0] - sizes[0], room[1] - sizes[1]
+        if min(room) == 0 or len(row) == MAX_SEGMENTS:
+            yield _row(row, sum(sides))
+        else:
+            rows.append((room, row))
+    for _, row in rows:
+        yield _row(row, sum(sides))
+
+
 def _row(examples: Sequence[Packable], length: int) -> Rows:
     row = {name: np.zeros(length, dtype) for name, dtype in COLUMNS.items()}
     start = 0

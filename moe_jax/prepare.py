@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ def prepare(
     layout: str = "aligned",
     max_hypotheses: int = 5,
     max_sources: int = 0,
+    sides: Sequence[int] | None = None,
     ids: Mapping[str, int] | None = None,
     own: Mapping[str, tuple[str, str]] | None = None,
 ) -> None:
@@ -37,11 +38,15 @@ def prepare(
       mixture: a registered task or mixture, or rates of such: {"own": 1.0, "correct_all": 0.5}.
       tokeniser: the path of one, or of a Hugging Face model's folder.
       layout: "aligned", "list", both also with "+task", "tagged" (translation), or a template (`text/templates.py`).
+      sides: how many of the `length` tokens of a row are for reading and for writing, where an encoder and a decoder
+        read it (`packing.pack_sides`).
       ids: task ids that differ from those of `tasks/families.py`, also of single data sets: {"asr/austen-whisper": 16}.
       own: tasks of the user's own that the mixture may name: name -> (family, folder of train.jsonl, valid.jsonl).
 
-    Raises ValueError where `folder` holds something else.
+    Raises ValueError where `folder` holds something else, and for sides that are not `length` together.
     """
+    if sides and (len(sides) != 2 or sum(sides) != length):
+        raise ValueError(f"sides {list(sides)} must be two, that together have the length, {length}")
     mixture = mixture if isinstance(mixture, str) else dict(mixture)
     wanted = {
         "mixture": mixture,
@@ -55,6 +60,7 @@ def prepare(
         "tokeniser": Tokeniser.load(tokeniser).sha256,
         "ids": dict(ids) if ids else None,
         "corpus": _corpus(split),
+        "sides": list(sides) if sides else None,
     }
     if own:
         wanted["own"] = {name: [family, *_state(Path(home), split)] for name, (family, home) in own.items()}

@@ -25,6 +25,7 @@ from moe_jax.packing import COLUMNS, Packable, pack, to_batch
 from moe_jax.tasks import correction, mixtures, speech  # noqa: F401  (registers the tasks)
 from moe_jax.tasks.preprocessors import UNFIT
 from moe_jax.tasks.quiet import seqio, tf
+from moe_jax.text.prompt import READ
 from moe_jax.text.tokeniser import Tokeniser
 from moe_jax.types import Batch
 
@@ -162,6 +163,7 @@ def prepare(
     layout: str = "aligned",
     max_hypotheses: int = 5,
     max_sources: int = 0,
+    sides: Sequence[int] | None = None,
     split: str = "train",
     ids: Mapping[str, int] | None = None,
     own: Mapping[str, Any] | None = None,
@@ -169,10 +171,12 @@ def prepare(
 ) -> Mapping[str, Any]:
     """Draws from a task or mixture into a prepared folder (see `data.py`), says what came, returns the meta.
 
-    `examples` or `passes` as in `draw`: one of them. `ids` as in `tasks.correction.task_ids`; the whole table is the
-    meta's "families". `ids`, `own` and `corpus` are kept in the meta. Raises ValueError in one line.
+    `examples` or `passes` as in `draw`: one of them. `sides` as of `prepare.prepare`, `ids` as in
+    `tasks.correction.task_ids`; the whole table is the meta's "families". `ids`, `own` and `corpus` are kept in the
+    meta. Raises ValueError in one line.
     """
     families = correction.task_ids(ids)
+    own_sides = (sides[0], sides[1]) if sides else None
     if examples is None and passes is None:
         raise ValueError("say how much to draw: give examples or passes")
     settings = {"layout": layout, "max_hypotheses": max_hypotheses, "max_sources": max_sources}
@@ -195,11 +199,12 @@ def prepare(
     progress = tqdm(drawn, total=total, desc=f"{provider.name} {split}", unit=" examples", mininterval=1, disable=None)
     meta = write_prepared(
         folder,
-        _fitting(progress, families, skipped),
+        _fitting(progress, families, skipped, own_sides),
         length=length,
         tokeniser=loaded,
         families=families,
         skipped=skipped,
+        sides=own_sides,
         mixture=name if isinstance(name, str) else dict(name),
         split=split,
         seed=seed,
@@ -247,18 +252,28 @@ def _tasks_with(provider: seqio.Task | seqio.Mixture, split: str) -> Sequence[se
     return found
 
 
-def _fitting(examples: Iterable[Packable], families: Mapping[str, int], skipped: Counter[str]) -> Iterator[Packable]:
-    """Leaves out, and counts by family, what does not fit. Raises ValueError if nothing does."""
+def _fitting(
+    examples: Iterable[Packable],
+    families: Mapping[str, int],
+    skipped: Counter[str],
+    sides: tuple[int, int] | None = None,
+) -> Iterator[Packable]:
+    """Leaves out, and counts by family, what does not fit, also on a side. Raises ValueError if nothing does."""
     names = {number: name for name, number in families.items()}
     fits = False
     for example in examples:
-        if len(example.tokens) > len(UNFIT.tokens):
+        if len(example.tokens) > len(UNFIT.tokens) and (sides is None or _fits(example, sides)):
             fits = True
             yield example
         else:
             skipped[names[example.task]] += 1
             if not fits and skipped.total() >= GIVE_UP:
                 raise ValueError(f"none of the first {GIVE_UP:,} examples fits the length; take a larger one")
+
+
+def _fits(example: Packable, sides: tuple[int, int]) -> bool:
+    read = int((np.asarray(example.roles) == READ).sum())
+    return read <= sides[0] and len(example.roles) - read <= sides[1]
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.data import Prepared, _permutation, write_prepared
-from moe_jax.packing import COLUMNS, MAX_SEGMENTS, OPEN_ROWS, Packable, pack, to_batch
+from moe_jax.packing import COLUMNS, MAX_SEGMENTS, OPEN_ROWS, Packable, pack, pack_sides, to_batch
 from moe_jax.text import tokeniser as tk
 
 FAMILIES = {"asr": 1, "ocr": 2, "mt": 3}
@@ -100,6 +100,30 @@ def test_rows_are_full():
 def test_short_examples_do_not_overflow_the_segment_ids():
     rows = list(pack([Packable([7], [2], 1)] * 600, 512))
     assert [row["segments"].max() for row in rows] == [MAX_SEGMENTS, MAX_SEGMENTS, 600 - 2 * MAX_SEGMENTS]
+
+
+def test_sides_are_filled_each_for_itself():
+    rng = np.random.default_rng(0)
+    sizes = np.clip(rng.lognormal(2.2, 0.7, (2000, 2)).astype(int), 1, 36)
+    examples = [
+        Packable(np.full(read + written, 1 + i % 200), [1] * read + [2] * written, 1 + i % 2)
+        for i, (read, written) in enumerate(sizes.tolist())
+    ]
+    rows = {name: np.stack([row[name] for row in pack_sides(examples, (36, 36))]) for name in COLUMNS}
+    assert rows["tokens"].shape[1] == 72 and (rows["roles"] > 0).sum() == sizes.sum()
+    assert max((rows["roles"] == role).sum(1).max() for role in (1, 2)) <= 36
+    packed = [
+        (t[s == n].tolist(), r[s == n].tolist())
+        for t, r, s in zip(rows["tokens"], rows["roles"], rows["segments"], strict=True)
+        for n in range(1, s.max() + 1)
+    ]
+    assert sorted(packed) == sorted((e.tokens.tolist(), e.roles) for e in examples)
+    together = {name: np.stack([row[name] for row in pack(examples, 72)]) for name in COLUMNS}
+    width = sum((together["roles"] == role).sum(1).max() for role in (1, 2))  # what such rows are given to a model as
+    assert rows["tokens"].size < 0.8 * len(together["roles"]) * width
+    for read, written in ((37, 1), (1, 37), (0, 3), (3, 0)):
+        with pytest.raises(ValueError, match="cannot pack an example that reads and writes"):
+            list(pack_sides([Packable([1] * (read + written), [1] * read + [2] * written, 1)], (36, 36)))
 
 
 @pytest.mark.parametrize("size", [0, LENGTH + 1])

@@ -298,6 +298,26 @@ def test_preparing_says_directions(corpus, tmp_path, capsys):
     assert ["translate/en-de", "4", "33.3%", "2.00"] in [line[:4] for line in table]
 
 
+def test_what_is_too_long_for_a_side_is_left_out(corpus, tmp_path):
+    ids, model = translation.direction_ids(), main.shipped("translate.model")
+    long = {"en": "press any key now " * 9, "de": "ja", "set": "made"}
+    (corpus / "translate.train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*TEXTS, long]))
+    about: dict[str, Any] = {
+        "mixture": "translate_en_de",
+        "tokeniser": model,
+        "layout": "tagged",
+        "passes": 1,
+        "ids": ids,
+    }
+    prepare.prepare(str(tmp_path / "p"), **about, length=48, sides=(24, 24))
+    meta = Prepared.open(tmp_path / "p").meta
+    assert meta["tasks"]["translate/en-de"]["examples"] == 2 and meta["tasks"]["translate/en-de"]["skipped"] == 1
+    assert meta["sides"] == [24, 24] and meta["longest_read"] <= 24 and meta["max_targets"] <= 24
+    prepare.prepare(str(tmp_path / "p"), **about, length=48, sides=(24, 24))  # is there already
+    refused("prepared with sides", prepare.prepare, str(tmp_path / "p"), **about, length=48)
+    refused("must be two, that together have the length, 48", prepare.prepare, "q", **about, length=48, sides=(24, 25))
+
+
 def test_denoising_masks_the_source_anew_in_each_epoch(corpus):
     found = [texts(e) for e in drawn("denoise_en", examples=40)]
     assert {target for _, target in found} == {row["en"] for row in TEXTS[:2]}
