@@ -58,3 +58,14 @@ def test_the_router_of_the_how_to_works():
     decision = router(jnp.ones((*info.valid_BxL.shape, tiny.D)), info)
     coldest = decision.logits_BxLxE.argmin(-1)
     assert ((decision.expert_BxLxK[..., 0] == coldest) | ~info.valid_BxL).all()
+
+
+def test_what_interprets_a_paper_says_so_everywhere():
+    said = "interpretation of Task-Based MoE"
+    code = [
+        ROOT / path
+        for path in ("moe_jax/moe/task_routers.py", "moe_jax/models/translator.py", "benchmarks/task_moe.py")
+    ]
+    for path in [*code, *(ROOT / "gin" / "experiments" / "task_moe").glob("*.gin")]:
+        assert said in " ".join(path.read_text("utf-8").split()), path
+    assert "an interpretation" in (ROOT / "README.md").read_text("utf-8").partition("## References")[2]

@@ -2,6 +2,9 @@
 they learn.
 
 Task ids are those of the data: families (tasks/families.py) or data sets, from 1 to `MAX_TASKS` - 1; 0 is unknown.
+
+As gates of experiments/task_moe these are an interpretation of Task-Based MoE (arXiv 2308.15772), of which only the
+abstract is known to us.
 """
 
 from __future__ import annotations
