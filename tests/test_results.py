@@ -252,3 +252,22 @@ def test_a_new_language_is_compared_with_training_everything(tmp_path, monkeypat
     ]
     assert all(c["relative_change"] < 0 for c in found)
     task_moe.test_rows.cache_clear()
+
+
+def test_the_table_says_which_arms_were_asked_for_and_has_its_pictures(tmp_path, monkeypatch):
+    rows = [{"en": f"source {i}", "de": "eine klare Antwort"} for i in range(3)]
+    monkeypatch.setattr(main, "multiparallel", lambda split: rows)
+    monkeypatch.setattr(task_moe, "ROOT", tmp_path)
+    monkeypatch.setattr(kept, "ROOT", tmp_path)
+    task_moe.test_rows.cache_clear()
+    for arm in ("dense", "top_k"):
+        kept.write(
+            "task_moe", f"{arm}-0", scored(tmp_path / f"{arm}-0", [["en-de", r["en"], arm, r["de"]] for r in rows])
+        )
+    monkeypatch.setattr(sys, "argv", ["task_moe", "--collect", "--seeds", "0", "--arms", "dense", "top_k"])
+    task_moe.run_all()
+    table = json.loads((tmp_path / "results" / "task_moe" / "table.json").read_text())
+    assert table["meta"]["command"] == "python -m benchmarks.task_moe --seeds 0 --arms dense top_k"
+    assert {c["arm"] for c in table["comparisons"]} == {"dense", "top_k"}
+    assert ">top_k, experts<" in (tmp_path / "results" / "task_moe" / "routing.svg").read_text()
+    task_moe.test_rows.cache_clear()
