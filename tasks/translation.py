@@ -15,7 +15,6 @@ import gzip
 import json
 import zlib
 from pathlib import Path
-from typing import Literal
 
 FAMILY = "translate"
 LANGUAGES = ("en", "de", "es", "ca", "fr", "it", "ru", "cs", "sv")  # append only
@@ -59,11 +58,13 @@ def direction_ids() -> dict[str, int]:
     return {f"{FAMILY}/{direction}": number for number, direction in enumerate(DIRECTIONS, FIRST_ID)}
 
 
-def grouped(by: Literal["target", "source", "pair", "type"]) -> dict[int, int]:
+def grouped(by: str) -> dict[int, int]:
     """Task id -> number of its group, from 1, so that 0 is left to unknown tasks.
 
-    Tasks at the granularities of "Beyond Distillation: Task-level MoE" (arXiv 2110.03742), and by type: 1 translates,
-    2 denoises. A pair is a direction.
+    Args:
+      by: "target", "source", "pair" or "type", or several: "target+type" has a group for each language written, and
+        another for each that is restored. The first three are the granularities of "Beyond Distillation: Task-level
+        MoE" (arXiv 2110.03742), a pair is a direction; the types are 1, translates, and 2, denoises.
 
     Raises ValueError for another granularity.
     """
@@ -74,9 +75,13 @@ def grouped(by: Literal["target", "source", "pair", "type"]) -> dict[int, int]:
         "pair": list(range(1, len(DIRECTIONS) + 1)),
         "type": [1 + denoises(direction) for direction in DIRECTIONS],
     }
-    if by not in groups:
-        raise ValueError(f"tasks cannot be grouped by {by!r}; choose {', '.join(groups)}")
-    return dict(zip(direction_ids().values(), groups[by], strict=True))
+    names = by.split("+")
+    if not groups.keys() >= {*names}:
+        raise ValueError(f"tasks cannot be grouped by {by!r}; choose {', '.join(groups)}, or several joined by +")
+    found = list(zip(*(groups[name] for name in names), strict=True))
+    order = {group: number for number, group in enumerate(dict.fromkeys(found), 1)}  # directions are append-only
+    of = groups[by] if by in groups else [order[group] for group in found]
+    return dict(zip(direction_ids().values(), of, strict=True))
 
 
 def own_adapter() -> dict[int, int]:

@@ -20,7 +20,7 @@ from moe_jax import branches, checkpoint, main, sharding, train, tree
 from moe_jax.interop import bring
 from moe_jax.layers.param import Rngs
 from moe_jax.metrics import language
-from moe_jax.tasks import families
+from moe_jax.tasks import families, translation
 
 GIN = Path(main.GIN)
 RUNS = sorted(str(p.relative_to(GIN)) for folder in ("runs", "experiments") for p in (GIN / folder).rglob("*.gin"))
@@ -129,6 +129,16 @@ def test_no_arm_of_translation_hides_the_task_from_its_routers(name):
     for layer in (built.ffn, built.encoder_ffn, built.adapter):
         router = getattr(layer, "router", None)
         assert getattr(getattr(router, "router", router), "unknown_rate", 0.0) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), [("task_gated", "ffn"), ("dynamic_adapters", "adapter"), ("task_level", "ffn")]
+)
+def test_what_gates_see_of_a_direction_is_a_choice(name, part):
+    main.load([f"experiments/task_moe/{name}.gin"], ["BY=target+type"])
+    model = configured_model()
+    built = jax.eval_shape(lambda: model(vocab=64, rngs=Rngs(params=0)))
+    assert dict(getattr(built, part).router.groups) == translation.grouped("target+type")
 
 
 def test_directions_that_cannot_be_scored_are_said_before_training(tmp_path, monkeypatch):

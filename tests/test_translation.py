@@ -170,6 +170,14 @@ def test_groups_are_what_directions_share():
         group = translation.grouped(by)
         assert list(group) == list(ids.values()) and {*group.values()} == {*range(1, count + 1)}
     refused("choose target, source, pair, type", translation.grouped, "script")
+    refused("choose target, source, pair, type", translation.grouped, "target+script")
+
+
+def test_granularities_can_be_joined():
+    ids, group = translation.direction_ids(), translation.grouped("target+type")
+    of = {name.partition("/")[2]: group[number] for name, number in ids.items()}
+    assert {*of.values()} == {*range(1, 2 * len(translation.LANGUAGES) + 1)}
+    assert of["es-ca"] == of["en-ca"] != of["ca-ca"] and of["en-en"] != of["de-en"] == of["ru-en"]
 
 
 # --- the tokeniser and the prompt -------------------------------------------------------------------------------------
