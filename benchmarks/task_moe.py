@@ -180,7 +180,7 @@ def comparisons(runs: dict[tuple[str, int], dict[str, Any]], seeds: Sequence[int
             arm: summed([runs[arm, seed]["lines"] for seed in seeds], group, metric.name) for arm in arms if arm in done
         }
         for against, arm in itertools.product(others, found):
-            if arm == against or against not in found or not found[arm]:
+            if arm == against or against not in found or not (found[arm] or found[against]):
                 continue
             (places, before), (others_places, after) = (laid_out(found[a]) for a in (against, arm))
             if places != others_places:
@@ -203,18 +203,17 @@ def summed(seeds: Sequence[dict[str, Any]], group: str, metric: str) -> Lines:
 
     Raises ValueError where seeds were scored on different lines."""
     mine = [{d: found for d, found in lines.items() if group in groups(d)} for lines in seeds]
-    if any(
-        {d: found["row"] for d, found in lines.items()} != {d: f["row"] for d, f in mine[0].items()} for lines in mine
-    ):
+    rows = [{d: found["row"] for d, found in lines.items()} for lines in mine]
+    if any(other != rows[0] for other in rows):
         raise ValueError("seeds were scored on different lines: score all of them again")
-    return {d: (f["row"], np.sum([lines[d][metric] for lines in mine], 0)) for d, f in mine[0].items()}
+    return {d: (row, np.sum([lines[d][metric] for lines in mine], 0)) for d, row in rows[0].items()}
 
 
 def laid_out(lines: Lines) -> tuple[list[tuple[int, int]], np.ndarray]:
     """((test row, place of the direction in order of names) of each line, statistics_NxK)."""
     order = sorted(lines)
     places = [(row, place) for place, direction in enumerate(order) for row in lines[direction][0]]
-    return places, np.concatenate([lines[direction][1] for direction in order])
+    return places, np.concatenate([lines[direction][1] for direction in order] or [np.zeros((0, 0))])
 
 
 def picture(runs: dict[tuple[str, int], dict[str, Any]], seed: int) -> str | None:

@@ -165,7 +165,7 @@ def untrained(task: str, trained: Sequence[str] | None) -> str | None:
         return None
     family, _, direction = task.partition("/")
     source, _, target = direction.partition("-")
-    pairs = [name.partition("/")[2].split("-") for name in trained if name.startswith(f"{FAMILY}/")]
+    pairs = [name.partition("/")[2].partition("-")[::2] for name in trained if name.startswith(f"{FAMILY}/")]
     known = f"it was trained on {', '.join(trained)}"
     if family != FAMILY:
         raise ValueError(f"{task}: this model was not trained on it; {known}")
