@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import u2pp
 from benchmarks.arms import make_base
 from benchmarks.launch import ROOT, launch
 from moe_jax import branches, evaluate, formats, main, partfile, prepare, translate
@@ -182,12 +183,13 @@ class Translator(Text):
 
 
 class Speech(Setting):
-    """On the recorded prompts of several languages, from a Conformer of them all. `listed`: a list of utterances with
-    audio, text, lang, seconds and split."""
+    """On the recorded prompts of several languages, from a Conformer of them all (`benchmarks.u2pp`'s). `listed`: a
+    list of utterances with audio, text, lang, seconds and split."""
 
-    name, joint, steps, metric = "recogniser", "prompts_five", 250, "cer"
+    name, joint, steps, metric = "recogniser", "five", 250, "cer"
 
     def __init__(self, listed: Path):
+        self.path = listed
         self.listed: dict[str, list[dict[str, Any]]] = {}
         for number, line in enumerate(map(json.loads, listed.read_text("utf-8").splitlines()), 1):
             if lacks := {"audio", "text", "lang", "seconds", "split"} - line.keys():
@@ -197,29 +199,25 @@ class Speech(Setting):
         self.tasks = tuple(sorted(self.listed))
 
     def base(self) -> Path:
-        about = {"RUN_DIR": "runs/merging/recogniser", "START": None, "STEPS": 3000, "EVERY": 300, "WARMUP": 300}
-        return trained("experiments/merging/recogniser.gin", about | {"RATE": 2e-3, "SEED": 0} | self.bindings(None))
+        return u2pp.made(self.joint, str(self.path), "dense", 0)
 
     def data(self, task: str | None) -> str:
         return f"prompts_{task}" if task else self.joint
 
     def _list(self, task: str | None) -> str:
         """The path of the list of a task's utterances, or of all, from ROOT."""
-        return f"prepared/{self.data(task)}.jsonl"
+        return f"prepared/{self.data(task)}.jsonl" if task else str(self.path)
 
     def bindings(self, task: str | None) -> dict[str, Any]:
         of = {"MANIFEST": self._list(task), "TOKENISER": f"prepared/{self.joint}" if task else None}
         return super().bindings(task) | of
 
     def prepare(self) -> None:
-        for task in (None, *self.tasks):
-            lines = [x for of, xs in self.listed.items() if task in (None, of) for x in xs]
-            path = ROOT / self._list(task)
-            path.parent.mkdir(exist_ok=True)
-            partfile.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        self.base()  # which prepares the data of all
         joint = str(ROOT / "prepared" / self.joint)
-        speech.prepare(joint, manifest=self._list(None), split="train", speeds=[0.9, 1.0, 1.1])
-        for task in self.tasks:
+        for task, lines in self.listed.items():
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            partfile.write_text(ROOT / self._list(task), text)
             for split in ("valid", "test"):
                 folder = str(ROOT / "prepared" / f"{self.data(task)}.{split}")
                 speech.prepare(folder, manifest=self._list(task), split=split, tokeniser=joint)

@@ -1,13 +1,13 @@
 """Train the arms of gin/experiments/u2pp on several corpora and seeds, and leave results/u2pp/table.json.
 
-    python -m benchmarks.u2pp --corpora digits=fsdd.jsonl speaker=fsdd.speaker.jsonl prompts --seeds 0 1 2
+    python -m benchmarks.u2pp --corpora digits=fsdd.jsonl speaker=fsdd.speaker.jsonl prompts five=all.jsonl
 
 A corpus is NAME=LIST, a list of utterances that has train, valid and test; digits and speaker are those of 8 kHz that
-gin/runs/digits.gin is for, all others get the sizes of gin/data/prompts.gin, and "prompts" without a list are the
-English ones that are shipped. `--hold-out SPEAKER LIST` writes LIST's twin whose test split is that speaker alone. Word
-and character error rates of every decoding, whole and in chunks; each arm against `dense` on the same utterances.
-What is finished (results/u2pp/runs) is not run
-again, what was interrupted goes on.
+gin/runs/digits.gin is for, all others get the sizes of gin/data/prompts.gin, "five" (prompts in five languages) more
+steps, and "prompts" without a list are the English ones that are shipped. `--hold-out SPEAKER LIST` writes LIST's twin
+whose test split is that speaker alone. Word and character error rates of every decoding, whole and in chunks; each arm
+against `dense` on the same utterances. What is finished (results/u2pp/runs) is not run again, what was interrupted goes
+on.
 """
 
 from __future__ import annotations
@@ -32,22 +32,26 @@ from moe_jax.speech import evaluate
 ROOT = Path(__file__).resolve().parents[1]
 ARMS = ("dense", "moe", "wide")  # wide: dense, with as many parameters in all as moe
 DIGITS = ("digits", "speaker")
+STEPS = {"five": 4000}  # where they are not those of the gin file
 NO_CHANGE: dict[str, Any] = {"relative_change": None, "ci95": None, "p_value": None}
 
 
 def run(corpus: str, path: str, arm: str, seed: int, extra: list[str]) -> None:
     """Trains and scores the arm if it is not kept."""
-    folder = Path("runs/u2pp") / f"{corpus}-{arm}-{seed}"
+    kept.once("u2pp", f"{corpus}-{arm}-{seed}", lambda: of_run(made(corpus, path, arm, seed, extra)))
 
-    def make() -> dict[str, Any]:
+
+def made(corpus: str, path: str, arm: str, seed: int, extra: Sequence[str] = ()) -> Path:
+    """The arm's run folder, trained and scored where it is not."""
+    folder = Path("runs/u2pp") / f"{corpus}-{arm}-{seed}"
+    if not (ROOT / folder / "scores.json").exists():
         print(f"--- {corpus}, {arm}, seed {seed} -> {folder}", flush=True)
         sizes = [] if corpus in DIGITS else ["data/prompts.gin"]
         about = {"RUN_DIR": folder, "SEED": seed, "MANIFEST": path}
         about |= {"DATA": f"prepared/{corpus}", "VALID_DATA": f"prepared/{corpus}.valid"}
+        about |= {"STEPS": STEPS[corpus]} if corpus in STEPS else {}
         launch([f"experiments/u2pp/{arm}.gin", *sizes], about, extra)
-        return of_run(ROOT / folder)
-
-    kept.once("u2pp", f"{corpus}-{arm}-{seed}", make)
+    return ROOT / folder
 
 
 def of_run(folder: Path) -> dict[str, Any]:
