@@ -270,10 +270,10 @@ def usage(pipeline: Translate, valid_data: str, batches: int = 16, batch_size: i
         total = found if total is None else jax.tree.map(jnp.add, total, found)
     names = {number: name.partition("/")[2] for name, number in data.meta["families"].items()}
     out = {}
-    for part, load in total.items():
-        if load is None:
+    for part in ("experts", "adapters"):
+        if total[part] is None:
             continue
-        load_NxTxE = np.asarray(load)
+        load_NxTxE = np.asarray(total[part])
         present = np.flatnonzero(load_NxTxE.sum((0, 2)))
         share = load_NxTxE[:, present] / np.maximum(load_NxTxE[:, present].sum(-1, keepdims=True), 1)
         apart = [told_apart(layer) for layer in share.tolist()]

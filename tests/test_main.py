@@ -141,6 +141,13 @@ def test_what_gates_see_of_a_direction_is_a_choice(name, part):
     assert dict(getattr(built, part).router.groups) == translation.grouped("target+type")
 
 
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_a_new_language_moves_leaves_that_there_are(kind):
+    main.load([f"experiments/task_moe/new_{kind}.gin"], ["BASE=runs/x"])
+    bound = copy.deepcopy(gin.config._CONFIG[("", "moe_jax.train.train")])
+    train.check(bound["model"], bound["adapters"])
+
+
 def test_directions_that_cannot_be_scored_are_said_before_training(tmp_path, monkeypatch):
     (tmp_path / "translate.test.jsonl.gz").write_bytes(gzip.compress(b'{"en": "a", "de": "b"}\n'))
     monkeypatch.setenv("MOE_JAX_DATA", str(tmp_path))
