@@ -267,6 +267,22 @@ def _write_columns(
     return count, max_targets
 
 
+def summary(meta: Mapping[str, Any]) -> str:
+    """A table of what was drawn by family, and how often ("?" where it is not known how much there is)."""
+    sizes = meta.get("available") or {}
+    total = sum(tally["examples"] for tally in meta["tasks"].values())
+    width = max(10, *map(len, meta["tasks"]))
+    lines = [f"{'task':{width}} {'examples':>9} {'share':>6} {'epochs':>7} {'tokens':>10} {'too long':>9}"]
+    for family, tally in meta["tasks"].items():
+        skipped = tally.get("skipped", 0)
+        epochs = f"{(tally['examples'] + skipped) / sizes[family]:7.2f}" if sizes.get(family) else f"{'?':>7}"
+        share = tally["examples"] / total
+        lines.append(
+            f"{family:{width}} {tally['examples']:9,} {share:6.1%} {epochs} {tally['tokens']:10,} {skipped:9,}"
+        )
+    return "\n".join([*lines, f"{meta['rows']:,} rows of {meta['length']} tokens, {meta['fill']:.1%} full"])
+
+
 KINDS = {"length": int, "rows": int, "max_targets": int, "tokeniser": str, "families": dict, "sha256": dict}
 
 

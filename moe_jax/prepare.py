@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from moe_jax import formats, hosts
-from moe_jax.data import Prepared
+from moe_jax.data import Prepared, summary
 from moe_jax.speech.data import write
 from moe_jax.text.tokeniser import Tokeniser
 
@@ -72,6 +73,8 @@ def prepare(
                     f"{folder} was prepared with {key}={there.get(key)!r}, not {value!r}: "
                     "remove it, or choose another folder"
                 )
+        if split == "train":  # what is learnt from, at the start of every run
+            print(summary(there), file=sys.stderr)
         return
     from moe_jax import seqio_data
 

@@ -19,7 +19,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from moe_jax.data import write_prepared
+from moe_jax.data import summary, write_prepared
 from moe_jax.formats.manifest import Recorded, Skipped
 from moe_jax.packing import COLUMNS, Packable, pack, to_batch
 from moe_jax.tasks import correction, mixtures, speech  # noqa: F401  (registers the tasks)
@@ -196,6 +196,11 @@ def prepare(
         **settings,
     )
     skipped: Counter[str] = Counter()
+    available: Counter[str] = Counter()
+    for task in tasks:
+        family = getattr(task.source, "family", "")
+        if not any(name.startswith(f"{family}/") for name in families):  # of these, parts are counted
+            available[family] += task.num_input_examples(split)
     progress = tqdm(drawn, total=total, desc=f"{provider.name} {split}", unit=" examples", mininterval=1, disable=None)
     meta = write_prepared(
         folder,
@@ -209,33 +214,14 @@ def prepare(
         split=split,
         seed=seed,
         drawn={"examples": examples, "passes": passes},
+        available=dict(available),
         **settings,
         **({"ids": dict(ids)} if ids else {}),
         **({"own": dict(own)} if own else {}),
         **({"corpus": dict(corpus)} if corpus is not None else {}),
     )
-    sizes: Counter[str] = Counter()
-    for task in tasks:
-        family = getattr(task.source, "family", "")
-        if not any(name.startswith(f"{family}/") for name in families):  # of these, parts are counted
-            sizes[family] += task.num_input_examples(split)
-    print(summary(meta, sizes), file=sys.stderr)
+    print(summary(meta), file=sys.stderr)
     return meta
-
-
-def summary(meta: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
-    """A table of what was drawn by family; `sizes` are the examples that there are."""
-    total = sum(tally["examples"] for tally in meta["tasks"].values())
-    width = max(10, *map(len, meta["tasks"]))
-    lines = [f"{'task':{width}} {'examples':>9} {'share':>6} {'epochs':>7} {'tokens':>10} {'too long':>9}"]
-    for family, tally in meta["tasks"].items():
-        skipped = tally.get("skipped", 0)
-        epochs = f"{(tally['examples'] + skipped) / sizes[family]:7.2f}" if sizes.get(family) else f"{'?':>7}"
-        share = tally["examples"] / total
-        lines.append(
-            f"{family:{width}} {tally['examples']:9,} {share:6.1%} {epochs} {tally['tokens']:10,} {skipped:9,}"
-        )
-    return "\n".join([*lines, f"{meta['rows']:,} rows of {meta['length']} tokens, {meta['fill']:.1%} full"])
 
 
 def _tasks_with(provider: seqio.Task | seqio.Mixture, split: str) -> Sequence[seqio.Task]:
