@@ -185,8 +185,17 @@ def task_moe(data: dict[str, Any]) -> str:
     out = [f"## {data['experiment']}\n", f"`{meta['command']}` · {meta['split']} · {meta['date']}\n", TASK_MOE]
     for metric in ("chrf", "bleu"):
         tasks = ("trained", "en-xx", "xx-en", "xx-yy", "low-resource", "high-resource", "zero-shot")
-        head = (f"{metric} ↑", "seeds", *tasks)
-        lines = [(arm, seeds(arm), *(cell(arm, metric, task, 2, 100) for task in tasks)) for arm in arms]
+        sizes = ("parameters", "active parameters")
+        head = (f"{metric} ↑", "seeds", *(f"{size}, M" for size in sizes), *tasks)
+        lines = [
+            (
+                arm,
+                seeds(arm),
+                *(cell(arm, size, "all", 2, 1e-6) for size in sizes),
+                *(cell(arm, metric, task, 2, 100) for task in tasks),
+            )
+            for arm in arms
+        ]
         out.append(aligned([head, ("---", *["--:"] * (len(head) - 1)), *lines]))
     tasks = ("trained", "zero-shot")
     head = ("off-target, % ↓", *tasks)

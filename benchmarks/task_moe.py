@@ -29,7 +29,7 @@ import numpy as np
 
 from benchmarks import kept
 from benchmarks.launch import launch
-from moe_jax import checkpoint, main, partfile
+from moe_jax import checkpoint, describe, main, partfile, train, tree
 from moe_jax.metrics import significance, translation
 from moe_jax.report.heatmap import heat_maps
 from moe_jax.tasks.translation import NEW as NEW_DIRECTIONS
@@ -133,11 +133,19 @@ def rows_of(arm: str, seed: int, folder: Path) -> list[dict[str, Any]]:
         for name in dict.fromkeys(g for g, _ in mine):
             mean = float(np.mean([v for g, v in mine if g == name]))
             rows.append({**about, "task": name, "metric": metric, "value": mean, **nothing})
-    if arm in NEW:
+    if arm not in NEW:
+        rows += [{**about, "task": "all", "metric": m, "value": x, **nothing} for m, x in sizes_of(folder).items()]
+    else:
         base = folder.with_name(f"{NEW[arm]}-{seed}")
         added = {("new", "trained parameters"): moved(folder, base)} | {("old", m): v for m, v in kept_of(folder, base)}
         rows += [{**about, "task": t, "metric": m, "value": v, **nothing} for (t, m), v in added.items()]
     return rows
+
+
+def sizes_of(folder: Path) -> dict[str, int]:
+    """The parameters of a run's model, and those that a token meets."""
+    model = describe.abstract(checkpoint.Source(str(folder / "model.safetensors")).meta["model"])
+    return {"parameters": tree.count(tree.flatten(model)), "active parameters": train.active_params(model)}
 
 
 def moved(folder: Path, base: Path) -> int:

@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 
 from benchmarks import arms, kept, results, task_moe, u2pp
-from moe_jax import checkpoint, main
+from moe_jax import checkpoint, describe, main, tree
+from moe_jax.layers.param import Rngs
 from moe_jax.metrics import translation
+from moe_jax.models.translator import Translator
 from moe_jax.speech import evaluate
 
 ROOT = Path(__file__).parents[1]
@@ -92,12 +95,20 @@ def test_a_run_becomes_rows_of_its_arm_and_the_references_stand_once():
     assert [(r["arm"], r["value"]) for r in references] == [("first pass", 0.5), ("oracle n-best", 0.3)]
 
 
+def translator(folder: Path) -> None:
+    """A checkpoint that says of what model it is."""
+    model = Translator(d=8, encoder_layers=1, decoder_layers=1, ffn=tiny.moe(), vocab=16, rngs=Rngs(params=0))
+    table = {name: np.asarray(x) for name, x in tree.flatten(model).items()}
+    checkpoint.write_safetensors(str(folder / "model.safetensors"), table, {"model": describe.describe(model)})
+
+
 def test_translators_become_means_over_groups_and_a_table_of_a_new_language(tmp_path):
     def finish(arm: str, scores: dict[str, float]) -> Path:
         folder = tmp_path / f"{arm}-0"
         folder.mkdir()
         rows = [{"task": d, "metric": m, "value": v} for d, v in scores.items() for m in ("chrf", "bleu")]
         (folder / "scores.json").write_text(json.dumps({"rows": rows}))
+        translator(folder)
         return folder
 
     rows = task_moe.rows_of("top_k", 0, finish("top_k", {"en-de": 0.2, "en-es": 0.4, "de-ru": 0.1}))
@@ -129,7 +140,9 @@ def test_translators_become_means_over_groups_and_a_table_of_a_new_language(tmp_
     text = results.task_moe({"experiment": "task_moe", "meta": meta, "rows": rows, "comparisons": [change]})
     assert "| new_static | 1 | 4 | 40.00 | 40.00 | 1 | 2 | 60.00 | 50.00 |" in text
     assert "| top_k | dense | trained | chrF | +10.0 % | +0.0 to +20.0 | 0.0300 |" in text
-    assert "| top_k | 1 | 30.00 |" in text.replace("±", "")
+    sizes = [r["value"] for r in rows if r["task"] == "all"]
+    assert len(sizes) == 2 and sizes[0] > sizes[1] > 0  # experts that a token does not meet
+    assert f"| top_k | 1 | {sizes[0] / 1e6:.2f} | {sizes[1] / 1e6:.2f} | 30.00 |" in text.replace("±", "")
 
 
 def test_recognisers_are_compared_on_the_utterances_of_the_dense_arm(tmp_path):
@@ -194,6 +207,7 @@ def scored(folder: Path, lines: list[list[str]]) -> dict[str, Any]:
     """What is kept of a run that wrote `lines`."""
     folder.mkdir()
     (folder / "scores.json").write_text(json.dumps({"rows": []}))
+    translator(folder)
     (folder / "routing.json").write_text(json.dumps({"experts": USE} if "top_k" in folder.name else {}))
     (folder / "translations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return json.loads(json.dumps(task_moe.of_run(*folder.name.split("-"), folder)))
