@@ -754,7 +754,7 @@ def test_a_model_reads_its_own_kind_of_data(tuned, tmp_path, tokeniser, prepared
     (base, *_), data = recognisers(tmp_path, tokeniser, prepared)
     with pytest.raises(ValueError, match="not format 1 of prepared data"):
         search.Loss(data)(tuned["a"])
-    with pytest.raises(ValueError, match="not prepared speech: 'frames' is missing"):
+    with pytest.raises(ValueError, match="not format 2 of prepared speech"):
         search.Loss(prepared)(base)
 
 
