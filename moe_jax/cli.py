@@ -13,13 +13,13 @@ from moe_jax.formats import Record
 from moe_jax.merging import command
 from moe_jax.speech import transcribe
 
-STREAMING = ("merge", "import", "export")  # commands that read an array after another
+ONCE = ("merge", "import", "export")  # commands that have each array once: memory that they kept would be in the way
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def entry(argv: Sequence[str] | None = None) -> int:
     if argv is None:
-        launch.command(keep_memory=sys.argv[1:2] not in [[name] for name in STREAMING])
+        launch.command(keep_memory=not set(sys.argv[1:2]) & set(ONCE))
     parser = argparse.ArgumentParser(prog="moe-jax", description="Correct what a recogniser wrote.")
     parser.add_argument("--version", action="version", version=f"moe-jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from moe_jax import formats
 from moe_jax.formats import Bad, FormatError, Part, PathLike, Record
-from moe_jax.partfile import PartFile, Refused, Signals, Stopped, again, part_paths
+from moe_jax.partfile import PartFile, Refused, Signals, Stopped, again, part_paths, unfit
 
 # A compressed output gets one member (gzip) or stream (xz) a batch, so that it too can be continued.
 PACKERS = {".gz": functools.partial(gzip.compress, mtime=0), ".xz": lzma.compress}
@@ -86,15 +86,11 @@ def check(
     if not field.strip() or not field.isprintable():
         raise Refused(f"--field={field!r} is no name for a key or a column; give one, such as corrected")
     try:
-        if not output.parent.is_dir():
-            raise Refused(f"{output.parent}: no such folder; create it first")
-        if output.is_dir() or (output.exists() and not output.is_file()):
-            raise Refused(f"{output}: is not a file; give the name of a file")
         if any(path.exists() and path.samefile(input) for path in (output, *part_paths(output))):
             raise Refused(f"{output}: would overwrite the input; give another --output")
         begun = part_paths(output)[1].exists()  # if so, PartFile knows whether it may replace the output
-        if output.exists() and not overwrite and not begun:
-            raise Refused(f"{output}: is there already; pass --overwrite to replace it, or give another --output")
+        if said := unfit(output, overwrite or begun):
+            raise Refused(said)
     except OSError as e:
         raise Refused(f"{output}: cannot be used: {e.strerror}; give another --output") from None
     told = formats.by_extension(output)

@@ -54,6 +54,11 @@ class Dataset(abc.ABC):
     def rows(self) -> int:
         return self.meta["rows"]
 
+    @property
+    def split(self) -> str | None:
+        """What it was prepared of; None where that is not known."""
+        return self.meta.get("split")
+
     @abc.abstractmethod
     def batch(self, step: int, *, seed: int, batch_size: int, process_index: int = 0, process_count: int = 1) -> Any:
         """This process's slice of the batch of `step`, a function of these arguments and the folder alone.
@@ -66,12 +71,19 @@ class Dataset(abc.ABC):
 
     def sample(self, rows: int, batch_size: int) -> list[Any]:
         """The same batches at every call: of `rows` rows or of all there are, whole batches, at least one."""
-        number = max(1, min(rows, self.rows) // batch_size)
-        return [self.batch(i, seed=0, batch_size=batch_size) for i in range(number)]
+        return [self.batch(i, seed=0, batch_size=batch_size) for i in range(Dataset.batches(self, rows, batch_size))]
 
     def batches(self, rows: int, batch_size: int) -> int:
         """How many batches validate: as many as `sample` has."""
         return max(1, min(rows, self.rows) // batch_size)
+
+
+def misnumbered(families: Mapping[str, int], others: Mapping[str, int]) -> Iterator[str]:
+    """Those of `others` that have another number in `families`, or whose number is another's there."""
+    names = {number: name for name, number in families.items()}
+    for name, number in others.items():
+        if names.get(number, name) != name or families.get(name, number) != number:
+            yield name
 
 
 def share(batch_size: int, process_index: int, process_count: int) -> range:
@@ -230,7 +242,7 @@ def _counted(
         tally = tallies[names[example.task]]
         tally["examples"] += 1
         tally["tokens"] += tokens.size
-        tally["read"] = max(tally["read"], int((np.asarray(example.roles) == READ).sum()))
+        tally["read"] = max(tally["read"], example.sides[0])
         yield example
 
 

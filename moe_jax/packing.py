@@ -26,6 +26,12 @@ class Packable(NamedTuple):
     roles: Sequence[int]
     task: int
 
+    @property
+    def sides(self) -> tuple[int, int]:
+        """How many tokens are read, and how many written."""
+        read = int((np.asarray(self.roles) == READ).sum())
+        return read, len(self.roles) - read
+
 
 def pack(examples: Iterable[Packable], length: int) -> Iterator[Rows]:
     """Packs whole examples into rows of `length`: each goes where it leaves the least room (best fit), of equals into
@@ -62,8 +68,7 @@ def pack_sides(examples: Iterable[Packable], sides: tuple[int, int]) -> Iterator
     """
     rows: list[tuple[tuple[int, int], list[Packable]]] = []  # as they were opened: (room on each side, what is in it)
     for example in examples:
-        read = int((np.asarray(example.roles) == READ).sum())
-        sizes = read, len(example.roles) - read
+        sizes = example.sides
         if not (0 < sizes[0] <= sides[0] and 0 < sizes[1] <= sides[1]) or len(example.tokens) != sum(sizes):
             raise ValueError(f"cannot pack an example that reads and writes {sizes} tokens into rows of {sides}")
         fit = [at for at, (room, _) in enumerate(rows) if room[0] >= sizes[0] and room[1] >= sizes[1]]

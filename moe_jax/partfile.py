@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Generator
 from pathlib import Path
@@ -16,6 +17,22 @@ try:
     import fcntl
 except ImportError:  # no such lock on Windows
     fcntl = None
+
+
+def unfit(output: Path, overwrite: bool) -> str | None:
+    """Why a file cannot be written there, in one line; None where it can. Else it would show when all is done."""
+    if not output.parent.is_dir():
+        return f"{output.parent}: no such folder; create it first"
+    if output.exists() and not output.is_file():
+        return f"{output}: is not a file; give the name of a file"
+    if output.exists() and not overwrite:
+        return f"{output}: is there already; pass --overwrite to replace it, or give another --output"
+    return None
+
+
+def nobody_reads() -> None:
+    """After a BrokenPipeError: standard output goes nowhere, or Python would fail once more as it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Refused(Exception):

@@ -25,7 +25,6 @@ from moe_jax.packing import COLUMNS, Packable, pack, to_batch
 from moe_jax.tasks import correction, mixtures, speech  # noqa: F401  (registers the tasks)
 from moe_jax.tasks.preprocessors import UNFIT
 from moe_jax.tasks.quiet import seqio, tf
-from moe_jax.text.prompt import READ
 from moe_jax.text.tokeniser import Tokeniser
 from moe_jax.types import Batch
 
@@ -258,8 +257,7 @@ def _fitting(
 
 
 def _fits(example: Packable, sides: tuple[int, int]) -> bool:
-    read = int((np.asarray(example.roles) == READ).sum())
-    return read <= sides[0] and len(example.roles) - read <= sides[1]
+    return all(size <= side for size, side in zip(example.sides, sides, strict=True))
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from moe_jax import checkpoint, describe, hosts, losses, optim, profile, sharding, tree, xla
 from moe_jax.adapters import EVERYTHING, Adapters, differentiated, factor_words, fingerprint, summary, trained
-from moe_jax.data import Dataset, Prepared
+from moe_jax.data import Dataset, Prepared, misnumbered
 from moe_jax.goodput import Goodput
 from moe_jax.health import Health, Watchdog
 from moe_jax.layers.param import Rngs
@@ -61,19 +61,15 @@ def _sources(init_from: str | Sequence[str] | None) -> list[checkpoint.Source]:
     return [checkpoint.Source(path) for path in ([init_from] if isinstance(init_from, str) else init_from or ())]
 
 
-def _positions(init_from: str | Sequence[str] | None) -> dict[str, int]:
-    """How many a pretrained base was made for, which whoever exports what came of it wants to know."""
-    return {k: v for source in _sources(init_from) for k, v in source.meta.items() if k == "positions"}
-
-
-def _seen(data: Dataset, init_from: str | Sequence[str] | None) -> dict[str, Any]:
-    """What a model was trained on, before this run too: "trained", its tasks, and "longest_read", the most tokens that
-    an example had to read. Nothing of what is not known of the data or of a base."""
+def _inherited(data: Dataset, init_from: str | Sequence[str] | None) -> dict[str, Any]:
+    """What a model has of its bases: "positions", how many a pretrained one was made for, which whoever exports it
+    wants to know; and what it was trained on, before this run too: "trained", its tasks, and "longest_read", the most
+    tokens that an example had to read. Nothing of what is not known of the data or of a base."""
     metas = [source.meta for source in _sources(init_from)]
     trained = [name for name, tally in data.meta.get("tasks", {}).items() if tally["examples"]]
     own = {"trained": trained, "longest_read": data.meta.get("longest_read", 0)}
     found = [own, *metas]
-    out: dict[str, Any] = {}
+    out: dict[str, Any] = {k: v for meta in metas for k, v in meta.items() if k == "positions"}
     if all(meta.get("trained") for meta in found):
         out["trained"] = [*dict.fromkeys(name for meta in found for name in meta["trained"])]
     if all(meta.get("longest_read") for meta in found):
@@ -120,14 +116,14 @@ def _same_numbers(source: checkpoint.Source, families: Mapping[str, int]) -> Non
     """Raises ValueError where a number is another task's in the source, whose rows of routers and adapters it would
     take, or a task has two numbers."""
     there = source.meta.get("families", {})
-    names = {number: name for name, number in there.items()}
-    for name, number in families.items():
-        if names.get(number, name) != name or there.get(name, number) != number:
-            was = f"{names[number]} has it" if names.get(number, name) != name else f"it has {there[name]}"
-            raise ValueError(
-                f"{name} is task {number} in the data, but {was} in {source.path}: give tasks the numbers that they "
-                "have there, and new ones new numbers (prepare.prepare.ids)"
-            )
+    for name in misnumbered(there, families):
+        number = families[name]
+        owner = next((other for other in there if there[other] == number and other != name), None)
+        was = f"{owner} has it" if owner else f"it has {there[name]}"
+        raise ValueError(
+            f"{name} is task {number} in the data, but {was} in {source.path}: give tasks the numbers that they "
+            "have there, and new ones new numbers (prepare.prepare.ids)"
+        )
 
 
 def _split(model: Any, adapters: Adapters, seed: int) -> tuple[Table, Table]:
@@ -373,8 +369,7 @@ def train(
         "layout": train_set.meta.get("layout", "aligned"),
         **{k: train_set.meta[k] for k in ("max_hypotheses", "max_sources") if k in train_set.meta},
         "length": train_set.meta["length"],
-        **_positions(init_from),
-        **_seen(train_set, init_from),
+        **_inherited(train_set, init_from),
         "batch_size": batch_size,
         "seed": seed,
     }

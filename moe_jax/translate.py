@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import datetime
 import json
-import os
 import re
 import signal
 import sys
@@ -26,7 +25,7 @@ from tqdm import tqdm
 from moe_jax import checkpoint, decode, describe, hosts, tree
 from moe_jax.data import Pairs
 from moe_jax.metrics import language, translation
-from moe_jax.partfile import write_text
+from moe_jax.partfile import nobody_reads, write_text
 from moe_jax.report.atlas import told_apart
 from moe_jax.report.heatmap import heat_maps
 from moe_jax.text.prompt import check_layout, encode_example, room_to_write
@@ -321,7 +320,7 @@ def main(args: argparse.Namespace) -> int:
                 sys.stdout.buffer.write(f"{line}\n".encode())  # whatever the locale
                 sys.stdout.buffer.flush()
     except BrokenPipeError:  # who reads has enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
+        nobody_reads()
         return 128 + signal.SIGPIPE
     if output:
         write_text(output, "".join(f"{line}\n" for line in written))

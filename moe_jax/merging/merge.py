@@ -106,7 +106,9 @@ class Merge:
         opened = (self.base, *self.models.values())
         self.dtypes = {n: functools.reduce(jnp.promote_types, (m.dtypes[n] for m in opened)) for n in self.base.shapes}
         self.statistics = {
-            part.statistics: _statistics(part.statistics, self.base, part.source)
+            part.statistics: _statistics(
+                part.statistics, self.base, self.models[part.source] if isinstance(part.source, str) else None
+            )
             for stage in recipe.stage.stages()
             for part in stage.models
             if part.statistics
@@ -313,15 +315,16 @@ def _some(model: Model) -> str:
     return ", ".join(sorted(model.shapes)[:3])
 
 
-def _statistics(path: str, base: Model, of: str | Stage) -> checkpoint.Source:
-    """Raises MergeError for those of another model than the one beside which they are named."""
+def _statistics(path: str, base: Model, of: Model | None) -> checkpoint.Source:
+    """Raises MergeError for those of another model than the one beside which they are named (None: a stage)."""
     source = checkpoint.Source(path)
     kind = source.meta.get("statistics")
     if kind is None:
         raise MergeError(f"{path}: holds no statistics; make them with moe-jax statistics")
     own = source.meta.get("sha256")
-    if own and isinstance(of, str) and own != open_model(of).digest():
-        raise MergeError(f"{path}: holds statistics of {source.meta.get('of')} as it was, not of {of}; make them again")
+    if own and of is not None and own != of.digest():
+        was = source.meta.get("of")
+        raise MergeError(f"{path}: holds statistics of {was} as it was, not of {of.path}; make them again")
     for name, shape in source.shapes.items():
         if name not in base.shapes:
             raise MergeError(f"{path}: is about {name}, which {base.path} does not have")

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax import checkpoint, describe, tree
-from moe_jax.data import Dataset, Pairs, Prepared
+from moe_jax.data import Dataset, Pairs, Prepared, misnumbered
 from moe_jax.interop import huggingface
 from moe_jax.interop.tensors import InteropError
 from moe_jax.moe.task_routers import Subset
@@ -317,12 +317,9 @@ def check_alike(first: Model, other: Model) -> None:
 
 def _unite(first: Ours, other: Ours) -> None:
     """Adds the families that `other` knows to those of `first`: a model tuned on one family may know no other."""
-    numbers = {number: name for name, number in first.families.items()}
-    for name, number in other.families.items():
-        if numbers.get(number, name) != name or first.families.get(name, number) != number:
-            raise MergeError(
-                f"{first.path} and {other.path} number families differently: {name} is {number} in one only"
-            )
+    for name in misnumbered(first.families, other.families):
+        said = f"{name} is {other.families[name]} in one only"
+        raise MergeError(f"{first.path} and {other.path} number families differently: {said}")
     first.families = first.families | other.families
     own = {k: v for k, v in first.meta.items() if k != "trained"}
     if "trained" in first.meta and "trained" in other.meta:

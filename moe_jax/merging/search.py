@@ -73,7 +73,9 @@ def search(
         method(recipe.get("method", "lors"), dict(zip(space, options, strict=True)))
     if loss is None:
         loss = Loss(valid, rows)
-        _not_test(loss.opened(parsed.base, checkpoint.Source(parsed.base).meta))  # before the work
+        data = loss.opened(parsed.base, checkpoint.Source(parsed.base).meta)  # what it cannot read, before the work
+        if data.split == "test":
+            raise MergeError(f"{valid}: was prepared of test data, by which nothing is chosen; give validation data")
     where = Path(folder)
     where.mkdir(parents=True, exist_ok=True)
     asked = {"recipe": recipe, "space": space, "valid": valid, "rows": rows, "seed": seed}
@@ -106,14 +108,6 @@ def search(
     if best["loss"] is None:
         raise MergeError(f"{folder}: no trial has a finite loss; look at {where / 'trials.jsonl'}")
     return Found(best["options"], best["loss"], done)
-
-
-def _not_test(data: Dataset) -> Dataset:
-    """Raises MergeError for test data, which have no part in a choice."""
-    asked = data.meta.get("manifest")
-    if "test" in (data.meta.get("split"), asked[-1] if isinstance(asked, list) and asked else None):
-        raise MergeError(f"{data.folder}: was prepared of test data, by which nothing is chosen; give validation data")
-    return data
 
 
 def _loss(row: Mapping[str, Any]) -> float:

@@ -73,6 +73,11 @@ class Speech(Dataset):
         arrays = [read_array(folder, name, dtype, shape, sums[name]) for name, (shape, dtype) in shapes.items()]
         return cls(folder, meta, tokeniser, *arrays)
 
+    @property
+    def split(self) -> str | None:
+        asked = self.meta.get("manifest")  # of what it was prepared, the split last
+        return asked[-1] if isinstance(asked, list) and asked else None
+
     @functools.cached_property
     def bucket_R(self) -> np.ndarray:
         """Of each row the shortest of the lengths that it fits, whatever its speed."""

@@ -6,7 +6,6 @@ import argparse
 import functools
 import io
 import json
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -49,8 +48,8 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"--nbest {args.nbest} must be from 1 to --beam {args.beam}, and --chunk 1 or more")
     if args.stream and args.decode not in STREAMED:
         raise ValueError(f"--stream reads by ctc or rescored, not by --decode {args.decode}")
-    if args.output:
-        _check(Path(args.output), args.overwrite)
+    if args.output and (said := partfile.unfit(Path(args.output), args.overwrite)):
+        raise ValueError(said)
     by = Recogniser.load(args.checkpoint, way=args.decode, beam=args.beam, chunk=args.chunk, left=args.left)
     records: list[dict[str, Any]] = []
     failed = 0
@@ -70,22 +69,12 @@ def main(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _check(output: Path, overwrite: bool) -> None:
-    """Raises ValueError for what would show only when all is done."""
-    if not output.parent.is_dir():
-        raise ValueError(f"{output.parent}: no such folder; create it first")
-    if output.exists() and not output.is_file():
-        raise ValueError(f"{output}: is not a file; give the name of a file")
-    if output.exists() and not overwrite:
-        raise ValueError(f"{output}: is there already; pass --overwrite to replace it, or give another --output")
-
-
 def _said(text: str) -> bool:
     """Prints a line at once; False where nobody reads any more."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails once more as it ends
+        partfile.nobody_reads()
         return False
     return True
 
