@@ -158,6 +158,27 @@ def merging(data: dict[str, Any]) -> str:
     return "\n".join(out) + "\n"
 
 
+ALIGN = """Means of two mixtures that one dense base became, each with a router of its own, trained on the same data:
+with the experts as they are, in the first's order (`align`), and in one at random; `alone` is a mixture itself. Test
+nll, nats a token of the references, the mean over pairs ± their standard deviation (pairs share models).
+"""
+
+
+def align(data: dict[str, Any]) -> str:
+    """What the order of experts does to the mean of mixtures: a line an arm."""
+    rows, meta = data["rows"], data["meta"]
+    tasks = unique(r["task"] for r in rows if r["metric"] == "nll")
+    out = [f"## {data['experiment']}\n", f"`{meta['command']}` · {meta['split']} · {meta['date']}\n", ALIGN]
+    lines = []
+    for arm in unique(r["arm"] for r in rows):
+        found = [[r["value"] for r in rows if (r["arm"], r["metric"], r["task"]) == (arm, "nll", t)] for t in tasks]
+        moved = [100 * r["value"] for r in rows if (r["arm"], r["metric"]) == (arm, "moved")]
+        cells = (f"{np.mean(values):.3f}{spread(values, 3)}" for values in found)
+        lines.append((arm, str(len(found[0])), *cells, f"{np.mean(moved):.0f}" if moved else ""))
+    head = ("arm", "models", *(f"{task} ↓" for task in tasks), "experts moved, %")
+    return "\n".join([*out, aligned([head, ("---", *["--:"] * (len(head) - 1)), *lines])]) + "\n"
+
+
 TASK_MOE = """Our reading of the paper, of which the abstract alone is certain. chrF and BLEU (sacreBLEU; signatures in
 the runs' `scores.json`) are means over directions; low-resource is the half of the trained directions with the fewer
 sentences. Off-target is the share of outputs in another language than asked, by py3langid; in brackets that of the
@@ -368,6 +389,7 @@ RENDERERS = {
     "zero_shot": zero_shot,
     "unseen": unseen,
     **{f"merging_{setting}": merging for setting in ("corrector", "recogniser", "translator")},
+    "merging_align": align,
     "task_moe": task_moe,
     "u2pp": u2pp,
 }

@@ -14,8 +14,9 @@ KINDS = ("start", "compile", "compute", "input", "validate", "save", "lost")
 class Goodput:
     """A clock that is told what comes now.
 
-    Seconds by kind: `start`, until the first step (restoring included); `compile`, the first step; `compute`, steps;
-    `input`, waiting for data; `validate`; `save`; and `lost`: steps that a process made and no checkpoint held.
+    Seconds by kind: `start`, until the first step (restoring included); `compile`, the first step of each shape of
+    batch; `compute`, steps; `input`, waiting for data; `validate`; `save`; and `lost`: steps that a process made and no
+    checkpoint held.
     """
 
     def __init__(self, folder: Path, *, enabled: bool = True):

@@ -491,7 +491,7 @@ def _loop(
         save()
         logs.metrics(state.step, valid)
         return
-    peak, first = xla.peak_flops(), state.step
+    peak, compiled = xla.peak_flops(), set()
     bar = tqdm(total=steps, initial=state.step, unit="step", disable=None if progress else True, mininterval=1)
     since, tokens, waited, due = time.monotonic(), 0, clock.seconds["input"], False
     with hosts.Stop("saving") as stop, bar, tracing, Watchdog(hang_after) as watchdog:
@@ -499,7 +499,9 @@ def _loop(
             tracing(state.step, state.params)
             clock.now("input")
             batch = fetch(state.step)
-            clock.now("compile" if state.step == first else "compute")
+            shapes = tuple(x.shape for x in jax.tree.leaves(batch))
+            clock.now("compute" if shapes in compiled else "compile")
+            compiled.add(shapes)
             state.params, state.opt, metrics = step_fn(
                 state.params, state.opt, np.int32(state.step), batch, state.frozen
             )

@@ -11,7 +11,20 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import exchange, gpu, input_pipeline, measure, merging, moe_layer, peer, results, rtf, scaling, tpu_aot
+from benchmarks import (
+    exchange,
+    gpu,
+    input_pipeline,
+    measure,
+    merging,
+    merging_align,
+    moe_layer,
+    peer,
+    results,
+    rtf,
+    scaling,
+    tpu_aot,
+)
 from benchmarks.merging_settings import Corrector as Merged
 from moe_jax import tree
 from moe_jax.layers.attention import Attention
@@ -341,3 +354,12 @@ def test_a_merge_is_measured_from_the_base_to_the_tasks_own_models():
         found[arm, seed + 1] = run(1.5, 1.0, 2) if arm == "lors" else one  # as `joint`: no change, and it counts
     line = next(x for x in results.merging(merging.table(Two(), found, "c")).splitlines() if x.startswith("| lors"))
     assert line == "| lors | 2 | 25.00 (+25.0 %) | 25.00 (+25.0 %) | 0.67 ± 0.24 | +0.750, +0.250 |"
+
+
+def test_the_table_of_aligned_merges():
+    nll = {"asr": 1.0, "ocr": 2.0}
+    pair = {"nll": {arm: nll for arm in merging_align.ARMS}, "moved": 0.75, "date": "d"}
+    made = merging_align.table({"0": {"nll": {"alone": nll}, "date": "d"}, "0-1": pair, "0-2": pair}, "c")
+    lines = results.align(made).splitlines()
+    assert "| aligned | 2 | 1.000 ± 0.000 | 2.000 ± 0.000 | 1.500 ± 0.000 | 75 |" in lines
+    assert "| alone | 1 | 1.000 | 2.000 | 1.500 |  |" in lines

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import tracemalloc
 from functools import partial
 from pathlib import Path
 
@@ -19,8 +20,10 @@ import tiny
 import yaml
 from safetensors.numpy import load_file, save_file
 
+from benchmarks import merging_align
 from moe_jax import checkpoint, cli, describe, main, tree
 from moe_jax.data import Prepared, write_prepared
+from moe_jax.formats.record import Record
 from moe_jax.layers.ffn import PlainFfn
 from moe_jax.layers.param import Rngs
 from moe_jax.merging import align, experts, merge, methods, recipe, search, statistics
@@ -580,6 +583,15 @@ def test_experts_are_put_in_order_first(tmp_path, tokeniser):
     assert np.abs(blind["blocks/ffn/experts/up"] - table["blocks/ffn/experts/up"]).max() > 0.1
 
 
+def test_shuffled_experts_are_the_same_model_and_all_of_them_move(tmp_path, tokeniser):
+    path = Path(written(tmp_path / "mixture.safetensors", tokeniser, ffn=tiny.moe()))
+    other = merging_align.shuffled(path)
+    assert merging_align.moved(path, other) == 1.0 and merging_align.moved(path, path) == 0.0
+    record = Record(line=1, hypotheses=("teh cat",), sources=(), task=None, reference=None, raw="", number=1)
+    said = [Pipeline.load(p).score([record], ["the cat"])[0].logprobs for p in (path, other)]
+    np.testing.assert_allclose(*said, rtol=1e-4)
+
+
 def folders(tmp_path, base: dict, tuned: dict, config=None) -> dict[str, str]:
     """Two Hugging Face folders of tables changed as told."""
     for name, change in (("base", base), ("a", tuned)):
@@ -645,6 +657,36 @@ def test_whole_numbers_of_other_values_are_refused(tmp_path):
     with pytest.raises(MergeError, match="take the folders of the unquantised models"):
         merge.merge(str(tmp_path / "m"), **folders(tmp_path, *tables), method="average", progress=False)
     assert not (tmp_path / "m").exists()
+
+
+def test_what_a_rule_leaves_is_the_base_to_the_bit(tmp_path):
+    """In its own precision, whole numbers too, whatever the models have there."""
+    fine = {"model.scale": np.pi + np.arange(3.0), "model.positions": np.arange(5)}
+    given = folders(tmp_path, {"more": fine}, {"more": {name: 2 * x for name, x in fine.items()}})
+    rules = [{"match": "scale|positions", "method": "base"}]
+    merge.merge(str(tmp_path / "m"), **given, method="average", rules=rules, progress=False)
+    made = load_file(tmp_path / "m" / "model.safetensors")
+    for name, x in fine.items():
+        assert made[name].dtype == x.dtype
+        np.testing.assert_array_equal(made[name], x)
+
+
+def test_a_merge_holds_a_few_arrays_and_never_a_model(tmp_path, monkeypatch):
+    """On one device at its peak below three times the largest array times the models (of what NumPy allocates; the
+    whole process is measured by benchmarks.merge_speed)."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    number, models = 40, 3
+    tables = [{f"model.{n}.weight": np.full((512, 512), 1 + i, np.float32) for n in range(number)} for i in range(2)]
+    given = folders(tmp_path, {"more": tables[0]}, {"more": tables[1]})
+    given["models"] = [str(shutil.copytree(tmp_path / "a", tmp_path / f"a{i}")) for i in range(models)]
+    largest, whole = tables[0]["model.0.weight"].nbytes, sum(x.nbytes for x in tables[0].values())
+    run = {"method": "task_arithmetic", "progress": False}
+    merge.merge(str(tmp_path / "first"), **given, **run)  # compiles
+    tracemalloc.start()
+    merge.merge(str(tmp_path / "second"), **given, **run)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3 * largest * models < whole
 
 
 def test_a_file_is_no_place_for_a_folder(tuned, tmp_path):

@@ -163,7 +163,9 @@ class Merge:
         with tqdm(total=len(sites), desc="merging", unit="array", disable=None if progress else True) as bar:
             for (dtype, *_), group in itertools.groupby(sites, self._kind):
                 for some in batched(group, jax.device_count()):
-                    if jnp.issubdtype(dtype, jnp.floating):
+                    if self.recipe.stage.rule(some[0])[1] is None:  # to the bit, whatever the models have
+                        yield from (self.base.slice(site.name, site.index).astype(dtype) for site in some)
+                    elif jnp.issubdtype(dtype, jnp.floating):
                         yield self._merged(some, dtype)
                     else:
                         yield from (self._kept(site) for site in some)
@@ -204,7 +206,7 @@ class Merge:
 
     def _delta(self, stage: Stage, sites: Sequence[Site], base_Sx: np.ndarray, at: tuple[int, ...]) -> np.ndarray:
         _, chosen = stage.rule(sites[0])
-        if chosen is None:
+        if chosen is None:  # a rule of an inner stage
             return np.zeros_like(base_Sx)
         fits = chosen.fits(sites[0].name, sites[0].matrix)
         deltas_MxSx = np.empty((len(stage.models), *base_Sx.shape), np.float32)
