@@ -38,7 +38,8 @@ def prepare(
     Args:
       mixture: a registered task or mixture, or rates of such: {"own": 1.0, "correct_all": 0.5}.
       tokeniser: the path of one, or of a Hugging Face model's folder.
-      layout: "aligned", "list", both also with "+task", "tagged" (translation), or a template (`text/templates.py`).
+      layout: "aligned", "list", both also with "+task"; of translation "tagged", "tagged+source", "untagged"
+        (`text/prompt.py`); or a template (`text/templates.py`).
       sides: how many of the `length` tokens of a row are for reading and for writing, where an encoder and a decoder
         read it (`packing.pack_sides`).
       ids: task ids that differ from those of `tasks/families.py`, also of single data sets: {"asr/austen-whisper": 16}.

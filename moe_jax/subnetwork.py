@@ -29,8 +29,8 @@ PLACES = {
 def extract(
     table: Mapping[str, Any], meta: Mapping[str, Any], task: str
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(table, metadata) of the model with the experts alone that routers by task (`TaskLevel`, `ByTask`, also within
-    `Grouped`) give `task`. It knows this task alone, for which it computes what the whole does.
+    """(table, metadata) of the model with the experts alone that routers by task (`TaskLevel`, `ByTask`, `Subset`, also
+    within `Grouped`) give `task`. It knows this task alone, for which it computes what the whole does.
 
     Raises CheckpointError for a task that the model does not know, where no router goes by tasks, or where a weight
     depends on experts that would be left out.
@@ -73,6 +73,13 @@ def _cut(out: dict[str, np.ndarray], prefix: str, mixture: Mapping[str, Any], ta
         own_Nx1xK = np.take_along_axis(gate_NxTxE[:, task], order_NxK, axis=1)[:, None]
         out[f"{prefix}/router/gate"] = np.repeat(own_Nx1xK, MAX_TASKS, axis=1)
         smaller = router
+    elif router["class"] == "Subset":
+        if not (own := router["args"]["experts"][task]):  # chooses among all
+            return None
+        order_NxK = np.array([own] * layers)
+        gate_NxDxE = out.pop(f"{inner}/gate")
+        out[f"{prefix}/router/gate"] = gate_NxDxE[..., own]
+        smaller = {"class": "Subset", "args": router["args"] | {"experts": [[]] * MAX_TASKS}}
     elif router["class"] == "ByTask":
         order_NxK = np.array([router["args"]["experts"][task] or [0]] * layers)
         experts = list(range(order_NxK.shape[1]))

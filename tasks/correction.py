@@ -52,7 +52,7 @@ class Settings:
         Raises ValueError for a layout that the tokeniser cannot write.
         """
         check_layout(self.loaded, self.layout)
-        by_set = self.layout == TAGGED or any(name.startswith(f"{family}/") for name in self.ids)
+        by_set = self.layout in TAGGED or any(name.startswith(f"{family}/") for name in self.ids)
 
         def encode(record: Record, max_length: int) -> tuple[Example | None, int]:
             reference = record.reference

@@ -227,6 +227,15 @@ def test_a_tagged_prompt_by_hand():
     assert encode_example(tokeniser(), [source], (), target, max_length=8, layout="tagged", family="x/a-de") is None
 
 
+@pytest.mark.parametrize(
+    ("layout", "tags"), [("untagged", []), ("tagged", ["<2en>"]), ("tagged+source", ["<2de>", "<2en>"])]
+)
+def test_what_a_prompt_says_of_its_direction(layout, tags):
+    text = "die Katze"
+    asked = encode_example(tokeniser(), [text], max_length=64, layout=layout, family="translate/de-en")
+    assert asked is not None and asked.tokens == [*map(tokeniser().control, tags), *tokeniser().encode(text), FIX]
+
+
 def test_a_direction_or_a_tokeniser_without_tags_is_refused():
     refused("has no tags such as <2de>", check_layout, Tokeniser.load(DATA / "tokeniser.model"), "tagged")
     for family in ("translate/de-xx", "translate", None):

@@ -25,6 +25,7 @@ from moe_jax.types import TokenInfo
 VOCAB, D, LENGTH = 40, 16, 24
 KEY = jax.random.key(0)
 GROUPED = partial(task_routers.Grouped, router=task_routers.TaskLevel, groups={1: 1, 2: 1, 3: 2, 4: 2})
+PARTS = partial(task_routers.Subset, experts={1: [0, 1], 2: [1, 3], 3: [0, 2, 3]})
 DENSE = partial(DenseFfn, hidden=24)
 STATIC = partial(MoeFfn, num_experts=4, hidden=4, router=task_routers.ByTask, experts=experts.Bottleneck)
 DYNAMIC = partial(
@@ -40,6 +41,15 @@ MODELS = {
     "dense": {"ffn": DENSE},
     "top-k": {"ffn": moe(task_routers.Router)},
     "every second": {"ffn": moe(task_routers.TaskBiased), "every": 2, "dense": DENSE},
+    "adapters in mixtures": {
+        "ffn": moe(task_routers.Router),
+        "every": 2,
+        "dense": DENSE,
+        "adapter": STATIC,
+        "adapt_dense": False,
+    },
+    "subsets": {"ffn": moe(PARTS)},
+    "subsets by target": {"ffn": moe(partial(task_routers.Grouped, router=PARTS, groups={1: 1, 2: 1, 3: 2, 4: 2}))},
     "task-level by target": {"ffn": moe(GROUPED)},
     "token encoder, task decoder": {"ffn": moe(task_routers.TaskLevel), "encoder_ffn": moe(task_routers.Router)},
     "static adapters": {"ffn": DENSE, "adapter": STATIC},
@@ -304,7 +314,17 @@ def test_balance_moves_the_routers_of_both_sides():
         assert np.abs(side.ffn.router.bias[...]).max() > 0
 
 
-@pytest.mark.parametrize("name", ["task-level by target", "static adapters", "dynamic adapters"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "task-level by target",
+        "static adapters",
+        "dynamic adapters",
+        "adapters in mixtures",
+        "subsets",
+        "subsets by target",
+    ],
+)
 def test_the_part_that_a_task_needs_computes_what_the_whole_does(name):
     network, b = model(name), batch()
     table = {p: x + 0.3 * jax.random.normal(KEY, x.shape) for p, x in tree.flatten(network).items()}
@@ -324,6 +344,20 @@ def test_the_part_that_a_task_needs_computes_what_the_whole_does(name):
         np.testing.assert_allclose(per_token(part, mine), per_token(whole, mine), atol=1e-4)
     with pytest.raises(ValueError, match="unknown task"):
         subnetwork.extract(table, meta, "translate/9")
+
+
+def test_a_task_that_chooses_among_all_experts_has_no_part():
+    network = model("subsets")
+    meta = {"model": describe.describe(network), "families": {"translate/4": 4}}
+    with pytest.raises(ValueError, match="no router of this model goes by tasks"):
+        subnetwork.extract(tree.flatten(network), json.loads(json.dumps(meta)), "translate/4")
+
+
+def test_adapters_are_where_they_are_asked_for():
+    paths = tree.flatten(model("adapters in mixtures"))
+    assert {p.partition("/feed/")[0] for p in paths if "/adapter/" in p} == {"encoder/blocks", "decoder/blocks"}
+    with_dense = tree.flatten(model("adapters in mixtures", adapt_dense=True))
+    assert {p for p in with_dense if "/dense_blocks/" in p and "/adapter/" in p}
 
 
 def test_a_part_whose_weights_depend_on_the_rest_is_refused():

@@ -95,17 +95,19 @@ class Side(Module):
         dense: Callable | None,
         dense_layers: Sequence[int],
         adapter: Callable | None,
+        adapt_dense: bool,
         rngs: Rngs,
         **parts: Callable,
     ):
         self.layers, self.dense_layers = layers, tuple(dense_layers)
 
-        def blocks(ffn: Callable, number: int) -> Any:
+        def blocks(ffn: Callable, number: int, adapter: Callable | None) -> Any:
             make = partial(block, d, ffn=ffn, adapter=adapter, **parts)
             return stack.build(lambda rngs: make(rngs=rngs), number, rngs)
 
-        self.blocks: Any = blocks(ffn, layers - len(self.dense_layers))
-        self.dense_blocks: Any = blocks(dense, len(self.dense_layers)) if dense is not None else None
+        between = adapter if adapt_dense else None
+        self.blocks: Any = blocks(ffn, layers - len(self.dense_layers), adapter)
+        self.dense_blocks: Any = None if dense is None else blocks(dense, len(self.dense_layers), between)
         self.norm = RMSNorm(d, rngs=rngs)
 
     @property
@@ -141,6 +143,7 @@ class Translator(Module):
     every: `ffn` is in every such layer, from the last backwards; the others have `dense`.
     dense: the feed-forward layer of the others.
     adapter: a layer besides in every block (task adapters: `MoeFfn` of `experts.Bottleneck` behind a task router).
+    adapt_dense: whether the layers between have it too, or those of `ffn` alone.
     label_smoothing: in training (`losses.smoothed`).
     auxiliary, remat, unroll: as of `Corrector`.
     """
@@ -159,6 +162,7 @@ class Translator(Module):
         every: int = 1,
         dense: Callable | None = None,
         adapter: Callable | None = None,
+        adapt_dense: bool = True,
         label_smoothing: float = 0.1,
         auxiliary: Mapping[str, float] | Sequence[tuple[str, float]] = (),
         remat: str = "none",
@@ -170,9 +174,10 @@ class Translator(Module):
                 f"every={every}: of 2 or more the layers between are `dense`, of 1 there are none; give both"
             )
         self.d, self.vocab, self.every, self.label_smoothing = d, vocab, every, label_smoothing
-        self.encoder_layers, self.decoder_layers = encoder_layers, decoder_layers
+        self.encoder_layers, self.decoder_layers, self.adapt_dense = encoder_layers, decoder_layers, adapt_dense
         self.embedding = param(rngs, (vocab, d), ("vocab", "embed"), normal(d**-0.5))
         parts: dict[str, Any] = dict(attention=attention, cross=cross, dense=dense, adapter=adapter, rngs=rngs)
+        parts["adapt_dense"] = adapt_dense
 
         def side(block: Callable, layers: int, ffn: Callable) -> Side:
             between = [n for n in range(layers) if (layers - 1 - n) % every]

@@ -10,7 +10,9 @@ The corrected text is written after `<fix>` and ends with end-of-text. Prompts i
 read, are in `templates.py`; `encode_example` takes the names of either, and one more for translation, whose one
 hypothesis is the source sentence, and whose tag says the language to write, after Johnson et al. (arXiv 1611.04558):
 
-    tagged:   <2de> where is the cat <fix>
+    tagged:          <2de> where is the cat <fix>
+    tagged+source:   <2en> <2de> where is the cat <fix>
+    untagged:        where is the cat <fix>      (for a model whose routers or adapters are told the direction)
 
 A prompt says nothing of its task, unless the layout is "aligned+task" or "list+task": then the family's name, where it
 is known, stands in front, as instructions do in templates of that switch. Routers do not see it but through the text.
@@ -32,7 +34,7 @@ from moe_jax.text.tokeniser import ALT, CONTROLS, END_ALT, FIX, HYP, OR, SRC, To
 READ, WRITE = 1, 2  # roles of tokens; 0 is padding
 LAYOUTS = ("aligned", "list")
 SAYING = {f"{layout}+task": layout for layout in LAYOUTS}
-TAGGED = "tagged"
+TAGGED = {"untagged": (), "tagged": (1,), "tagged+source": (0, 1)}  # sides of a direction that have a tag
 MIN_SIMILARITY = 0.5  # share of words in common, under which alternatives cost more tokens than they save
 
 # The grammar of prompts: which control token may be the last one before each.
@@ -144,14 +146,14 @@ def align(first: Words, others: Sequence[Words]) -> Strand:
 
 def check_layout(tokeniser: Tokeniser, layout: str) -> None:
     """Raises ValueError, in one line, for a layout that there is not, or that this tokeniser cannot write."""
-    if layout not in (*LAYOUTS, *SAYING, TAGGED):
+    if layout not in (*LAYOUTS, *SAYING, *TAGGED):
         templates.check(tokeniser, layout)
     elif not isinstance(tokeniser, Unigram):
         raise ValueError(
             f"layout {layout!r} is written in control tokens of moe_jax's own tokeniser; "
             f"for a pretrained one choose a template: {', '.join(templates.TEMPLATES)}"
         )
-    elif layout == TAGGED and not _tags(tokeniser):
+    elif TAGGED.get(layout) and not _tags(tokeniser):
         raise ValueError(
             f"layout {layout!r}: the tokeniser has no tags such as <2de>; "
             "take translate.model, or train one with them (tasks/builders/translation_tokeniser.py)"
@@ -177,8 +179,9 @@ def encode_example(
     correction is kept: 1.3 x the tokens of the first hypothesis + 16.
 
     Args:
-      layout: one of `LAYOUTS`, with "+task" if wanted, "tagged", or a template (`templates.py`).
-      family: the task where it is known: layouts that say it ask, and "tagged", for a direction: "translate/en-de".
+      layout: one of `LAYOUTS`, with "+task" if wanted, one of `TAGGED`, or a template (`templates.py`).
+      family: the task where it is known: layouts that say it ask, and those of tags for a direction,
+        "translate/en-de".
 
     Raises ValueError, in one line, for a layout that cannot be written, or a direction without a tag.
     """
@@ -203,8 +206,9 @@ def encode_example(
 def _prompt(
     tokeniser: Tokeniser, hypotheses: Sequence[str], sources: Sequence[str], layout: str, family: str | None
 ) -> list[int]:
-    if isinstance(tokeniser, Unigram) and layout == TAGGED:
-        return [_tag(tokeniser, family), *tokeniser.encode(hypotheses[0]), FIX]
+    if isinstance(tokeniser, Unigram) and layout in TAGGED:
+        tags = [_tag(tokeniser, family, side, layout) for side in TAGGED[layout]]
+        return [*tags, *tokeniser.encode(hypotheses[0]), FIX]
     if isinstance(tokeniser, Unigram) and layout in SAYING:
         said = tokeniser.encode(family.split("/")[0]) if family else []
         return [*said, *_prompt(tokeniser, hypotheses, sources, SAYING[layout], family)]
@@ -217,14 +221,14 @@ def _tags(tokeniser: Unigram) -> list[str]:
     return [symbol for symbol in tokeniser.symbols if symbol.startswith("<2")]
 
 
-def _tag(tokeniser: Unigram, family: str | None) -> int:
-    """The token of the language that a direction ends in."""
+def _tag(tokeniser: Unigram, family: str | None, side: int, layout: str) -> int:
+    """The token of the language that a direction begins (0) or ends in (1)."""
     direction = (family or "").partition("/")[2]
-    tag = tokeniser.control(f"<2{direction.partition('-')[2]}>")
+    tag = tokeniser.control(f"<2{direction.partition('-')[::2][side]}>")
     if tag is None:
         raise ValueError(
-            f"layout {TAGGED!r}: no tag for task {family!r}; name a direction, such as translate/en-de, "
-            f"into a language that the tokeniser has: {', '.join(_tags(tokeniser))}"
+            f"layout {layout!r}: no tag for task {family!r}; name a direction, such as translate/en-de, "
+            f"of languages that the tokeniser has: {', '.join(_tags(tokeniser))}"
         )
     return tag
 

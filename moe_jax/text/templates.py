@@ -85,8 +85,9 @@ def check(tokeniser: Tokeniser, layout: str) -> None:
     name, *switches = layout.split("+")
     if name not in TEMPLATES or not {*switches} <= {*SWITCHES}:
         raise ValueError(
-            f"unknown prompt layout {layout!r}; known: aligned, list (both with +task if wanted), tagged, and the "
-            f"templates {', '.join(TEMPLATES)}, each with {' and '.join('+' + switch for switch in SWITCHES)} if wanted"
+            f"unknown prompt layout {layout!r}; known: aligned, list (both with +task if wanted), tagged, "
+            f"tagged+source, untagged, and the templates {', '.join(TEMPLATES)}, each with "
+            f"{' and '.join('+' + switch for switch in SWITCHES)} if wanted"
         )
     for part in TEMPLATES[name](NEUTRAL, [""], []):
         if isinstance(part, Control) and tokeniser.control(part) is None:
