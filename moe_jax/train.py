@@ -262,8 +262,8 @@ def make_evaluation(model: Any, *, dtype: str, max_targets: int, adapters: Adapt
 
 
 def readable(metrics: Metrics, families: Mapping[str, int]) -> dict[str, float]:
-    """Sums over a batch -> named scalars: mean nll in all and of each family, auxiliary losses, expert load,
-    entropy, drops.
+    """Sums over a batch -> named scalars: mean nll in all and of each family, auxiliary losses, entropy, drops, the load
+    of each layer's busiest expert (over the mean load: 1 is even) and of each expert by family.
     """
     m = jax.device_get(metrics)
     out = {k: float(v) for k, v in m.items() if k != "stats" and np.ndim(v) == 0}
@@ -275,6 +275,8 @@ def readable(metrics: Metrics, families: Mapping[str, int]) -> dict[str, float]:
         s = m["stats"]
         out["router/entropy"] = float((s.entropy / np.maximum(s.count, 1)).mean())
         out["router/dropped"] = float(s.dropped.sum() / max(s.load_E.sum(), 1))
+        mean_N = np.maximum(s.load_E.mean(-1), 1e-9)
+        out |= {f"router/busiest/{n}": float(x) for n, x in enumerate(s.load_E.max(-1) / mean_N)}
         share = s.task_load_TxE.sum(0)
         for name, i in families.items():
             if share[i].sum() > 0:
@@ -565,7 +567,8 @@ def _validate(evaluate, data: Dataset, batch_size: int, batches: int, families, 
         metrics = evaluate(state.params, state.frozen, sharding.put_batch(_rows(data, i, 0, batch_size), mesh))
         total = metrics if not total else jax.tree.map(jnp.add, total, metrics)
     scalars = readable(total, families)
-    kept = {k: v for k, v in scalars.items() if k.startswith(("loss/", "load/")) or k == "router/entropy"}
+    named = ("loss/", "load/", "router/busiest/", "router/entropy")
+    kept = {k: v for k, v in scalars.items() if k.startswith(named)}
     return {"valid/loss": scalars["nll"], **{f"valid/{k}": v for k, v in kept.items()}}
 
 

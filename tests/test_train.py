@@ -141,6 +141,14 @@ def unbroken(data, tmp_path_factory):
     return child.everything(folder)
 
 
+def test_how_even_each_layer_loads_its_experts_is_logged():
+    _, metrics = tiny.model(ffn=tiny.moe()).loss(tiny.batch(), jax.random.key(0))
+    found = train.readable(metrics, {"asr": 1})
+    for n, load_E in enumerate(np.asarray(metrics["stats"].load_E)):
+        assert found[f"router/busiest/{n}"] == pytest.approx(load_E.max() * len(load_E) / load_E.sum())
+    assert f"router/busiest/{n + 1}" not in found
+
+
 def test_a_run_killed_in_the_middle_goes_on_to_the_same_bits(data, tmp_path, unbroken):
     command = [sys.executable, child.__file__, str(tmp_path), str(data), "9"]
     path = os.pathsep.join([str(Path(train.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
