@@ -8,10 +8,14 @@ feed-forward work) or 1; "dense x2" has twice the units, as much active work as 
 parameters as the mixtures. All take turns in one process. "stream" is one chunk of 16 frames (640 ms) at batch 1 with
 its caches full, "batch" 8 recordings of 10 s at once; time is seconds of computing a second of audio, features and
 search not counted. Target: a mixture at most 1.15 times as slow as the dense model of as much active work.
+
+"padding" shows what it changes that padded frames are not routed (WeNet routes them): 8 recordings of 1 to 10 s, all as
+long as the longest.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -31,6 +35,7 @@ from moe_jax.moe.experts import Plain
 from moe_jax.moe.layer import MoeFfn
 from moe_jax.moe.routers import TopK
 from moe_jax.speech.recognise import FRAME
+from moe_jax.types import TokenInfo
 
 EXPERTS, CHUNK, LEFT = 8, 16, 4
 ROWS, SECONDS = 8, 10.0
@@ -81,7 +86,40 @@ def heard(d: int, layers: int, hidden: int, vocab: int) -> Iterator[dict[str, An
             yield row(f"{name} {ours}", times[ours] / seconds, times[rival] / seconds, target, **columns)
 
 
+class RoutesPadding(MoeFfn):
+    """As if every frame were one."""
+
+    def __call__(self, x: jax.Array, info: TokenInfo, key: jax.Array | None = None) -> Any:
+        return super().__call__(x, dataclasses.replace(info, valid_BxL=jnp.ones_like(info.valid_BxL)), key)
+
+
+def padded(d: int, layers: int, hidden: int, vocab: int) -> Iterator[dict[str, Any]]:
+    """With and without; what is said of real frames is the same, as no expert is ever full."""
+    frames_B = np.linspace(1, SECONDS, ROWS) * 100
+    valid = jnp.arange(round(SECONDS * 100)) < jnp.asarray(frames_B)[:, None]
+    x = jax.random.normal(jax.random.key(0), (*valid.shape, 80))
+    make = partial(Conformer, d=d, layers=layers, heads=d // 64 or 1, vocab=vocab, frontend=FRONTEND)
+    ffn = dict(num_experts=EXPERTS, hidden=hidden, router=partial(TopK, k=2), experts=Plain)
+    kinds = {"not routed": MoeFfn, "routed": RoutesPadding}
+    made = {n: make(ffn=partial(kind, **ffn), rngs=Rngs(params=0)) for n, kind in kinds.items()}
+    ready = {n: program(whole, m, x, valid) for n, m in made.items()}
+    times = interleaved({n: p.run for n, p in ready.items()})
+    said = [np.asarray(p.run())[subsampled(valid)] for p in ready.values()]
+    loads = [np.asarray(m.encode(x, valid)[3].load_E.sum(0)) for m in made.values()]
+    more = {"unit": "RTF", "padded": float(1 - valid.mean()), "difference": float(np.abs(said[0] - said[1]).max())}
+    more |= {f"busiest, {n}": float(load.max() / load.mean()) for n, load in zip(made, loads, strict=True)}
+    ours, rival = (times[n] / float(frames_B.sum() / 100) for n in made)
+    yield row("not routed / routed", ours, rival, None, **more)
+
+
+def subsampled(valid_BxT: jax.Array) -> np.ndarray:
+    """Which of the model's frames are real."""
+    lengths_B = np.array([subsample.length(int(n)) for n in valid_BxT.sum(1)])
+    return np.arange(subsample.length(valid_BxT.shape[1])) < lengths_B[:, None]
+
+
 CASES: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {name: partial(heard, *of) for name, of in SHAPES.items()}
+CASES["padding"] = partial(padded, *SHAPES["d256"])
 
 if __name__ == "__main__":
     main(str(__doc__), CASES)

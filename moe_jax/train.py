@@ -262,8 +262,8 @@ def make_evaluation(model: Any, *, dtype: str, max_targets: int, adapters: Adapt
 
 
 def readable(metrics: Metrics, families: Mapping[str, int]) -> dict[str, float]:
-    """Sums over a batch -> named scalars: mean nll in all and of each family, auxiliary losses, entropy, drops, the load
-    of each layer's busiest expert (over the mean load: 1 is even) and of each expert by family.
+    """Sums over a batch -> named scalars: mean nll in all and of each family, auxiliary losses, entropy, drops, expert
+    load by family, and that of each layer's busiest expert (over the mean load: 1 is even).
     """
     m = jax.device_get(metrics)
     out = {k: float(v) for k, v in m.items() if k != "stats" and np.ndim(v) == 0}

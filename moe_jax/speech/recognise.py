@@ -27,7 +27,7 @@ from moe_jax.types import Array
 
 FRAME = subsample.RATE * features.SHIFT  # seconds from one of the model's frames to the next
 WAYS = ("greedy", "ctc", "attention", "rescored")
-SHORTEST = 64  # frames of features: lengths that programs are made for grow from here, by a quarter
+SHORTEST = 64  # frames of features: lengths that the encoder's programs are made for grow from here, by a quarter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +168,7 @@ class Recogniser:
     def rescored(self, hypotheses: Sequence[Hypothesis], x_LxD: np.ndarray) -> list[Hypothesis]:
         """By both decoders, all hypotheses at once."""
         longest = max(len(h.tokens) for h in hypotheses)
-        tokens = np.zeros((self.beam, _bucket(longest, 8)), np.int32)
+        tokens = np.zeros((self.beam, _bucket(longest, 8, 2)), np.int32)
         for row, h in zip(tokens, hypotheses, strict=False):
             row[: len(h.tokens)] = h.tokens
         left, right = _program(_score)(self.model, tokens, *self._memory(x_LxD))
@@ -177,8 +177,9 @@ class Recogniser:
         return decode.rescored(hypotheses, left[:number].tolist(), right[:number].tolist(), **weights)
 
     def _memory(self, x_LxD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(x_1xSxD, which of S are there): of a length that programs are made for."""
-        size = _bucket(len(x_LxD), SHORTEST // subsample.RATE)
+        """(x_1xSxD, which of S are there): of a length that programs are made for. There are few of these, as each pair
+        with a length of texts has a program."""
+        size = _bucket(len(x_LxD), SHORTEST // subsample.RATE, 2)
         return _padded(x_LxD, size)[None], np.arange(size)[None] < len(x_LxD)
 
     def _texts(self, hypotheses: Iterable[Hypothesis], start: float = 0.0) -> list[Text]:
@@ -293,10 +294,10 @@ def _score(model: Any, tokens_KxU: Array, x_1xLxD: Array, seen_1xL: Array) -> tu
     return model.score(tokens_KxU, memory, seen)
 
 
-def _bucket(length: int, shortest: int = SHORTEST) -> int:
+def _bucket(length: int, shortest: int = SHORTEST, factor: float = 1.25) -> int:
     size = shortest
     while size < length:
-        size = -(-size * 5 // 4)
+        size = math.ceil(size * factor)
     return size
 
 
