@@ -219,15 +219,18 @@ class Speech(Setting):
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             partfile.write_text(ROOT / self._list(task), text)
             for split in ("valid", "test"):
-                folder = str(ROOT / "prepared" / f"{self.data(task)}.{split}")
-                speech.prepare(folder, manifest=self._list(task), split=split, tokeniser=joint)
+                speech.prepare(self._scored(task, split), manifest=self._list(task), split=split, tokeniser=joint)
+
+    def _scored(self, task: str, split: str) -> str:
+        """The folder of all that nll is of, however long: what training looks at by the way leaves long ones out."""
+        return str(ROOT / "prepared" / f"{self.data(task)}.{split}.all")
 
     def sizes(self) -> dict[str, int]:
         train = {task: [x["seconds"] for x in self.listed[task] if x["split"] == "train"] for task in self.tasks}
         return {task: round(sum(seconds)) for task, seconds in train.items()}
 
     def nll(self, split: str) -> Nll:
-        folders = {task: str(ROOT / "prepared" / f"{self.data(task)}.{split}") for task in self.tasks}
+        folders = {task: self._scored(task, split) for task in self.tasks}
         # One at a time: larger batches are of like lengths, and filled up.
         of = {task: Loss(folder, speech.Speech.open(folder).rows, batch_size=1) for task, folder in folders.items()}
         return lambda path: {task: loss.by_family(path)["asr"] for task, loss in of.items()}

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from moe_jax import checkpoint, decode, describe, hosts, tree
 from moe_jax.data import Pairs
 from moe_jax.metrics import language, translation
-from moe_jax.partfile import nobody_reads, write_text
+from moe_jax.partfile import nobody_reads, unfit, write_text
 from moe_jax.report.atlas import told_apart
 from moe_jax.report.heatmap import heat_maps
 from moe_jax.text.prompt import check_layout, encode_example, room_to_write
@@ -300,10 +300,8 @@ def main(args: argparse.Namespace) -> int:
     if args.beam < 1:
         raise ValueError(f"--beam is {args.beam}, it must be 1 or more")
     output = Path(args.output) if args.output else None
-    if output and output.exists() and not args.overwrite:
-        raise ValueError(f"{output}: is there already; pass --overwrite to replace it")
-    if output and (output.is_dir() or not output.parent.is_dir()):
-        raise ValueError(f"{output}: is a folder, or in none; give a file in a folder that is there")
+    if output and (said := unfit(output, args.overwrite)):
+        raise ValueError(said)
     pipeline = Translate.load(args.checkpoint, beams=args.beam)
     direction = f"{args.source_lang}-{args.target_lang}"
     if said := untrained(pipeline.task(direction), pipeline.trained):

@@ -230,7 +230,7 @@ def test_what_could_not_be_scored_is_said_first(tmp_path, test, said):
         (["--input", "nowhere.txt"], "cannot read"),
         (["--checkpoint", "nowhere"], "cannot be read as safetensors"),
         (["--beam", "0"], "--beam is 0, it must be 1 or more"),
-        (["--output", "nowhere/out.txt"], "is a folder, or in none"),
+        (["--output", "nowhere/out.txt"], "nowhere: no such folder; create it first"),
     ],
 )
 def test_what_cannot_be_translated_is_one_line(shipped, tmp_path, monkeypatch, capsys, change, said):

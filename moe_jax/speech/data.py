@@ -231,10 +231,7 @@ def write(
     aside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     aside.mkdir(parents=True)
     try:
-        meta: dict[str, Any] = _write(
-            aside, utterances, said, tokeniser, units, rate, mels, tuple(speeds), lengths, batch, longest, like
-        )
-        meta |= wanted
+        meta = _write(aside, utterances, said, tokeniser, asked, batch, like) | wanted
         (aside / "meta.json").write_text(json.dumps(meta, indent=2, ensure_ascii=False) + "\n", "utf-8")
         aside.rename(target)
     finally:
@@ -250,15 +247,13 @@ def _write(
     utterances: Callable[[], Iterable[Utterance | Recorded | Skipped]],
     said: str,
     tokeniser: str | None,
-    units: str | int,
-    rate: int,
-    mels: int,
-    speeds: tuple[float, ...],
-    lengths: int,
+    asked: Mapping[str, Any],
     batch: int | None,
-    longest: float | None,
     like: dict[str, Any] | None,
 ) -> dict[str, Any]:
+    """The files in `aside` but for meta.json, which it returns. `asked`, `batch`: as of `write`."""
+    names = ("units", "rate", "mels", "speeds", "lengths", "longest")
+    units, rate, mels, speeds, lengths, longest = (asked[name] for name in names)
     texts = [u.text for u in utterances() if not isinstance(u, Skipped)]
     if not any(texts):
         raise ValueError(f"{said}: no utterance with a text")
