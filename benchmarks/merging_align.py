@@ -106,7 +106,7 @@ def run() -> None:
     parser.add_argument("--collect", action="store_true", help="only make the table, of what is finished")
     args = parser.parse_args()
     os.chdir(ROOT)
-    names = {str(seed): (seed,) for seed in args.seeds}
+    names: dict[str, tuple[int, ...]] = {str(seed): (seed,) for seed in args.seeds}
     names |= {f"{a}-{b}": (a, b) for a, b in itertools.combinations(args.seeds, 2)}
     if args.collect:
         found = {name: kept.read(EXPERIMENT, name) for name in names}

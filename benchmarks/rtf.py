@@ -89,8 +89,8 @@ def heard(d: int, layers: int, hidden: int, vocab: int) -> Iterator[dict[str, An
 class RoutesPadding(MoeFfn):
     """As if every frame were one."""
 
-    def __call__(self, x: jax.Array, info: TokenInfo, key: jax.Array | None = None) -> Any:
-        return super().__call__(x, dataclasses.replace(info, valid_BxL=jnp.ones_like(info.valid_BxL)), key)
+    def __call__(self, x_BxLxD: jax.Array, info: TokenInfo, key: jax.Array | None = None) -> Any:
+        return super().__call__(x_BxLxD, dataclasses.replace(info, valid_BxL=jnp.ones_like(info.valid_BxL)), key)
 
 
 def padded(d: int, layers: int, hidden: int, vocab: int) -> Iterator[dict[str, Any]]:

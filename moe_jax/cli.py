@@ -1,87 +1,59 @@
-"""`moe-jax`: correct a file, score test sets, translate, run experiments and compare them, merge, import, export."""
+"""`moe-jax`: correct a file, score test sets, translate, run experiments and compare them, merge, import, export.
+
+A command's own module is imported when it is asked for: the others, JAX among what they import, would take seconds.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from moe_jax import __version__, check_mesh, compare, correct, launch, main, score, sweep, translate, tune
-from moe_jax.formats import Record
-from moe_jax.merging import command
-from moe_jax.speech import transcribe
+from moe_jax import __version__, launch
+
+if TYPE_CHECKING:
+    from moe_jax import score
+    from moe_jax.formats import Record
 
 ONCE = ("merge", "import", "export")  # commands that have each array once: memory that they kept would be in the way
 DTYPES = ("float32", "bfloat16", "float16")
+# Command -> its module (None: it is here), what it does.
+COMMANDS = {
+    "correct": ("correct", "correct a file of hypotheses"),
+    "score": ("score", "score test sets, ours beside other systems"),
+    "tune": ("tune", "tune a checkpoint's guard on lists of your own"),
+    "transcribe": ("speech.transcribe", "recognise speech: audio files to n-best lists for correct"),
+    "run": ("main", "run the jobs of a gin file: prepare, train, evaluate"),
+    "export": (None, "write a run's best checkpoint, or a safetensors file, as another dtype, or with adapters merged"),
+    "import": (None, "make a checkpoint of a pretrained model"),
+    "translate": ("translate", "translate a file, a line at a time"),
+    "merge": ("merging.command", "merge models tuned from one base"),
+    "statistics": (None, "what merging by fisher or regmean needs to know of a model"),
+    "sweep": ("sweep", "run a gin file at many settings and seeds, into one table"),
+    "compare": ("compare", "what differs between runs, and their curves"),
+    "check-mesh": ("check_mesh", "what a training step needs on machines that are not here"),
+    "subnetwork": (None, "the part of a model with routing by task that one task needs"),
+}
 
 
 def entry(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         launch.command(keep_memory=not set(sys.argv[1:2]) & set(ONCE))
+    given = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="moe-jax", description="Correct what a recogniser wrote.")
     parser.add_argument("--version", action="version", version=f"moe-jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    correct.add_arguments(
-        commands.add_parser("correct", help="correct a file of hypotheses", description=correct.__doc__)
-    )
-    score.add_arguments(commands.add_parser("score", help="score test sets, ours beside other systems"))
-    tune.add_arguments(
-        commands.add_parser("tune", help="tune a checkpoint's guard on lists of your own", description=tune.__doc__)
-    )
-    transcribe.add_arguments(
-        commands.add_parser("transcribe", help="recognise speech: audio files to n-best lists for correct")
-    )
-    main.add_arguments(commands.add_parser("run", help="run the jobs of a gin file: prepare, train, evaluate"))
-    export = commands.add_parser(
-        "export", help="write a run's best checkpoint, or a safetensors file, as another dtype, or with adapters merged"
-    )
-    export.add_argument("--checkpoint", required=True, help="a run folder, or a safetensors file")
-    export.add_argument("--output", required=True, help="the safetensors file to write")
-    export.add_argument("--adapters", help="a run's adapters.safetensors, to merge into --checkpoint, its base")
-    export.add_argument("--dtype", default="float32", choices=DTYPES)
-    formats = ("moe_jax", "huggingface")
-    export.add_argument("--to", default="moe_jax", choices=formats, help="a file of ours, or a folder of theirs")
-    bring = commands.add_parser("import", help="make a checkpoint of a pretrained model")
-    bring.add_argument("--model", required=True, metavar="PATH", help="a Hugging Face folder, or a GGUF file")
-    bring.add_argument("--output", required=True, metavar="FILE", help="the safetensors file to write")
-    bring.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they are)")
-    bring.add_argument("--layout", default="instruct", help="how prompts are written (default: instruct)")
-    bring.add_argument("--length", type=int, default=1024, help="tokens of prompt and correction (default: 1024)")
-    translate.add_arguments(commands.add_parser("translate", help="translate a file, a line at a time"))
-    command.add_arguments(commands.add_parser("merge", help="merge models tuned from one base"))
-    statistics = commands.add_parser("statistics", help="what merging by fisher or regmean needs to know of a model")
-    statistics.add_argument("--checkpoint", required=True, help="a run folder, or a safetensors file")
-    statistics.add_argument("--data", required=True, help="a folder of prepared data: the model's own training data")
-    statistics.add_argument("--kind", required=True, choices=("fisher", "gram"), help="gram: for regmean")
-    statistics.add_argument("--rows", type=int, default=64, help="how many rows of it (default: 64)")
-    statistics.add_argument("--output", required=True, help="the safetensors file to write")
-    sweep.add_arguments(commands.add_parser("sweep", help="run a gin file at many settings and seeds, into one table"))
-    compare.add_arguments(commands.add_parser("compare", help="what differs between runs, and their curves"))
-    check_mesh.add_arguments(
-        commands.add_parser("check-mesh", help="what a training step needs on machines that are not here")
-    )
-    part = commands.add_parser("subnetwork", help="the part of a model with routing by task that one task needs")
-    part.add_argument("--checkpoint", required=True, help="a run folder, or a safetensors file")
-    part.add_argument("--task", required=True, help="such as translate/en-de")
-    part.add_argument("--output", required=True, help="the safetensors file to write")
-    args = parser.parse_args(main.rewritten(sys.argv[1:] if argv is None else argv))
-    if args.command == "run":
-        return main.start(args)
+    for name, (_, said) in COMMANDS.items():
+        own = commands.add_parser(name, help=said)
+        if given[:1] == [name]:
+            _add_arguments(name, own)
+    args = parser.parse_args(launch.rewritten(given))
     try:
-        if args.command == "check-mesh":
-            return check_mesh.main(args, *main.planned(args.gin_file, args.gin_bindings))
-        if args.command == "correct":
-            return correct.main(args, _load)
-        if args.command == "score":
-            return score.main(args, scored)
-        own = {"merge": command.main, "transcribe": transcribe.main, "translate": translate.main}
-        own |= {"sweep": sweep.main, "compare": compare.main, "tune": tune.main}
-        if args.command in own:
-            return own[args.command](args)
-        others = {"export": _export, "import": _import, "statistics": _statistics, "subnetwork": _subnetwork}
-        return others[args.command](args)
+        return _run(args)
     except KeyboardInterrupt:
         kept = (
             "its trials are kept, the same command goes on" if getattr(args, "search", None) else "nothing was written"
@@ -89,7 +61,57 @@ def entry(argv: Sequence[str] | None = None) -> int:
         print(f"interrupted; {kept}", file=sys.stderr)
         return 130
     except Exception as error:
+        from moe_jax import main
+
         return main.report(error)
+
+
+def _module(name: str):
+    return importlib.import_module(f"moe_jax.{COMMANDS[name][0]}")
+
+
+def _run(args: argparse.Namespace) -> int:
+    here = {"export": _export, "import": _import, "statistics": _statistics, "subnetwork": _subnetwork}
+    if args.command in here:
+        return here[args.command](args)
+    module = _module(args.command)
+    if args.command == "run":
+        return module.start(args)
+    if args.command == "check-mesh":
+        from moe_jax import main
+
+        return module.main(args, *main.planned(args.gin_file, args.gin_bindings))
+    more = {"correct": (_load,), "score": (scored,)}.get(args.command, ())
+    return module.main(args, *more)
+
+
+def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
+    """Those of a command."""
+    add = parser.add_argument
+    if COMMANDS[name][0]:
+        module = _module(name)
+        parser.description = module.__doc__ if name in ("correct", "tune") else None
+        module.add_arguments(parser)
+    elif name == "import":
+        add("--model", required=True, metavar="PATH", help="a Hugging Face folder, or a GGUF file")
+        add("--output", required=True, metavar="FILE", help="the safetensors file to write")
+        add("--dtype", choices=DTYPES, help="of the weights (default: as they are)")
+        add("--layout", default="instruct", help="how prompts are written (default: instruct)")
+        add("--length", type=int, default=1024, help="tokens of prompt and correction (default: 1024)")
+    else:
+        add("--checkpoint", required=True, help="a run folder, or a safetensors file")
+        add("--output", required=True, help="the safetensors file to write")
+    if name == "export":
+        add("--adapters", help="a run's adapters.safetensors, to merge into --checkpoint, its base")
+        add("--dtype", default="float32", choices=DTYPES)
+        formats = ("moe_jax", "huggingface")
+        add("--to", default="moe_jax", choices=formats, help="a file of ours, or a folder of theirs")
+    elif name == "statistics":
+        add("--data", required=True, help="a folder of prepared data: the model's own training data")
+        add("--kind", required=True, choices=("fisher", "gram"), help="gram: for regmean")
+        add("--rows", type=int, default=64, help="how many rows of it (default: 64)")
+    elif name == "subnetwork":
+        add("--task", required=True, help="such as translate/en-de")
 
 
 def _load(args: argparse.Namespace):
@@ -165,7 +187,7 @@ def _statistics(args: argparse.Namespace) -> int:
 
 
 def _subnetwork(args: argparse.Namespace) -> int:
-    from moe_jax import checkpoint, subnetwork, tree
+    from moe_jax import checkpoint, subnetwork, translate, tree
 
     if Path(args.output).exists():
         raise ValueError(f"{args.output}: is there already; remove it, or give another --output")

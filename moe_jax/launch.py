@@ -1,4 +1,4 @@
-"""What a command does before JAX is imported: settings of its process that measured faster.
+"""What a command does before JAX is imported: settings of its process that measured faster, and flags made plain.
 
 Either is the user's where its variable is set already (to nothing: switched off).
 """
@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,6 +27,11 @@ def command(keep_memory: bool = True) -> None:
     if keep_memory and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = KEEP_MEMORY
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def rewritten(argv: Sequence[str]) -> list[str]:
+    """`--gin.NAME=VALUE` (T5X's form) -> `--gin_bindings=NAME=VALUE`."""
+    return [re.sub(r"^--gin\.(?=[A-Za-z_])", "--gin_bindings=", a) for a in argv]
 
 
 def compiled_programs() -> Path:

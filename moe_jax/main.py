@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_jax import hosts, launch
+from moe_jax import launch
 
 PACKAGE = Path(__file__).resolve().parent
 CHECKOUT = PACKAGE.parent
@@ -292,11 +292,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--show_config", action="store_true", help="print what is bound, and stop")
 
 
-def rewritten(argv: Sequence[str]) -> list[str]:
-    """`--gin.NAME=VALUE` (T5X's form) -> `--gin_bindings=NAME=VALUE`."""
-    return [re.sub(r"^--gin\.(?=[A-Za-z_])", "--gin_bindings=", a) for a in argv]
-
-
 def start(args: argparse.Namespace) -> int:
     """Returns the exit code; every expected failure is one line on stderr."""
     try:
@@ -310,6 +305,8 @@ def start(args: argparse.Namespace) -> int:
             print(gin.config_str())
             return 0
         if args.distributed or args.coordinator:
+            from moe_jax import hosts
+
             hosts.join(args.coordinator, args.processes, args.process, args.heartbeat)
         buildable()
         gin.get_configurable(run)()
@@ -347,7 +344,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         launch.command()
     parser = argparse.ArgumentParser(prog="python -m moe_jax.main", description=__doc__.split("\n")[0])
     add_arguments(parser)
-    return start(parser.parse_args(rewritten(sys.argv[1:] if argv is None else argv)))
+    return start(parser.parse_args(launch.rewritten(sys.argv[1:] if argv is None else argv)))
 
 
 if __name__ == "__main__":

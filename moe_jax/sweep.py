@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 from moe_jax.metrics.scoring import markdown
 from moe_jax.partfile import write_text
@@ -180,7 +180,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, tuple[floa
             if found:
                 half = float("nan")
                 if len(found) > 1:
-                    half = float(stats.t.ppf(0.975, len(found) - 1) * np.std(found, ddof=1) / np.sqrt(len(found)))
+                    half = float(stdtrit(len(found) - 1, 0.975) * np.std(found, ddof=1) / np.sqrt(len(found)))
                 out.setdefault(metric, {})[point] = (float(np.mean(found)), half, len(found))
     return out
 

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import branches, checkpoint, main, sharding, train, tree
+from moe_jax import branches, checkpoint, launch, main, sharding, train, tree
 from moe_jax.interop import bring
 from moe_jax.layers.param import Rngs
 from moe_jax.metrics import language
@@ -298,7 +298,7 @@ def test_values_from_the_shell_need_no_quotes():
     assert main._quoted("RATE=1e-3") == "RATE = 1e-3"
     assert main._quoted("DATA=2024-run") == 'DATA = "2024-run"'
     assert main._quoted("A=@optim.adamw") == "A = @optim.adamw"
-    assert main.rewritten(["--gin.A=1", "--gin_file=x"]) == ["--gin_bindings=A=1", "--gin_file=x"]
+    assert launch.rewritten(["--gin.A=1", "--gin_file=x"]) == ["--gin_bindings=A=1", "--gin_file=x"]
 
 
 def test_the_command_line_says_one_line_and_exits_with_2(capsys):

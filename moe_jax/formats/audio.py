@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from scipy.signal import resample_poly
 
 SCALE = 1 << 15  # of samples: floats in the range of 16-bit integers, as Kaldi and WeNet have them
 
@@ -202,6 +201,8 @@ def resampled(samples_S: np.ndarray, own_rate: int, rate: int) -> np.ndarray:
     """Samples of another rate; a warning says so once."""
     if own_rate == rate:
         return samples_S
+    from scipy.signal import resample_poly  # takes a second to import, which many commands have no use for
+
     warnings.warn(f"audio of {own_rate} Hz is resampled to {rate} Hz")  # noqa: B028  said once: the place is always here
     return resample_poly(samples_S, *_ratio(own_rate, rate)).astype(np.float32)
 

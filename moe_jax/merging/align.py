@@ -4,7 +4,6 @@ model stays the same; the mean of two such models does not."""
 from __future__ import annotations
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from moe_jax.merging.models import MergeError, Model, Ours
 
@@ -15,6 +14,8 @@ def orders(base: Model, model: Model) -> dict[str, np.ndarray]:
 
     Raises MergeError for models without experts of ours.
     """
+    from scipy.optimize import linear_sum_assignment  # half a second to import
+
     if not isinstance(base, Ours) or not isinstance(model, Ours) or not base.moe:
         raise MergeError(f"{base.path}: align is for mixtures of experts in checkpoints of moe_jax")
     found: dict[str, np.ndarray] = {}

@@ -231,7 +231,7 @@ def write(
     aside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     aside.mkdir(parents=True)
     try:
-        meta = _write(aside, utterances, said, tokeniser, asked, batch, like) | wanted
+        meta: dict[str, Any] = _write(aside, utterances, said, tokeniser, asked, batch, like) | wanted
         (aside / "meta.json").write_text(json.dumps(meta, indent=2, ensure_ascii=False) + "\n", "utf-8")
         aside.rename(target)
     finally:

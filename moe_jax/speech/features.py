@@ -13,7 +13,6 @@ import functools
 from fractions import Fraction
 
 import numpy as np
-from scipy.signal import resample_poly
 
 FRAME, SHIFT = 0.025, 0.010  # seconds
 MELS = 80
@@ -75,7 +74,11 @@ def _mel_banks(rate: int, mels: int) -> np.ndarray:
 def speed(samples_S: np.ndarray, factor: float) -> np.ndarray:
     """Spoken `factor` times as fast, and as high (Ko et al. 2015)."""
     by = Fraction(factor).limit_denominator(100)
-    return samples_S if by == 1 else resample_poly(samples_S, by.denominator, by.numerator).astype(np.float32)
+    if by == 1:
+        return samples_S
+    from scipy.signal import resample_poly  # takes a second to import
+
+    return resample_poly(samples_S, by.denominator, by.numerator).astype(np.float32)
 
 
 # --- normalisation ----------------------------------------------------------------------------------------------------
