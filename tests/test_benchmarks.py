@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from xml.etree import ElementTree
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks import (
+    chain,
     exchange,
     gpu,
     input_pipeline,
@@ -26,12 +28,13 @@ from benchmarks import (
     tpu_aot,
 )
 from benchmarks.merging_settings import Corrector as Merged
-from moe_jax import tree
+from moe_jax import main, tree
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.ffn import DenseFfn
 from moe_jax.layers.param import Rngs
 from moe_jax.models.corrector import Corrector
 from moe_jax.moe import dispatch
+from moe_jax.speech.recognise import Text
 
 
 def test_rivals_take_turns():
@@ -363,3 +366,35 @@ def test_the_table_of_aligned_merges():
     lines = results.align(made).splitlines()
     assert "| aligned | 2 | 1.000 ± 0.000 | 2.000 ± 0.000 | 1.500 ± 0.000 | 75 |" in lines
     assert "| alone | 1 | 1.000 | 2.000 | 1.500 |  |" in lines
+
+
+def test_the_table_of_a_chain_has_a_first_pass_a_seed():
+    row = dict(
+        task="asr", set="all", metric="wer", first_pass=0.3, corrected=0.2, oracle_nb=0.1, oracle_cp=0.05, lines=9
+    )
+    row |= dict(oracle_cp=0.05, relative_change=-0.33, ci95=[-0.5, -0.1], p_value=0.01, fixed=3, broken=1)
+    found = {"scores": {"rows": [row], "meta": {"split": "test", "date": "d"}}}
+    made = chain.table({0: found, 1: found}, "c")
+    values = {(r["arm"], r["seed"]): r["value"] for r in made["rows"]}
+    assert values["first pass", 0] == values["first pass", 1] == 0.3
+    assert values["corrected", 1] == 0.2 and values["oracle n-best", 0] == 0.1
+    assert "| asr | wer ↓ | corrected | 20.00 ± 0.00 | 2 | -33.0 % |" in results.table(made)
+
+
+def test_a_chain_lists_what_every_reader_hears(tmp_path):
+    class Reader:
+        rate = 16000
+
+        def __init__(self, *texts):
+            self.texts = texts
+
+        def __call__(self, samples):
+            return [Text(t, 0.0, ()) for t in self.texts]
+
+    path = tmp_path / "list.jsonl"
+    wav = main.shipped("prompts/prompts.jsonl")
+    line = json.loads(Path(wav).read_text("utf-8").splitlines()[0])
+    line |= {"audio": str(Path(wav).parent / line["audio"]), "split": "train"}
+    path.write_text(json.dumps(line) + "\n")
+    found = chain.lists([Reader("a", "b"), Reader()], str(path), "train")
+    assert found == [{"hypotheses": h, "reference": line["text"]} for h in (["a", "b"], [""])]
