@@ -185,18 +185,25 @@ def make_step(
     dtype: str,
     max_targets: int,
     adapters: Adapters = EVERYTHING,
+    apart: bool = False,
 ):
     """(params, opt, step, batch, frozen) -> (params, opt, metrics); gradients, of what trains alone, are summed over
-    `micro` slices of the batch."""
+    `micro` slices of the batch.
+
+    With `apart` two programs: one for gradients and one for what is done with them. Where batches have several shapes
+    the second is compiled once, and the first, which takes the longest, serves runs of other seeds, steps and learning
+    rates too (from JAX's cache on disk).
+    """
 
     def loss_fn(own: Table, rest: Table, batch: Batch, key: Array, normaliser: Array):
         made = compute(model, adapters.merge(own, rest), dtype)
         return made.loss(batch, key, normaliser=normaliser, max_targets=max_targets)
 
-    def step_fn(
-        params: Table, opt: Any, step: Array, batch: Batch, frozen: Table | None = None
-    ) -> tuple[Table, Any, Metrics]:
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), micro)
+    def gradients_fn(
+        params: Table, root: Array, step: Array, batch: Batch, frozen: Table | None
+    ) -> tuple[Table, Metrics]:
+        """`root`: the seed's key. The metrics have the loss among them."""
+        keys = jax.random.split(jax.random.fold_in(root, step), micro)
         normaliser = jnp.maximum(batch.weights_BxL.sum(), 1) / micro
         slices = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, micro, *x.shape[1:]), 1, 0), batch)
         own = trained(params)
@@ -216,7 +223,13 @@ def make_step(
         else:
             zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradients, *first))
             ((loss, metrics), grads), _ = jax.lax.scan(add, zero, (slices, keys))
-        grads = jax.tree.map(lambda g: g / micro, grads)
+        return jax.tree.map(lambda g: g / micro, grads), metrics | {"loss": loss / micro}
+
+    def update_fn(
+        params: Table, opt: Any, grads: Table, metrics: Metrics, frozen: Table | None
+    ) -> tuple[Table, Any, Metrics]:
+        own = trained(params)
+        whole = (frozen or {}) | params
         updates, opt = optimizer.update(grads, opt, own)
         whole |= cast(Table, optax.apply_updates(own, updates))
         after = after_step(model, {path: whole[path] for path in tree.flatten(model)}, metrics)
@@ -227,14 +240,35 @@ def make_step(
         if "stats" in metrics:  # the statistics of slices add up, the losses made of them do not
             metrics |= {name: loss_of(metrics["stats"]) for name, loss_of in losses.AUXILIARY.items()}
         moved = {path: whole[path] for path in params}
-        return moved, opt, metrics | {"loss": loss / micro, "grad_norm": optax.tree.norm(grads)}
+        return moved, opt, metrics | {"grad_norm": optax.tree.norm(grads)}
+
+    def step_fn(
+        params: Table, opt: Any, step: Array, batch: Batch, frozen: Table | None = None
+    ) -> tuple[Table, Any, Metrics]:
+        found = gradients_fn(params, jax.random.key(seed), step, batch, frozen)
+        return update_fn(params, opt, *found, frozen)
 
     stays: Any = None
+    grads_stay: Any = None
     if mesh := sharding.mesh():  # else XLA would lay out what comes back as it likes, and the next step as that is
         like, like_opt, _ = layout(model, optimizer, mesh, adapters)
         stays = (*jax.tree.map(lambda s: s.sharding, (like, like_opt)), None)
+        grads_stay = ({path: x.sharding for path, x in trained(like).items()}, None)
     options = xla.options(sharding.kind()[0])
-    return jax.jit(step_fn, donate_argnums=(0, 1), out_shardings=stays, compiler_options=options)
+    if not apart:
+        return jax.jit(step_fn, donate_argnums=(0, 1), out_shardings=stays, compiler_options=options)
+
+    @functools.partial(jax.jit, out_shardings=grads_stay, compiler_options=options)
+    def gradients(params: Table, root: Array, step: Array, batch: Batch, frozen: Table | None):
+        return gradients_fn(params, jax.random.wrap_key_data(root), step, batch, frozen)
+
+    update = jax.jit(update_fn, donate_argnums=(0, 1), out_shardings=stays, compiler_options=options)
+    root = np.asarray(jax.random.key_data(jax.random.key(seed)))
+
+    def steps_apart(params: Table, opt: Any, step: Array, batch: Batch, frozen: Table | None = None):
+        return update(params, opt, *gradients(params, root, step, batch, frozen), frozen)
+
+    return steps_apart
 
 
 def compute(model: Any, params: Table, dtype: str) -> Any:
@@ -398,6 +432,7 @@ def train(
             dtype=dtype,
             max_targets=train_set.meta["max_targets"],
             adapters=adapters,
+            apart=len(train_set.meta.get("lengths", ())) > 1,
         )
         evaluate = make_evaluation(network, dtype=dtype, max_targets=max_targets, adapters=adapters)
         logs = Logs(folder, state.step, enabled=hosts.first())

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from moe_jax import describe, losses, sharding, train, tree
+from moe_jax import describe, losses, optim, sharding, train, tree
 from moe_jax.layers import subsample
 from moe_jax.layers.ffn import PlainFfn
 from moe_jax.layers.param import Rngs
@@ -233,6 +233,26 @@ def test_it_learns_in_the_trainers_step():
         losses_seen.append(float(metrics["loss"]))
     assert losses_seen[-1] < 0.6 * losses_seen[0]
     assert all(np.abs(params[p] - was).max() > 0 for p, was in biases.items())
+
+
+def test_a_step_in_two_programs_is_the_same_step():
+    """As the trainer takes it of batches of several lengths; randomness by the seed and the step, as ever."""
+    m, optimizer = model(moe(routers.BiasBalanced)), optim.guarded(optax.adam(1e-2))
+    options = dict(seed=3, micro=1, dtype="float32", max_targets=5)
+    found = []
+    for apart in (False, True):
+        step = train.make_step(m, optimizer, **options, apart=apart)
+        params = {path: jnp.copy(x) for path, x in tree.flatten(m).items()}
+        opt = optimizer.init(train.trained(params))
+        for i in range(3):
+            params, opt, metrics = step(params, opt, np.int32(i), utterances(4), {})
+        found.append((params, metrics))
+    (params, metrics), (params_apart, metrics_apart) = found
+    assert metrics.keys() == metrics_apart.keys() and float(metrics["loss"]) == pytest.approx(
+        float(metrics_apart["loss"]), rel=1e-5
+    )
+    for path, x in params.items():
+        np.testing.assert_allclose(params_apart[path], x, atol=1e-4, err_msg=path)
 
 
 def test_after_a_step_each_router_moves_by_its_own_load():
