@@ -15,7 +15,7 @@ import pytest
 SCRIPTS = Path(__file__).parents[1] / "tpu_scripts"
 pytestmark = pytest.mark.skipif(not shutil.which("bash"), reason="the scripts are bash")
 
-# Writes its arguments down; `describe` says the next state, `ssh` of `cat .../ended` the next exit code.
+# Writes its arguments down; `describe` says the next state, `ssh` that asks for steps what the hosts answer next.
 FAKE = """#!/usr/bin/env python3
 import json, os, sys
 from pathlib import Path
@@ -35,8 +35,13 @@ if "describe" in sys.argv:
     if state == "BROKEN":
         sys.exit("ERROR: (gcloud) there is no network")
     print(state)
-elif "ssh" in sys.argv and "cat moe_jax/ended" in sys.argv[-1]:
-    print(following("ended"))
+elif "ssh" in sys.argv and "metrics.jsonl" in sys.argv[-1]:
+    said = following("answers") or "running 1 5"
+    if said == "DOWN":
+        sys.exit("ssh: connection refused")
+    print(said.replace("+", "\\n"))
+elif "create" in sys.argv and (home / "no quota").exists():
+    sys.exit("ERROR: (gcloud) RESOURCE_EXHAUSTED: no quota")
 elif "sbatch" in sys.argv[0]:
     (home / "script").write_text(sys.stdin.read())
 """
@@ -56,23 +61,34 @@ def fake(tmp_path):
         found = subprocess.run(["bash", "-c", f"command -v {name}"], env=env, capture_output=True, text=True)
         assert found.stdout.strip() == str(binaries / name)
 
-    def call(script: str, *arguments: str, states: str = "", ended: str = "") -> subprocess.CompletedProcess:
+    def call(script: str, *arguments: str, states: str = "", answers: str = "", **more) -> subprocess.CompletedProcess:
         (home / "states").write_text("".join(f"{s}\n" for s in states.split()))
-        (home / "ended").write_text("".join(f"{s}\n" for s in ended.split(",") if ended))
+        (home / "answers").write_text("".join(f"{s.strip()}\n" for s in answers.split(",") if answers))
         (home / "calls.jsonl").write_text("")
         command = ["bash", str(SCRIPTS / script), *arguments]
-        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, env=env | more, capture_output=True, text=True, timeout=60)
 
     def calls(*words: str) -> list[list[str]]:
         lines = [json.loads(line) for line in (home / "calls.jsonl").read_text().splitlines()]
         return [line for line in lines if all(word in line for word in words)]
 
-    call.home = home  # ty: ignore
+    call.home, call.env = home, env  # ty: ignore
     return call, calls
 
 
 SLICE = ("--name", "my-run", "--zone", "us-east5-a")
+
+
+def in_front(command: list[str], **more) -> subprocess.Popen:
+    """A group of its own, as a terminal gives it, whose SIGINT is not ignored, even where the tests' is."""
+    default = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    return subprocess.Popen(command, start_new_session=True, preexec_fn=default, **more)
+
+
+SITTER = ("babysit", *SLICE, "--type", "v6e-16", "--every", "0")
+BUCKET = ("--bucket", "my-bucket")
 RUN = ("--", "--gin_file=experiments/neko/neko.gin", '--gin.TITLE=it\'s a "test" $HOME; rm -rf x')
+ODD = (*RUN, "--gin.TITLE=a\ttab, café", "--gin.LINES=one\ntwo")
 
 
 def test_they_are_clean():
@@ -101,9 +117,10 @@ def test_a_slice_is_created_once(fake):
     assert again.returncode == 0 and not calls("create") and "is there already: WAITING_FOR_RESOURCES" in again.stderr
 
 
-def test_a_run_is_launched_once_on_all_hosts_with_every_value_quoted(fake, tmp_path):
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_a_run_is_launched_once_on_all_hosts_with_every_value_quoted(locale, fake, tmp_path):
     call, calls = fake
-    assert call("tpu.sh", "launch", *SLICE, *RUN).returncode == 0
+    assert call("tpu.sh", "launch", *SLICE, "--env", "GREETING=a 'b'\té", *ODD, LC_ALL=locale).returncode == 0
     ((*_, command),) = calls("ssh")
     assert "--worker" in calls("ssh")[0] and "all" in calls("ssh")[0]
     # The command as a host would run it, with a supervisor that writes its arguments down.
@@ -111,7 +128,7 @@ def test_a_run_is_launched_once_on_all_hosts_with_every_value_quoted(fake, tmp_p
     (host / "moe_jax" / "tpu_scripts").mkdir(parents=True)
     fake_supervisor = host / "moe_jax" / "tpu_scripts" / "supervise.sh"
     fake_supervisor.write_text(
-        '#!/usr/bin/env bash\nprintf "%s\\n" "$@" > arguments.part\nmv arguments.part arguments\nsleep 5\n'
+        '#!/usr/bin/env bash\nprintf "%s\\0" "$@" "$GREETING" > arguments.part\nmv arguments.part arguments\nsleep 5\n'
     )
     fake_supervisor.chmod(0o755)
     for _ in range(2):  # the second finds it running
@@ -121,7 +138,8 @@ def test_a_run_is_launched_once_on_all_hosts_with_every_value_quoted(fake, tmp_p
         if given.exists():
             break
         time.sleep(0.1)
-    assert given.read_text().splitlines() == ["--", ".venv/bin/python", "-m", "moe_jax.main", "--distributed", *RUN[1:]]
+    python = ["--", ".venv/bin/python", "-m", "moe_jax.main", "--distributed"]
+    assert given.read_text("utf-8").split("\0")[:-1] == [*python, *ODD[1:], "a 'b'\té"]
     pid = int((host / "moe_jax" / "pid").read_text())
     given.unlink()
     time.sleep(0.5)
@@ -136,27 +154,173 @@ def test_the_code_is_set_up_and_a_bucket_mounted(fake, tmp_path):
     assert [c[3] for c in calls() if c[0] == "gcloud"] == ["tpu-vm", "tpu-vm"] and calls("scp")
     command = calls("ssh")[0][-1]
     assert subprocess.run(["bash", "-n", "-c", command]).returncode == 0
-    assert r"my\ bucket" in command and "gcsfuse" in command and "my-run/runs" in command
+    assert r"my\ bucket" in command and "install gcsfuse" in command and "my-run/runs" in command
+    assert "uv venv --quiet --python 3.12" in command and "'.[tpu,data,pretrained]'" in command
     assert not list(tmp_path.glob("*.tar.gz"))
+    call("tpu.sh", "setup", *SLICE, "--extras", "tpu,speech")
+    assert "'.[tpu,speech]'" in calls("ssh")[0][-1] and "gcsfuse" not in calls("ssh")[0][-1]
+
+
+def test_a_host_whose_python_is_too_old_gets_another(fake, tmp_path):
+    call, calls = fake
+    call("tpu.sh", "setup", *SLICE)
+    command = calls("ssh")[0][-1]
+    host, tools = tmp_path / "host", tmp_path / "tools"
+    host.mkdir()
+    tools.mkdir()
+    subprocess.run(["tar", "-czf", host / "moe_jax.tar.gz", "-C", SCRIPTS, "README.md"], check=True)
+    for tool in ("bash", "mkdir", "tar", "gzip", "rm", "cat", "grep"):
+        (tools / tool).symlink_to(str(shutil.which(tool)))
+    (tools / "python3").write_text("#!/bin/sh\nexit 1\n")
+    (tools / "python3").chmod(0o755)
+    env = {"PATH": str(tools), "HOME": str(host)}
+
+    def set_up():
+        return subprocess.run(["bash", "-c", command], cwd=host, env=env, capture_output=True, text=True, timeout=20)
+
+    done = set_up()
+    assert done.returncode == 1 and "neither uv nor pip" in done.stderr
+    (tools / "uv").write_text(f"#!/bin/sh\necho $* >> {host}/uv.log\n")
+    (tools / "uv").chmod(0o755)
+    done = set_up()
+    assert done.returncode == 0 and (host / "moe_jax" / "README.md").exists(), done.stderr
+    said = (host / "uv.log").read_text()
+    assert said.startswith("venv --quiet --python 3.12 .venv\npip install --quiet --python .venv/bin/python -e ."), said
+    (host / "moe_jax" / "README.md").unlink()
+    process = subprocess.Popen(["bash", "-c", "sleep 60; : tpu_scripts/supervise.sh"], start_new_session=True)
+    (host / "moe_jax" / "pid").write_text(f"{process.pid}\n")
+    assert "its code is left as it is" in set_up().stdout and not (host / "moe_jax" / "README.md").exists()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_what_is_not_committed_is_said_to_be_left_out(fake, tmp_path):
+    call, _ = fake
+    checkout = tmp_path / "checkout"
+    shutil.copytree(SCRIPTS, checkout / "tpu_scripts")
+    git = ["git", "-C", str(checkout), "-c", "user.name=n", "-c", "user.email=n@localhost"]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *arguments], check=True)
+    command = ["bash", str(checkout / "tpu_scripts" / "tpu.sh"), "setup", *SLICE]
+    assert not subprocess.run(command, env=call.env, capture_output=True, text=True).stderr
+    (checkout / "new.gin").touch()
+    assert (
+        "without the changes of new.gin" in subprocess.run(command, env=call.env, capture_output=True, text=True).stderr
+    )
+
+
+def launched(calls) -> int:
+    return len([c for c in calls("ssh") if "nohup" in c[-1]])
 
 
 def test_a_babysitter_brings_a_run_through_preemptions(fake):
     call, calls = fake
     states = "NONE NONE WAITING_FOR_RESOURCES ACTIVE ACTIVE SUSPENDED NONE NONE ACTIVE BROKEN ACTIVE ACTIVE ACTIVE"
-    done = call("tpu.sh", "babysit", *SLICE, "--type", "v6e-16", "--every", "0", *RUN, states=states, ended=",,,134,0")
+    answers = "lost, running 7 40, lost, running 7 40, 134 7 40, 0 8 60"
+    done = call("tpu.sh", *SITTER, *BUCKET, *RUN, states=states, answers=answers)
     assert done.returncode == 0, done.stderr
     assert len(calls("create")) == 2 and len(calls("delete")) == 2  # the one that was taken away, and at the end
-    launches = [c for c in calls("ssh") if "supervise.sh" in c[-1]]
-    assert len(launches) == 3  # on each slice, and after the lost host
+    assert launched(calls) == 3  # on each slice, and after the lost host
     assert "was taken away; asking for another" in done.stderr and "ended with 134; launching it again" in done.stderr
+    assert "its hosts: running (last step 40)" in done.stderr and "its hosts: 0 (last step 60)" in done.stderr
     assert "there is no network" in done.stderr and done.stderr.strip().splitlines()[-1] == "tpu: done"
 
 
 def test_a_babysitter_does_not_repeat_what_has_to_be_mended(fake):
     call, calls = fake
-    done = call("tpu.sh", "babysit", *SLICE, "--type", "v6e-16", "--every", "0", *RUN, states="ACTIVE", ended="2")
+    done = call("tpu.sh", *SITTER, *BUCKET, *RUN, states="ACTIVE", answers="2, 2")
     assert done.returncode == 2 and "an error that has to be mended" in done.stderr
+    assert launched(calls) == 1  # what ended before it began is launched
     assert len(calls("delete")) == 1 and not calls("create")
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_model_that_lies_on_the_slice_alone_is_not_deleted(code, fake):
+    call, calls = fake
+    done = call("tpu.sh", *SITTER, *RUN, states="ACTIVE", answers=f"{code} 1 9")
+    assert done.returncode == 2 and "would be deleted with the slice" in done.stderr and not calls()
+    done = call("tpu.sh", *SITTER, "--keep", *RUN, states="ACTIVE", answers=f"{code} 1 9")
+    assert done.returncode == code and not calls("delete"), done.stderr
+    assert "goes on costing; tpu_scripts/tpu.sh stop --name my-run --zone us-east5-a deletes it" in done.stderr
+
+
+def test_hosts_that_stand_still_are_launched_again(fake):
+    call, calls = fake
+    answers = (
+        "lost, lost, running 1 5, running 1 5 + lost, running 1 5 + 75 1 5, DOWN, 0 1 5 + running 1 5, 0 + lost, 0 + 0"
+    )
+    done = call("tpu.sh", *SITTER, *BUCKET, *RUN, states="ACTIVE", answers=answers)
+    assert done.returncode == 0, done.stderr
+    assert launched(calls) == 5, done.stderr
+    assert (
+        done.stderr.count("(partly)") == 2 and done.stderr.count("(lost)") == 2 and "hosts: unreachable" in done.stderr
+    )
+
+
+def test_a_run_that_goes_on_is_followed_and_not_set_up_again(fake):
+    call, calls = fake
+    done = call("tpu.sh", *SITTER, *BUCKET, *RUN, states="ACTIVE", answers="running 1 5, 0 1 5")
+    assert done.returncode == 0 and not calls("scp") and not launched(calls)
+
+
+def test_a_babysitter_gives_up_without_a_newer_checkpoint(fake):
+    call, calls = fake
+    args = (*SITTER, *BUCKET, "--tries", "3", *RUN)
+    done = call("tpu.sh", *args, states="ACTIVE", answers="lost, 1 5 20, 75 5 20, 1 6 40, 1 6 40, lost")
+    assert done.returncode == 1 and launched(calls) == 5, done.stderr
+    assert "hosts stand still (lost); giving up after 3 failures without a newer checkpoint" in done.stderr
+    assert len(calls("delete")) == 1
+    (call.home / "no quota").touch()
+    done = call("tpu.sh", *args, states="NONE")
+    assert done.returncode == 1 and len(calls("create")) == 3 and "could not be created; giving up" in done.stderr
+    done = call("tpu.sh", *args, states="BROKEN")
+    assert done.returncode == 1 and len(calls()) == 1  # what is wrong at once has to be mended
+
+
+def test_a_babysitter_that_is_interrupted_says_what_goes_on_costing(fake):
+    call, _ = fake
+    (call.home / "states").write_text("ACTIVE\n")
+    command = ["bash", str(SCRIPTS / "tpu.sh"), *SITTER[:-1], "60", *BUCKET, *RUN]
+    run = in_front(command, env=call.env, stderr=subprocess.PIPE, text=True)
+    assert run.stderr
+    while "its hosts: running" not in (line := run.stderr.readline()):
+        assert line
+    os.killpg(run.pid, signal.SIGINT)
+    assert "goes on costing; tpu_scripts/tpu.sh stop --name my-run" in run.communicate(timeout=20)[1]
+    assert run.returncode == 130
+
+
+def answer(folder: Path, call, calls) -> str:
+    """What a host says of the run in a folder."""
+    call("tpu.sh", *SITTER, *BUCKET, *RUN, states="ACTIVE", answers="running, 0")
+    command = next(c[-1] for c in calls("ssh") if "metrics.jsonl" in c[-1])
+    done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True, timeout=20)
+    assert not done.stderr
+    return done.stdout.strip()
+
+
+def test_a_host_tells_running_from_lost(fake, tmp_path):
+    host = tmp_path / "host"
+    host.mkdir()
+    assert answer(host, *fake) == "lost"
+    run = host / "moe_jax" / "runs" / "a" / "b"
+    (run / "checkpoints" / "20").mkdir(parents=True)
+    (run / "metrics.jsonl").write_text('{"step": 10, "loss": 1.0}\n{"step": 25, "loss": 1.0}\n')
+    state, before, step = answer(host, *fake).split()
+    assert (state, step) == ("lost", "25")
+    (run / "checkpoints" / "30.orbax-checkpoint-tmp-1").mkdir()
+    assert answer(host, *fake).split()[1] == before
+    (run / "checkpoints" / "40").mkdir()
+    assert answer(host, *fake).split()[1] != before
+    (host / "moe_jax" / "ended").write_text("75\n")
+    assert answer(host, *fake).split()[0] == "75"
+    (host / "moe_jax" / "pid").write_text(f"{os.getpid()}\n")  # of another process, as after a reboot
+    assert answer(host, *fake).split()[0] == "75"
+    process = subprocess.Popen(["bash", "-c", "sleep 60; : tpu_scripts/supervise.sh"], start_new_session=True)
+    (host / "moe_jax" / "pid").write_text(f"{process.pid}\n")
+    assert answer(host, *fake).split()[0] == "running"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def test_what_is_not_there_is_stopped_already(fake):
@@ -164,12 +328,32 @@ def test_what_is_not_there_is_stopped_already(fake):
     done = call("tpu.sh", "stop", *SLICE, states="NONE")
     assert done.returncode == 0 and "is not there" in done.stderr and not calls("delete")
     assert call("tpu.sh", "stop", *SLICE, states="ACTIVE").returncode == 0 and len(calls("delete")) == 1
+    assert call("tpu.sh", "stop", *SLICE, states="BROKEN").returncode == 1 and not calls("delete")
+
+
+@pytest.mark.parametrize("command", ["stop", "status"])
+def test_without_gcloud_nothing_is_said_to_be_gone(command, fake, tmp_path):
+    call, _ = fake
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for tool in ("bash", "dirname", "sed"):
+        (tools / tool).symlink_to(str(shutil.which(tool)))
+    done = call("tpu.sh", command, *SLICE, PATH=str(tools))
+    assert done.returncode == 2 and "gcloud is not installed" in done.stderr and not done.stdout
+
+
+@pytest.mark.parametrize("command", ["create", "setup", "launch", "logs", "status", "babysit", "stop"])
+def test_no_command_of_a_dry_run_calls_anything(command, fake):
+    call, calls = fake
+    done = call("tpu.sh", command, *SLICE, "--type", "v5p-128", *BUCKET, "--dry-run", *RUN)
+    assert done.returncode == 0 and "gcloud compute tpus" in done.stdout, done.stderr
+    assert not calls()
 
 
 @pytest.mark.parametrize(
     ("script", "arguments"),
     [
-        ("tpu.sh", ("babysit", *SLICE, "--type", "v5p-128", "--dry-run", *RUN)),
+        ("tpu.sh", ("babysit", *SLICE, "--type", "v5p-128", *BUCKET, "--dry-run", *RUN)),
         ("gke.sh", ("--name", "n", "--image", "i", "--type", "v6e-256", "--slices", "2", "--dry-run", *RUN)),
         ("gpu.sh", ("--dry-run", *RUN)),
         ("slurm.sh", ("--nodes", "4", "--dry-run", *RUN)),
@@ -205,6 +389,10 @@ def test_a_job_of_slurm_is_a_script_that_bash_reads(fake):
         ("tpu.sh", ("create", *SLICE, "--type", "v9-8"), "name its image with --runtime"),
         ("tpu.sh", ("create", *SLICE, "--sport"), "unknown option --sport"),
         ("tpu.sh", ("launch", *SLICE), "what to run?"),
+        ("tpu.sh", ("launch", *SLICE, "--env", "A B=1", *RUN), "--env wants NAME=VALUE"),
+        ("tpu.sh", ("setup", *SLICE, "--extras", "tpu]; rm"), "names of setup.cfg"),
+        ("tpu.sh", ("babysit", *SLICE, "--type", "v5p-128", "--tries", "many", *RUN), "are numbers"),
+        ("tpu.sh", ("babysit", *SLICE, "--type", "v5p-128", *RUN), "or --keep"),
         ("gke.sh", ("--name", "n"), "give --name, --image and --type"),
         ("gpu.sh", (), "what to run?"),
         ("slurm.sh", ("--nodes", "two", *RUN), "are numbers"),

@@ -2,20 +2,26 @@
 # One TPU slice, from asking for it to deleting it.
 #
 #   tpu_scripts/tpu.sh create  --name NAME --zone ZONE --type v5p-128 [--spot] [--project ID] [--runtime VERSION]
-#   tpu_scripts/tpu.sh setup   --name NAME --zone ZONE [--bucket BUCKET]   the code of this checkout on all hosts
-#   tpu_scripts/tpu.sh launch  --name NAME --zone ZONE -- ARGUMENT...   python -m moe_jax.main --distributed ARGUMENT...
-#   tpu_scripts/tpu.sh logs    --name NAME --zone ZONE                     of the first host, as they grow
+#   tpu_scripts/tpu.sh setup   --name NAME --zone ZONE [--bucket BUCKET] [--extras tpu,data,pretrained]
+#                                                       what is committed of this checkout, on all hosts
+#   tpu_scripts/tpu.sh launch  --name NAME --zone ZONE [--env NAME=VALUE]... -- ARGUMENT...
+#                                                       python -m moe_jax.main --distributed ARGUMENT...
+#   tpu_scripts/tpu.sh logs    --name NAME --zone ZONE      of the first host, as they grow
 #   tpu_scripts/tpu.sh status  --name NAME --zone ZONE
-#   tpu_scripts/tpu.sh babysit (options of create and setup) -- ARGUMENT...    all of these, after a preemption again
-#   tpu_scripts/tpu.sh stop    --name NAME --zone ZONE                     deletes the slice; what is in the bucket stays
+#   tpu_scripts/tpu.sh babysit (options of create, setup and launch) [--keep] [--tries 20] [--every SECONDS] -- ARGUMENT...
+#                                                       all of these, after a preemption again; deletes the slice at the end
+#   tpu_scripts/tpu.sh stop    --name NAME --zone ZONE      deletes the slice; what is in the bucket stays
 #
-# Every command may be given again: what is there already is left as it is. `--dry-run` prints what it would do.
-# With --bucket (one with a hierarchical namespace), runs/ and prepared/ of all hosts lie in it by gcsfuse, so that another
-# slice goes on from their checkpoints; without it they are gone with the slice. Several slices, TPU7x, Kubernetes: gke.sh.
+# Every command may be given again: what is there already, and a run that goes on, is left as it is. `--dry-run` prints
+# what it would do. With --bucket (one with a hierarchical namespace), runs/ and prepared/ of all hosts lie in it by
+# gcsfuse, so that another slice goes on from their checkpoints. Without it they are gone with the slice: `babysit` then
+# wants --keep, and leaves the slice there. It looks every 60 seconds (--every), and gives up after 20 failures
+# (--tries) without a newer checkpoint in runs/. Several slices, TPU7x, Kubernetes: gke.sh.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
-name='' zone='' type='' project='' runtime='' bucket='' spot='' dry_run='' every=60
+name='' zone='' type='' project='' runtime='' bucket='' spot='' dry_run='' every=60 keep='' tries=20 extras=tpu,data,pretrained
+variables=() supervisor=()
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "$0"; }
 fail() {
   echo "tpu: $1" >&2
@@ -28,12 +34,18 @@ command=${1:-}
 shift
 while (($#)); do
   case $1 in
-    --name | --zone | --type | --project | --runtime | --bucket | --every)
+    --name | --zone | --type | --project | --runtime | --bucket | --every | --tries | --extras)
       (($# > 1)) || fail "$1 wants a value"
       declare "${1#--}=$2"
       shift 2
       ;;
+    --env)
+      [[ ${2:-} =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || fail '--env wants NAME=VALUE'
+      variables+=("$2")
+      shift 2
+      ;;
     --spot) spot=1; shift ;;
+    --keep) keep=1; shift ;;
     --dry-run) dry_run=1; shift ;;
     --help) usage; exit 0 ;;
     --) shift; break ;;
@@ -43,6 +55,9 @@ done
 [[ $name ]] || fail 'which slice? give --name'
 [[ $name =~ ^[a-z]([a-z0-9-]{0,60}[a-z0-9])?$ ]] || fail "--name $name: small letters, digits and dashes, a letter first"
 [[ $zone ]] || fail 'where? give --zone, such as us-east5-a'
+[[ $every =~ ^[0-9]+$ && $tries =~ ^[1-9][0-9]*$ ]] || fail '--every and --tries are numbers'
+[[ $extras =~ ^[a-z,-]+$ ]] || fail "--extras $extras: names of setup.cfg with commas between them"
+bucket=${bucket#gs://}
 where=(--zone "$zone")
 [[ ! $project ]] || where+=(--project "$project")
 
@@ -56,12 +71,15 @@ act() {
   fi
 }
 
+describe() { act gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format 'value(state.state)'; }
+
 # The state of the queued resource: ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, ...; NONE where there is none.
 state() {
   local found
-  if found=$(gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format 'value(state.state)' 2>&1); then
+  if found=$(describe 2>&1); then
+    found=${found##*$'\n'} # after what gcloud warns of
     echo "${found:-NONE}"
-  elif [[ $found == *NOT_FOUND* || $found == *'not found'* ]]; then
+  elif [[ $found == *NOT_FOUND* ]]; then # and not bash's "command not found": what costs must not be said to be gone
     echo NONE
   else
     echo "tpu: gcloud: $found" >&2
@@ -87,7 +105,7 @@ runtime_of() { # the image for a type, where --runtime does not say it
 
 create() {
   local found
-  found=$(found_or NONE)
+  found=$(found_or NONE) || return
   if [[ $found != NONE ]]; then
     say "$name is there already: $found"
     return
@@ -98,32 +116,88 @@ create() {
     --accelerator-type "$type" --runtime-version "$runtime" "${kind[@]}"
 }
 
+# Whether the run of this host goes on, in moe_jax/. The number alone may be another process's since the host was started.
+# shellcheck disable=SC2016 # the hosts expand it
+alive='grep -qs supervise.sh "/proc/$(cat pid 2>/dev/null)/cmdline"'
+
 setup() {
-  local archive=${TMPDIR:-/tmp}/$name.moe_jax.tar.gz mount=''
-  act git -C "$here/.." archive --format tar.gz --output "$archive" HEAD
-  act gcloud compute tpus tpu-vm scp "$archive" "$name:moe_jax.tar.gz" "${where[@]}" --worker all
+  local archive=${TMPDIR:-/tmp}/$name.moe_jax.tar.gz mount='' changed
+  changed=$(git -C "$here/.." status --porcelain) || return
+  [[ ! $changed ]] || say "the hosts get what is committed, without the changes of$(cut -c 3- <<<"$changed" | head -n 5 | tr -d '\n')"
+  act git -C "$here/.." archive --format tar.gz --output "$archive" HEAD || return
+  act gcloud compute tpus tpu-vm scp "$archive" "$name:moe_jax.tar.gz" "${where[@]}" --worker all || return
   act rm -f "$archive"
-  for folder in runs prepared; do
-    [[ ! $bucket ]] || mount+="
+  if [[ $bucket ]]; then
+    # A machine that has just started updates itself, and holds apt's lock meanwhile.
+    # shellcheck disable=SC2016 # the hosts expand it
+    mount='
+if ! command -v gcsfuse >/dev/null; then
+  keys=/usr/share/keyrings/cloud.google.asc packages=https://packages.cloud.google.com/apt
+  curl -fsS $packages/doc/apt-key.gpg | sudo tee $keys >/dev/null
+  echo "deb [signed-by=$keys] $packages gcsfuse-$(lsb_release -cs) main" | sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
+  sudo apt-get -qq -o DPkg::Lock::Timeout=600 update
+  sudo apt-get -qq -o DPkg::Lock::Timeout=600 install gcsfuse >/dev/null
+fi'
+    for folder in runs prepared; do
+      mount+="
 mkdir -p $folder; mountpoint -q $folder || gcsfuse --implicit-dirs --only-dir $(printf '%q' "$name/$folder") $(printf '%q' "$bucket") $folder"
-  done
-  on_all "set -e; mkdir -p moe_jax; tar -xzf moe_jax.tar.gz -C moe_jax; cd moe_jax
-test -x .venv/bin/python || python3 -m venv .venv
-.venv/bin/pip install --quiet --upgrade -e '.[tpu,data]'$mount"
+    done
+  fi
+  # The images' own Python may be older than what the package needs; uv brings one.
+  on_all "set -e; mkdir -p moe_jax; cd moe_jax
+if $alive; then echo 'a run goes on here; its code is left as it is'; exit 0; fi
+tar -xzf ../moe_jax.tar.gz
+export PATH=\"\$HOME/.local/bin:\$PATH\"
+pip='python3 -m pip install --quiet --user'
+command -v uv >/dev/null || \$pip uv || \$pip --break-system-packages uv || { echo 'neither uv nor pip, which would install it, is here' >&2; exit 1; }
+if ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then rm -rf .venv; uv venv --quiet --python 3.12 .venv; fi
+uv pip install --quiet --python .venv/bin/python -e '.[$extras]'$mount"
 }
 
 launch() {
   (($#)) || fail 'what to run? write the arguments of moe_jax.main after --, such as --gin_file=...'
   local run remote
-  run=$(printf '%q ' .venv/bin/python -m moe_jax.main --distributed "$@")
-  # A host that runs it already goes on with it; one that has ended says so in `ended`.
-  remote="cd moe_jax; if [ -e pid ] && kill -0 \"\$(cat pid)\" 2>/dev/null; then exit 0; fi; rm -f ended
-nohup sh -c $(printf '%q' "tpu_scripts/supervise.sh -- $run; echo \$? > ended") >> run.log 2>&1 < /dev/null & echo \$! > pid"
+  run=(env "${variables[@]}" tpu_scripts/supervise.sh "${supervisor[@]}" -- .venv/bin/python -m moe_jax.main --distributed "$@")
+  # A host that runs it already goes on with it; one that has ended says so in `ended`. bash, for %q may write $'...'.
+  remote="cd moe_jax || exit; if $alive; then exit 0; fi; rm -f ended
+nohup bash -c $(printf '%q' "$(printf '%q ' "${run[@]}"); echo \$? > ended") >> run.log 2>&1 < /dev/null & echo \$! > pid"
   on_all "$remote"
 }
 
-ended() { # the exit code of the first host's run; empty while it runs, or where it never began
-  gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker 0 --command 'cat moe_jax/ended 2>/dev/null || true'
+# A line of each host: `running`, the code that its run ended with, or `lost` (neither: it was started again, or the shell
+# was killed); what checkpoints there are, as one number; the last step that was logged.
+asked="cd moe_jax 2>/dev/null || { echo lost; exit; }
+if $alive; then state=running; elif [ -s ended ]; then state=\$(cat ended); else state=lost; fi
+kept=\$(find runs -maxdepth 5 -regex '.*/checkpoints/[0-9]+' -prune 2>/dev/null | sort | cksum)
+log=\$(find runs -maxdepth 4 -name metrics.jsonl -printf '%T@ %p\n' 2>/dev/null | sort -n | tail -n 1 | cut -d ' ' -f 2-)
+echo \$state \${kept%% *} \$([ ! \"\$log\" ] || tail -n 1 \"\$log\" | grep -o '\"step\": [0-9]*' | grep -o '[0-9]*$')"
+
+# Sets `answer` (running, lost, the exit code, partly: some hosts stand still; unreachable), `step` and, where a
+# checkpoint was added, `failures` to 0.
+look() {
+  local lines host kept at all='' codes='' now=''
+  answer=unreachable
+  lines=$(gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker all --command "$asked" | sort) || return 0
+  while read -r host kept at; do
+    case $host in
+      running | lost | 0) all+=" $host" ;;
+      [1-9]*) all+=" ended" codes+=" $host" ;;
+      *) continue ;;
+    esac
+    now+=" $kept"
+    [[ ! $at ]] || step=$at
+  done <<<"$lines"
+  case $all in
+    '') return ;;
+    *running*lost* | *lost*running* | *running*ended* | *ended*running*) answer=partly ;;
+    *running*) answer=running ;;
+    *lost*) answer=lost ;;
+    *ended*) answer=${codes##* } ;;
+    *) answer=0 ;;
+  esac
+  [[ "$codes " != *' 2 '* ]] || answer=2
+  # A host that was started again has not mounted them yet.
+  if [[ $all != *lost* && $now != "$checkpoints" ]]; then checkpoints=$now failures=0; fi
 }
 
 logs() {
@@ -132,7 +206,7 @@ logs() {
 
 stop() {
   local found
-  found=$(found_or ACTIVE)
+  found=$(found_or ACTIVE) || return
   if [[ $found == NONE ]]; then
     say "$name is not there"
     return
@@ -140,57 +214,87 @@ stop() {
   act gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet
 }
 
+costs() { say "$name goes on costing; tpu_scripts/tpu.sh stop --name $name $(printf '%q ' "${where[@]}")deletes it"; }
+
+leave() { # at the end
+  if [[ ! $keep ]]; then
+    stop || { costs; exit 1; }
+  elif [[ $found != NONE ]]; then
+    costs
+  fi
+}
+
+last_lines() {
+  gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker 0 --command 'tail -n 5 moe_jax/run.log' >&2 || true
+}
+
+again() { # what has failed; what is done about it
+  launched=''
+  if ((++failures >= tries)); then
+    say "$1; giving up after $failures failures without a newer checkpoint"
+    [[ $found != ACTIVE ]] || last_lines
+    leave
+    exit 1
+  fi
+  say "$1; ${2:-trying again}${step:+ (last step $step)}; failure $failures of $tries without a newer checkpoint"
+}
+
 babysit() {
   (($#)) || fail 'what to run? write the arguments of moe_jax.main after --, such as --gin_file=...'
+  [[ $bucket || $keep ]] || fail 'without --bucket the model would be deleted with the slice; give one, or --keep to leave the slice there'
+  supervisor=(--tries 3) # what it cannot mend so is mended here, where checkpoints are looked at
   if [[ $dry_run ]]; then
     create
     setup
     launch "$@"
-    stop
+    [[ $keep ]] || stop
     return
   fi
-  local found='' before='' code launched=''
+  found='' launched='' failures=0 checkpoints='' step='' answer=''
+  local before='' heard=''
+  trap 'costs; exit 130' INT TERM
   while true; do
-    found=$(state) || found=UNKNOWN
-    [[ $found == "$before" ]] || say "$(date -u +%FT%TZ) $name: $found"
-    before=$found
+    # What is wrong from the beginning has to be mended; later on a network may come back.
+    found=$(state) || { [[ $before ]] || exit 1; found=UNKNOWN; }
+    [[ $found == "$before" ]] || say "$(date -u +%FT%TZ) $name: $found${step:+ (last step $step)}"
     case $found in
       NONE)
         launched=''
-        create || say 'could not be created; trying again'
+        create || again 'could not be created'
         ;;
       ACTIVE)
-        if [[ ! $launched ]]; then
-          if setup && launch "$@"; then launched=1; else say 'could not be set up; trying again'; fi
-        fi
-        code=$(ended) || code=''
-        code=${code//[[:space:]]/}
-        case $code in
-          '') ;;
+        look
+        [[ $answer != running ]] || launched=1 # by a babysitter before this one, perhaps
+        [[ $answer == "$heard" ]] || say "$(date -u +%FT%TZ) its hosts: $answer${step:+ (last step $step)}"
+        heard=$answer
+        case ${launched:+$answer} in
+          '' | running | unreachable) ;;
           0)
             say 'done'
-            stop
+            leave
             return
             ;;
           2)
-            say 'ended with an error that has to be mended; the slice is deleted, the last lines of its log are:'
-            gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker 0 --command 'tail -n 5 moe_jax/run.log' >&2 || true
-            stop
+            say 'ended with an error that has to be mended; the last lines of its log are:'
+            last_lines
+            leave
             exit 2
             ;;
-          *)
-            say "ended with $code; launching it again"
-            launched=''
-            ;;
+          lost | partly) again "hosts stand still ($answer)" 'launching it again' ;;
+          *) again "ended with $answer" 'launching it again' ;;
         esac
+        if [[ ! $launched ]]; then
+          if setup && launch "$@"; then launched=1; else again 'could not be set up'; fi
+        fi
         ;;
       SUSPENDED | SUSPENDING | FAILED)
-        say 'was taken away; asking for another'
-        launched=''
+        [[ ! $launched && ($found != FAILED || $found == "$before") ]] || again 'was taken away' 'asking for another'
         gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet || say 'not deleted yet'
         ;;
     esac
-    sleep "$every"
+    before=$found
+    sleep "$every" >/dev/null 2>&1 & # in the background, or a signal would wait for it
+    wait $!
   done
 }
 
@@ -198,8 +302,9 @@ if [[ $command == create || $command == babysit ]]; then
   [[ $type ]] || fail 'which chips? give --type, such as v5p-128'
   [[ $runtime ]] || runtime=$(runtime_of "$type") || exit 2
 fi
+[[ $dry_run ]] || command -v gcloud >/dev/null || fail 'gcloud is not installed; see https://cloud.google.com/sdk/docs/install'
 case $command in
   create | setup | launch | logs | stop | babysit) "$command" "$@" ;;
-  status) state ;;
+  status) if [[ $dry_run ]]; then describe; else state; fi ;;
   *) fail "unknown command $command; tpu_scripts/tpu.sh --help lists them" ;;
 esac
