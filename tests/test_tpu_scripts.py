@@ -3,6 +3,8 @@ called with. The true one may be installed, and is never reached."""
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -418,12 +420,78 @@ def test_a_supervisor_starts_again_what_can_be_survived(code, times, tmp_path):
         assert done.stderr.splitlines()[-1] == f"supervise: ended with {code}; giving up after 3 tries"
 
 
-def test_a_supervisor_passes_a_stop_on_and_waits_for_what_is_saved(tmp_path):
-    work = f"trap 'sleep 0.5; echo saved > {tmp_path}/saved; exit 143' TERM; touch {tmp_path}/on; "
-    work += "while :; do sleep 0.05; done"
-    command = ["bash", str(SCRIPTS / "supervise.sh"), "--wait", "0", "--", "bash", "-c", work]
-    run = subprocess.Popen(command)
-    while not (tmp_path / "on").exists():
+def saving(folder: Path) -> tuple[str, ...]:
+    """A command that saves when it is told to stop."""
+    work = f"trap 'sleep 0.5; echo saved > {folder}/saved; exit 143' TERM; touch {folder}/on; "
+    return ("bash", "-c", work + "for _ in {1..1000}; do sleep 0.05; done")
+
+
+def until(path: Path) -> None:
+    while not path.exists():
         time.sleep(0.05)
+
+
+def test_a_supervisor_passes_a_stop_on_and_waits_for_what_is_saved(tmp_path):
+    run = subprocess.Popen(["bash", str(SCRIPTS / "supervise.sh"), "--wait", "0", "--", *saving(tmp_path)])
+    until(tmp_path / "on")
     run.terminate()
     assert run.wait(20) == 143 and (tmp_path / "saved").exists()
+
+
+def checkout(folder: Path, *command: str) -> Path:
+    """The scripts, in a folder whose python is a command that leaves its arguments out."""
+    shutil.copytree(SCRIPTS, folder / "tpu_scripts")
+    python = folder / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!/usr/bin/env bash\nexec {shlex.join(command)}\n")
+    python.chmod(0o755)
+    return folder / "tpu_scripts"
+
+
+@pytest.mark.parametrize("script", ["supervise.sh", "gpu.sh"])
+def test_ctrl_c_leaves_no_run_behind(script, tmp_path):
+    scripts = checkout(tmp_path / "checkout", *saving(tmp_path))
+    command = saving(tmp_path) if script == "supervise.sh" else RUN[1:]
+    run = in_front(["bash", str(scripts / script), "--", *command])
+    until(tmp_path / "on")
+    os.killpg(run.pid, signal.SIGINT)
+    assert run.wait(20) == 143 and (tmp_path / "saved").exists()
+    with pytest.raises(ProcessLookupError):  # nobody of the group is left
+        os.killpg(run.pid, 0)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_in_a_supervisors_pause_is_said_at_once(sent):
+    run = in_front(["bash", str(SCRIPTS / "supervise.sh"), "--wait", "60", "--", "bash", "-c", "exit 134"], stderr=-1)
+    assert run.stderr and b"starting it again in 60 s" in run.stderr.readline()
+    time.sleep(0.2)
+    os.kill(run.pid, sent)
+    assert run.communicate(timeout=20)[1] == b"supervise: stopped before it was started again; it had ended with 134\n"
+    assert run.returncode == 143
+
+
+def test_a_supervisor_counts_anew_after_a_long_life(tmp_path):
+    command = ("bash", "-c", f"echo x >> {tmp_path}/times; [ $(wc -l < {tmp_path}/times) != 2 ] || sleep 2.1; exit 134")
+    whole = ["bash", str(SCRIPTS / "supervise.sh"), "--wait", "0", "--tries", "2", "--anew", "2", "--", *command]
+    done = subprocess.run(whole, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 134 and (tmp_path / "times").read_text().count("x") == 3, done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("flock"), reason="needs flock")
+@pytest.mark.parametrize("script", ["supervise.sh", "gpu.sh"])
+def test_a_second_run_in_a_folder_is_refused(script, tmp_path):
+    scripts = checkout(tmp_path / "checkout", *saving(tmp_path))
+    command = saving(tmp_path) if script == "supervise.sh" else RUN[1:]
+    whole = ["bash", str(scripts / script), "--", *command, f"--gin.RUN_DIR={tmp_path}/run 1"]
+    first = in_front(whole)
+    until(tmp_path / "on")
+    second = subprocess.run(whole, capture_output=True, text=True, timeout=20)
+    assert second.returncode == 75 and len(second.stderr.splitlines()) == 1
+    assert f"a run goes on in {tmp_path}/run 1 already" in second.stderr
+    (tmp_path / "on").unlink()
+    other = in_front([*whole[:-1], f"--gin.RUN_DIR={tmp_path}/another"])
+    until(tmp_path / "on")
+    for run in (first, other):
+        run.terminate()
+        assert run.wait(20) == 143
+    assert subprocess.run([*whole[:3], "true", whole[-1]]).returncode == 0 if script == "supervise.sh" else True
