@@ -1,6 +1,7 @@
 """The launch scripts, offline: a fake gcloud (gcluster, sbatch) first in PATH replays states and writes down what it is
 called with. The true one may be installed, and is never reached."""
 
+import configparser
 import json
 import os
 import re
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.skipif(not shutil.which("bash"), reason="the scripts ar
 
 # Writes its arguments down; `describe` says the next state, `ssh` that asks for steps what the hosts answer next.
 FAKE = """#!/usr/bin/env python3
-import json, os, sys
+import json, os, signal, sys, time
 from pathlib import Path
 home = Path(os.environ["FAKE_HOME"])
 with open(home / "calls.jsonl", "a") as file:
@@ -46,6 +47,13 @@ elif "create" in sys.argv and (home / "no quota").exists():
     sys.exit("ERROR: (gcloud) RESOURCE_EXHAUSTED: no quota")
 elif "sbatch" in sys.argv[0]:
     (home / "script").write_text(sys.stdin.read())
+elif "srun" in sys.argv[0]:
+    code = int((home / "code").read_text())
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(code))
+    (home / "on").touch()
+    if (home / "long").exists():
+        time.sleep(60)
+    sys.exit(code)
 """
 
 
@@ -371,14 +379,87 @@ def test_a_dry_run_calls_nothing_and_prints_what_a_shell_reads_again(script, arg
     assert "it" in done.stdout and "rm" in done.stdout
 
 
-def test_a_job_of_slurm_is_a_script_that_bash_reads(fake):
+def test_a_job_of_slurm_is_a_script_that_bash_reads(fake, tmp_path):
     call, calls = fake
-    assert call("slurm.sh", "--nodes", "2", "--gpus", "4", "--time", "1:00:00", *RUN).returncode == 0
+    scripts = checkout(tmp_path / "checkout", "true")
+    command = ["bash", str(scripts / "slurm.sh"), "--nodes", "2", "--gpus", "4"]
+    command += ["--time", "1:00:00", "--account=mine", *ODD]
+    assert subprocess.run(command, env=call.env | {"LC_ALL": "C"}, cwd=tmp_path).returncode == 0
     (given,) = calls()
-    assert given[:2] == ["sbatch", "--job-name"] and given[given.index("--nodes") + 1] == "2"
-    script = call.home / "script"  # ty: ignore
-    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
-    assert "--distributed" in script.read_text() and "scontrol requeue" in script.read_text()
+    assert given[:3] == ["sbatch", "--job-name", "moe_jax.experiments-neko-neko.gin"]
+    value = {name: given[given.index(name) + 1] for name in ("--nodes", "--dependency", "--chdir", "--output")}
+    assert value["--nodes"] == "2" and value["--dependency"] == "singleton" and "--account=mine" in given
+    assert (Path(value["--chdir"]) / value["--output"]).parent.is_dir()  # or there is no log
+    assert value["--chdir"] == str(tmp_path / "checkout")
+    script = call.home / "script"
+    (call.home / "code").write_text("0")
+    assert subprocess.run(["bash", str(script)], env=call.env).returncode == 0
+    assert calls("--kill-on-bad-exit=1")[0][2:] == [".venv/bin/python", "-m", "moe_jax.main", "--distributed", *ODD[1:]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (("--", "--gin_file=a/b.gin", "--gin.RUN_DIR=runs/my run"), "moe_jax.runs-my-run"),
+        (("--name", "x", "--", "--gin_file=a/b.gin"), "x"),
+    ],
+)
+def test_jobs_of_one_folder_have_one_name(arguments, name, fake):
+    call, _ = fake
+    assert f"--job-name {name} --dependency singleton " in call("slurm.sh", "--dry-run", *arguments).stdout
+
+
+@pytest.mark.parametrize(
+    ("code", "sent", "restarts", "queued"),
+    [
+        *((code, None, 0, code in (75, 134, 137, 143)) for code in (0, 1, 2, 75, 134, 137, 143)),
+        (134, None, 3, False),
+        (143, signal.SIGUSR1, 2, True),  # its time is nearly over
+        (0, signal.SIGUSR1, 0, False),
+        (143, signal.SIGTERM, 0, False),  # cancelled
+    ],
+)
+def test_a_job_is_queued_again_where_that_may_help(code, sent, restarts, queued, fake):
+    call, calls = fake
+    assert call("slurm.sh", "--tries", "3", *RUN).returncode == 0
+    (call.home / "code").write_text(str(code))
+    if sent:
+        (call.home / "long").touch()
+    env = call.env | {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)}
+    job = subprocess.Popen(["bash", str(call.home / "script")], env=env, stderr=subprocess.PIPE, text=True)
+    if sent:
+        until(call.home / "on")
+        job.send_signal(sent)
+    said = job.communicate(timeout=30)[1]
+    assert job.returncode == code and bool(calls("scontrol", "requeue", "7")) == queued, said
+    assert ("giving up" in said) == (restarts == 3)
+
+
+def test_a_job_of_kubernetes_is_given_what_gcluster_takes(fake, tmp_path):
+    call, calls = fake
+    more = ["--mount", "gs://b/runs;/moe_jax/runs;rw", "--mount", "gs://b/p;/moe_jax/prepared;rw", "--env", "A=b c"]
+    more += ["--cluster", "c", "--location", "l", "--project", "p", "--queue=q"]
+    done = call("gke.sh", "--name", "n", "--image", "i", "--type", "v6e-256", *more, *ODD, LC_ALL="C")
+    assert done.returncode == 0, done.stderr
+    (given,) = calls()
+    assert given[-len(more) :] == more
+    command = given[given.index("--command") + 1]
+    scripts = checkout(tmp_path / "moe_jax", "python3", "-c", "")
+    (scripts / "supervise.sh").write_text("#!/usr/bin/env bash\nprintf '%s\\0' \"$@\" > ../arguments\n")
+    (scripts / "supervise.sh").chmod(0o755)
+    command = command.replace("/moe_jax", str(tmp_path / "moe_jax"), 1)
+    subprocess.run(["sh", "-c", command], check=True, env=os.environ | {"LC_ALL": "C"})
+    assert (tmp_path / "arguments").read_text("utf-8").split("\0")[5:-1] == list(ODD[1:])
+
+
+def test_an_image_has_extras_that_there_are():
+    setup = configparser.ConfigParser()
+    setup.read(SCRIPTS.parent / "setup.cfg")
+    text = (SCRIPTS / "Dockerfile").read_text()
+    assert "WORKDIR /moe_jax" in text
+    for place in (text, (SCRIPTS / "tpu.sh").read_text()):
+        extras = re.search(r"\b(tpu,data,pretrained)\b", place)
+        assert extras and {*extras[1].split(",")} <= {*setup["options.extras_require"]}
 
 
 @pytest.mark.parametrize(
@@ -397,7 +478,9 @@ def test_a_job_of_slurm_is_a_script_that_bash_reads(fake):
         ("tpu.sh", ("babysit", *SLICE, "--type", "v5p-128", *RUN), "or --keep"),
         ("gke.sh", ("--name", "n"), "give --name, --image and --type"),
         ("gpu.sh", (), "what to run?"),
+        ("gke.sh", ("--name", "n", "--queue", "q", *RUN), "unknown option --queue"),
         ("slurm.sh", ("--nodes", "two", *RUN), "are numbers"),
+        ("slurm.sh", ("--account", "mine", *RUN), "unknown option --account"),
         ("supervise.sh", ("--",), "no command"),
     ],
 )
