@@ -47,9 +47,14 @@ elif "create" in sys.argv and (home / "no quota").exists():
     sys.exit("ERROR: (gcloud) RESOURCE_EXHAUSTED: no quota")
 elif "sbatch" in sys.argv[0]:
     (home / "script").write_text(sys.stdin.read())
+elif "scancel" in sys.argv[0]:
+    assert sys.argv[1:] == ["--signal", "TERM", os.environ["SLURM_JOB_ID"]]
+    os.kill(int((home / "srun.pid").read_text()), signal.SIGUSR2)
 elif "srun" in sys.argv[0]:
     code = int((home / "code").read_text())
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(code))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(137))  # srun takes it for an order to kill what it runs
+    signal.signal(signal.SIGUSR2, lambda *_: sys.exit(code))  # here: what Slurm sends to the processes that it runs
+    (home / "srun.pid").write_text(str(os.getpid()))
     (home / "on").touch()
     if (home / "long").exists():
         time.sleep(60)
@@ -63,7 +68,7 @@ def fake(tmp_path):
     binaries, home = tmp_path / "bin", tmp_path / "home"
     binaries.mkdir()
     home.mkdir()
-    for name in ("gcloud", "gcluster", "sbatch", "scontrol", "srun"):
+    for name in ("gcloud", "gcluster", "sbatch", "scontrol", "srun", "scancel"):
         (binaries / name).write_text(FAKE.replace("/usr/bin/env python3", sys.executable))
         (binaries / name).chmod(0o755)
     env = os.environ | {"PATH": f"{binaries}:{os.environ['PATH']}", "FAKE_HOME": str(home), "TMPDIR": str(tmp_path)}
@@ -430,6 +435,8 @@ def test_a_job_is_queued_again_where_that_may_help(code, sent, restarts, queued,
     if sent:
         until(call.home / "on")
         job.send_signal(sent)
+        if sent == signal.SIGTERM:  # Slurm sends it to all
+            os.kill(int((call.home / "srun.pid").read_text()), signal.SIGUSR2)
     said = job.communicate(timeout=30)[1]
     assert job.returncode == code and bool(calls("scontrol", "requeue", "7")) == queued, said
     assert ("giving up" in said) == (restarts == 3)

@@ -47,8 +47,9 @@ cd $(printf '%q' "$here") || exit
 why=''
 srun --kill-on-bad-exit=1 .venv/bin/python -m moe_jax.main --distributed $(printf '%q ' "$@")&
 run=\$!
-trap 'why=time; kill -TERM \$run' USR1 # TERM is scancel's: what was cancelled must not come back
-trap 'why=told; kill -TERM \$run' TERM
+# srun, told to end, kills what it runs; scancel tells the processes themselves, so that they save.
+trap 'why=time; scancel --signal TERM \"\$SLURM_JOB_ID\"' USR1
+trap 'why=told' TERM # of a job that is cancelled: Slurm tells the processes, and the job must not come back
 code=0; wait \$run || code=\$?
 while kill -0 \$run 2>/dev/null; do code=0; wait \$run || code=\$?; done
 if [[ \$why ]]; then # the signal may have ended the waiting just as the run ended; the shell still knows its code
