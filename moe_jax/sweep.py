@@ -8,8 +8,11 @@ import itertools
 import json
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +20,15 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
+from moe_jax import main as jobs
 from moe_jax.metrics.scoring import markdown
 from moe_jax.partfile import write_text
 from moe_jax.report import intervals
 from moe_jax.report.read import read_log
 
 Point = dict[str, str]  # binding -> value, as gin writes it
-STOPS = (130, 143)  # exit codes of a run that was stopped, not of one that failed
+# Exit codes of a run that was stopped, not of one that failed: it saved and said so, or the signal ended it.
+STOPS = {130: 130, 143: 143, -signal.SIGINT: 130, -signal.SIGTERM: 143}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,10 +52,10 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError("give --grid or --points, not both")
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"gin_files": args.gin_file, "bindings": args.gin_bindings}
+    about = {"gin_files": args.gin_file, "bindings": args.gin_bindings, "sha256": digests(args.gin_file)}
     _same(folder / "sweep.json", about)
     runs = {(i, seed): folder / f"{name(point)}-{seed}" for seed in args.seeds for i, point in enumerate(points)}
-    failed = []
+    failed: list[Path] = []
     for (i, seed), run in runs.items():
         if finished(run):
             continue
@@ -62,15 +67,18 @@ def main(args: argparse.Namespace) -> int:
         if args.print:
             print(shlex.join(["python", *command[1:]]))
             continue
-        print(f"--- {run}", flush=True)
-        if code := subprocess.run(command).returncode:
-            if code in STOPS:
-                print(f"stopped; the same command goes on with {run}", file=sys.stderr)
-                return code
+        print(f"--- {run} ({status(list(runs.values()), failed)})", flush=True)
+        began = time.monotonic()
+        code, stopped = _waited(command)
+        if not code:
+            about_run = {"point": points[i], "seed": seed, "seconds": round(time.monotonic() - began, 1)}
+            write_text(run / "finished.json", json.dumps(about_run) + "\n")
+        if stop := stopped or STOPS.get(code):
+            print(f"stopped; the same command goes on{f' with {run}' if code else ''}", file=sys.stderr)
+            return stop
+        if code:
             failed.append(run)
             print(f"{run}: ended with {code}; going on with the others", file=sys.stderr)
-        else:
-            write_text(run / "finished.json", json.dumps({"point": points[i], "seed": seed}) + "\n")
     if args.print:
         return 0
     rows = [row for (i, seed), run in runs.items() if finished(run) for row in rows_of(points[i], seed, run)]
@@ -82,6 +90,51 @@ def main(args: argparse.Namespace) -> int:
     if failed:
         print(f"{len(failed)} of {len(runs)} runs failed: {', '.join(map(str, failed))}", file=sys.stderr)
     return int(bool(failed))
+
+
+def _waited(command: Sequence[str]) -> tuple[int, int]:
+    """(its exit code; ours if a signal came meanwhile, else 0). A run saves when it is told to stop, however long that
+    takes, so it is waited for: Ctrl-C it has from the terminal, a SIGTERM that came to us alone is passed on."""
+    caught = 0
+    child: subprocess.Popen | None = None
+
+    def note(signum: int, _: object) -> None:
+        nonlocal caught
+        caught = caught or signum
+        if child and signum == signal.SIGTERM:
+            child.send_signal(signum)
+
+    # A handler, as what is ignored here would be ignored by the run too.
+    in_main = threading.current_thread() is threading.main_thread()
+    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)} if in_main else {}
+    try:
+        child = subprocess.Popen(command)
+        if caught:  # while it was being started
+            child.send_signal(caught)
+        code = child.wait()
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    return code, 128 + caught if caught else 0
+
+
+def status(runs: Sequence[Path], failed: Sequence[Path] = ()) -> str:
+    """ "7 of 12 done, about 40 min left", from the time that those took."""
+    done = [run for run in runs if finished(run)]
+    said = f"{len(done)} of {len(runs)} done" + (f", {len(failed)} failed" if failed else "")
+    took = [_seconds(run) for run in done]
+    known = [seconds for seconds in took if seconds is not None]
+    if not known:
+        return said
+    left = sum(known) / len(known) * (len(runs) - len(done) - len(failed))
+    return f"{said}, about {f'{max(left / 60, 1):.0f} min' if left < 5400 else f'{left / 3600:.1f} h'} left"
+
+
+def _seconds(run: Path) -> float | None:
+    try:
+        return json.loads((run / "finished.json").read_text("utf-8")).get("seconds")
+    except (OSError, ValueError):  # run by hand, from a printed command
+        return None
 
 
 # --- which runs -------------------------------------------------------------------------------------------------------
@@ -137,10 +190,31 @@ def listed(path: Path) -> list[Point]:
 
 
 def name(point: Point) -> str:
-    """A folder's name: the point itself where that is short and plain, with a digest where it is not."""
+    """A folder's name: the point itself where that is short, plain and the only one that reads so; else with a digest
+    of the whole point."""
     plain = ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in point.items()) or "base"
     short = re.sub(r"[^\w=,.+-]+", "_", plain)[:80]
-    return short if short == plain else f"{short}.{hashlib.sha256(plain.encode()).hexdigest()[:6]}"
+    whole = all(not re.search("[.,=]", key) and not re.search("[,=]", value) for key, value in point.items())
+    if short == plain and whole:
+        return short
+    return f"{short}.{hashlib.sha256(json.dumps(point, sort_keys=True).encode()).hexdigest()[:6]}"
+
+
+def digests(files: Sequence[str]) -> dict[str, str]:
+    """Of gin files and those that they include. Raises ValueError, in one line, for what is not there."""
+    out: dict[str, str] = {}
+    todo = list(files)
+    while todo:
+        file = todo.pop(0)
+        if file in out:
+            continue
+        path = next((path for path in (Path(file), jobs.GIN / file) if path.is_file()), None)
+        if path is None:
+            raise ValueError(f"{file}: no such gin file, here or in {jobs.GIN}")
+        text = path.read_text("utf-8")
+        out[file] = hashlib.sha256(text.encode()).hexdigest()
+        todo += re.findall(r"^\s*include\s+[\"'](.+?)[\"']", text, re.MULTILINE)
+    return out
 
 
 def finished(run: Path) -> bool:
@@ -148,10 +222,18 @@ def finished(run: Path) -> bool:
 
 
 def _same(path: Path, about: Mapping[str, Any]) -> None:
+    """Raises ValueError for a folder whose runs were made otherwise: their scores would be taken for these."""
     if not path.exists():
         write_text(path, json.dumps(about, indent=1) + "\n")
-    elif json.loads(path.read_text("utf-8")) != about:
+        return
+    said = json.loads(path.read_text("utf-8"))
+    if any(said.get(key) != about[key] for key in ("gin_files", "bindings")):
         raise ValueError(f"{path.parent}: holds a sweep of other gin files or bindings; give another --output")
+    was, now = said.get("sha256", {}), about["sha256"]
+    if edited := sorted(file for file in {**was, **now} if was.get(file) != now.get(file)):
+        raise ValueError(
+            f"{path.parent}: {', '.join(edited)} changed since this sweep began; undo that, or give another --output"
+        )
 
 
 # --- what came of them ------------------------------------------------------------------------------------------------

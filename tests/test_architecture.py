@@ -31,7 +31,8 @@ lanes
 pipeline interop subnetwork speech
 train evaluate merging seqio_data translate
 branches check_mesh
-prepare main sweep tune
+prepare main tune
+sweep
 compare
 cli
 """

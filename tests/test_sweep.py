@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from moe_jax import cli, compare, sweep
 
 ROOT = Path(__file__).parents[1]
 TOY = '''
-import json, os
+import json, os, time
 from pathlib import Path
 
 def job(run_dir, rate, seed, word="x"):
@@ -27,6 +29,17 @@ def job(run_dir, rate, seed, word="x"):
         raise ValueError(f"rate={rate} is below 0")
     if (folder.parent / "stop").exists():
         os._exit(143)
+    if (folder.parent / "slow").exists():
+        from moe_jax.partfile import Signals, Stopped
+        with Signals("saving") as signals:
+            (folder / "begun").touch()
+            for _ in range(600):
+                time.sleep(0.05)
+                if signals.caught:
+                    break
+            time.sleep(1)  # to save
+            (folder / "saved").touch()
+            raise Stopped(signals.caught, "saved; the same command goes on")
     rows = [{"task": "asr", "set": "all", "metric": "wer", "corrected": rate + seed / 100},
             {"task": "asr", "set": "web", "metric": "wer", "corrected": 9.0}]
     (folder / "scores.json").write_text(json.dumps({"rows": rows}))
@@ -76,7 +89,13 @@ def test_a_grid_is_all_combinations_and_commas_in_brackets_belong_to_a_value():
 def test_names_are_plain_distinct_and_safe():
     points = [
         {},
+        {"RATE": "0.1"},
         {"a/b.RATE": "0.1"},
+        {"a/c.RATE": "0.1"},
+        {"optim.adamw.weight_decay": "0.1"},
+        {"optim.muon_adam.weight_decay": "0.1"},
+        {"A": "1", "B": "2"},
+        {"A": "1,B=2"},
         {"MAP": '{"asr": 1}'},
         {"MAP": '{"asr": 2}'},
         {"X": "../../etc"},
@@ -84,6 +103,7 @@ def test_names_are_plain_distinct_and_safe():
     ]
     found = [sweep.name(p) for p in points]
     assert found[:2] == ["base", "RATE=0.1"] and len(set(found)) == len(points)
+    assert found[2].startswith("RATE=0.1.")  # readable, and with a digest of what was left out
     assert all("/" not in n and len(n) < 100 for n in found)
 
 
@@ -111,6 +131,52 @@ def test_a_failure_is_said_and_the_others_go_on_and_a_stop_stops(toy, tmp_path, 
     assert toy("--grid=RATE=0.3,0.4") == 143
     assert "stopped; the same command goes on with out/RATE=0.3-0" in capfd.readouterr().err
     assert not (tmp_path / "out" / "RATE=0.4-0").exists()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+def test_a_signal_stops_a_sweep_when_its_run_has_saved(signum, toy, tmp_path):
+    """Ctrl-C goes to the whole group, as from a terminal; SIGTERM to the sweep alone, as from a scheduler."""
+    run = tmp_path / "out" / "RATE=0.3-0"
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "slow").touch()
+    command = [sys.executable, "-m", "moe_jax.cli", "sweep", "--gin_file=toy.gin", "--output=out"]
+    command += ["--grid=RATE=0.3,0.4"]
+    sent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        until = time.monotonic() + 60
+        while not (run / "begun").exists() and sent.poll() is None and time.monotonic() < until:
+            time.sleep(0.05)
+        (os.killpg if signum == signal.SIGINT else os.kill)(sent.pid, signum)
+        _, said = sent.communicate(timeout=60)
+    finally:
+        if sent.poll() is None:
+            os.killpg(sent.pid, signal.SIGKILL)
+    assert sent.returncode == 128 + signum, said
+    assert (run / "saved").exists() and not (tmp_path / "out" / "RATE=0.4-0").exists()
+    assert "stopped; the same command goes on with out/RATE=0.3-0" in said and "Traceback" not in said
+
+
+def test_a_run_that_a_signal_ends_was_stopped_and_has_not_failed(toy, tmp_path, capfd, monkeypatch):
+    for code, said in ((-signal.SIGINT, 130), (-signal.SIGTERM, 143), (130, 130), (143, 143)):
+        monkeypatch.setattr(sweep, "_waited", lambda command, code=code: (code, 0))
+        assert toy("--grid=RATE=0.3,0.4") == said
+        assert "stopped; the same command goes on" in capfd.readouterr().err
+
+
+def test_before_each_run_stands_how_far_it_is_and_how_long_it_takes(toy, tmp_path, capfd):
+    assert toy("--grid=RATE=0.1,0.2") == 0
+    out = capfd.readouterr().out
+    assert "--- out/RATE=0.1-0 (0 of 2 done)" in out
+    assert "--- out/RATE=0.2-0 (1 of 2 done, about 1 min left)" in out
+    runs = [tmp_path / name for name in "abcd"]
+    for run, seconds in zip(runs, (600, 1200), strict=False):
+        run.mkdir()
+        (run / "finished.json").write_text(json.dumps({"seconds": seconds}))
+    runs[2].mkdir()
+    (runs[2] / "scores.json").write_text("{}")  # run by hand: nobody knows how long
+    assert sweep.status(runs) == "3 of 4 done, about 15 min left"
+    assert sweep.status(runs[:2] * 8 + runs[3:] * 8) == "16 of 24 done, about 2.0 h left"
+    assert sweep.status([*runs, *runs[3:]], failed=runs[3:]) == "3 of 5 done, 1 failed, about 15 min left"
 
 
 def test_commands_are_printed_for_others_to_run(toy, tmp_path, capfd):
@@ -151,6 +217,20 @@ def test_a_folder_of_another_sweep_is_refused(toy, capsys):
     assert toy("--print") == 0
     assert toy("--print", "--gin.RATE=0.1") == 2
     assert "holds a sweep of other gin files or bindings" in capsys.readouterr().err
+
+
+def test_runs_of_an_edited_gin_file_are_not_mixed_with_those_of_before(toy, tmp_path, capsys):
+    (tmp_path / "inner.gin").write_text("RATE = 0.5\n")
+    text = (tmp_path / "toy.gin").read_text().replace("RATE = 0.5\n", 'include "inner.gin"\n')
+    (tmp_path / "toy.gin").write_text(text)
+    assert toy("--print") == 0 and toy("--print") == 0
+    (tmp_path / "inner.gin").write_text("RATE = 0.75\n")
+    assert toy("--print") == 2
+    said = capsys.readouterr().err
+    assert "out: inner.gin changed since this sweep began" in said and len(said.splitlines()) == 1
+    (tmp_path / "inner.gin").unlink()
+    assert toy("--print") == 2
+    assert "inner.gin: no such gin file" in capsys.readouterr().err
 
 
 def test_intervals_are_students():
