@@ -3,7 +3,9 @@
 The step is compiled as the trainer runs it, for the asked devices. For TPUs the compiler is the real one (libtpu, which
 needs no TPU); for GPUs as many virtual CPU devices stand in, and memory is then what XLA's CPU compiler plans. FLOPs
 are counted by hand (products with weights and of attention; three passes, four where activations are computed again),
-bytes between devices from the program's collectives, each as often as its loop runs. Times are at the rates of data
+bytes between devices from the program's collectives, each as often as its loop runs. What of them goes to other hosts
+or slices is charged at the network's rate, as if each of a group's chips of a host had one of as many rings. Between
+TPU slices, whose exchange is not in the program, it is an estimate: a sum of gradients. Times are at the rates of data
 sheets: at least the largest of computing, reading memory and sending; at most, if nothing overlapped, their sum.
 """
 
@@ -29,7 +31,7 @@ import numpy as np
 from jax.experimental import topologies
 
 from moe_jax import optim, sharding, train, tree
-from moe_jax.adapters import EVERYTHING, Adapters, differentiated
+from moe_jax.adapters import EVERYTHING, Adapters, differentiated, trained
 from moe_jax.data import Prepared
 from moe_jax.partfile import write_text
 from moe_jax.types import Batch, TokenInfo
@@ -51,6 +53,7 @@ class Chip:
     topology: str | None = None  # as libtpu calls it
     cores: int = 1  # that the name counts for one chip
     cube: bool = False  # wired in three dimensions
+    host: int | None = None  # how many are wired to each other, where no more than a host's are
 
 
 CHIPS = {
@@ -58,10 +61,11 @@ CHIPS = {
     "v5e": Chip(16 * GiB, 197e12, 819e9, 200e9, 3.125e9, "v5e"),
     "v5p": Chip(95 * GiB, 459e12, 2765e9, 600e9, 6.25e9, "v5", 2, True),
     "v6e": Chip(32 * GiB, 918e12, 1640e9, 448e9, 3.125e9, "v6e"),
-    "a100": Chip(80 * 10**9, 312e12, 2039e9, 300e9, 50e9),
-    "h100": Chip(80 * 10**9, 989e12, 3350e9, 450e9, 50e9),
-    "h200": Chip(141 * 10**9, 989e12, 4800e9, 450e9, 50e9),
+    "a100": Chip(80 * 10**9, 312e12, 2039e9, 300e9, 50e9, host=8),
+    "h100": Chip(80 * 10**9, 989e12, 3350e9, 450e9, 50e9, host=8),
+    "h200": Chip(141 * 10**9, 989e12, 4800e9, 450e9, 50e9, host=8),
 }
+ALIASES = {"v5litepod": "v5e"}  # as gcloud says
 SHARE = 0.95  # of a chip's memory: the rest is the runtime's
 
 
@@ -72,7 +76,7 @@ SHARE = 0.95  # of a chip's memory: the rest is the runtime's
 class Machines:
     name: str
     chip: Chip
-    chips: int  # of a slice
+    chips: int  # of a slice; of a host, for GPUs
     slices: int = 1
 
     @property
@@ -81,17 +85,23 @@ class Machines:
 
 
 def machines(name: str) -> Machines:
-    """Of "v5p-128" (TensorCores: 64 chips), "v6e-16" (chips), "2xv5p-128" (slices of it), "h100-8".
+    """Of "v5p-128" (TensorCores: 64 chips), "v6e-16" (chips), "2xv5p-128" (slices of it), "h100-8" (a host),
+    "2xh100-8" (two).
 
     Raises ValueError, in one line.
     """
     found = re.fullmatch(r"(?:(\d+)x)?([a-z]\w*)-(\d+)", name.lower())
-    if not found or found[2] not in CHIPS:
-        raise ValueError(f"--topology={name}: not of the form v5p-128, 2xv5p-128 or h100-8; known: {', '.join(CHIPS)}")
-    slices, chip, count = int(found[1] or 1), CHIPS[found[2]], int(found[3])
+    kind = ALIASES.get(found[2], found[2]) if found else None
+    if not found or kind not in CHIPS:
+        known = ", ".join([*CHIPS, *ALIASES])
+        raise ValueError(f"--topology={name}: not of the form v5p-128, 2xv5p-128 or h100-8; known: {known}")
+    slices, chip, count = int(found[1] or 1), CHIPS[kind], int(found[3])
     if count < chip.cores or count % chip.cores or slices < 1:
-        raise ValueError(f"--topology={name}: {found[2]} counts {chip.cores} cores a chip; give a multiple of them")
+        raise ValueError(f"--topology={name}: {kind} counts {chip.cores} cores a chip; give a multiple of them")
     chips = count // chip.cores
+    if chip.host and chips > chip.host:
+        hosts = f"{-(-slices * chips // chip.host)}x{kind}-{chip.host}"
+        raise ValueError(f"--topology={name}: a host has {chip.host} GPUs; of several hosts write {hosts}")
     if chip.topology and chips & (chips - 1):
         raise ValueError(f"--topology={name}: {chips} chips a slice; only powers of two can be compiled for")
     return Machines(name, chip, chips, slices)
@@ -241,16 +251,18 @@ _SIZES |= {"s32": 4, "u32": 4, "f32": 4, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1}
 @dataclasses.dataclass(frozen=True)
 class Collective:
     """One of an optimised program. `times`: how often its loops run it; `sent`: bytes a device, each time, if it is
-    done in a ring (an all-reduce sends everything twice)."""
+    done in a ring (an all-reduce sends everything twice); `across`: those of them that go to another host or slice."""
 
     name: str
     axes: tuple[str, ...]
     times: int
     sent: float
+    across: float = 0.0
 
 
-def collectives(hlo: str, mesh: Any) -> list[Collective]:
-    """Those between several devices; the halves of an asynchronous one count once."""
+def collectives(hlo: str, mesh: Any, parts: int = 1) -> list[Collective]:
+    """Those between several devices, of which so many equal parts (hosts or slices) are one after the other in the
+    mesh; the halves of an asynchronous one count once."""
     times = _times(hlo)
     out = []
     for computation, lines in _computations(hlo).items():
@@ -269,7 +281,12 @@ def collectives(hlo: str, mesh: Any) -> list[Collective]:
             share = {"all-gather": (n - 1) / n, "all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1.0}
             share |= dict.fromkeys(("all-to-all", "ragged-all-to-all"), (n - 1) / n)
             sent = moved * share.get(found["name"], 1.0)
-            out.append(Collective(found["name"], axes, times.get(computation, 1), sent))
+            of = group // (mesh.devices.size // parts)  # the part of each
+            near = int((of == of[0]).sum())
+            away = 0.0 if near == n else 1.0 / near  # of so many rings each is a chip's to send on
+            if "all-to-all" in found["name"]:
+                away = (n - near) / (n - 1)
+            out.append(Collective(found["name"], axes, times.get(computation, 1), sent, sent * away))
     return out
 
 
@@ -373,15 +390,18 @@ def measure(plan: Plan, where: Machines, mesh: Any, batch_size: int) -> dict[str
     model, program = compiled(plan, mesh, batch_size)
     memory = program.memory_analysis()
     state = memory.argument_size_in_bytes
-    found = collectives(program.as_text(), mesh)
+    found = collectives(program.as_text(), mesh, where.slices)
     sent: dict[str, float] = defaultdict(float)
     for one in found:
         sent["+".join(one.axes)] += one.times * one.sent
-    moving = differentiated(dict.fromkeys(train.layout(model, plan.optimizer(), mesh, plan.adapters)[0]))
-    work = flops(model, plan, moving) * batch_size / mesh.devices.size
+    params = train.layout(model, plan.optimizer(), mesh, plan.adapters)[0]
+    work = flops(model, plan, differentiated(dict.fromkeys(params))) * batch_size / mesh.devices.size
     chip = where.chip
-    across = sum(n for axes, n in sent.items() if "slice" in axes.split("+"))
+    across = sum(one.times * one.across for one in found)
     inside = sum(sent.values()) - across
+    estimated = where.on_tpu and where.slices > 1 and not across
+    if estimated:
+        across = sent["slice"] = gradients(params) * 2 * (where.slices - 1) / where.slices
     read = 2 * (state + memory.temp_size_in_bytes)  # written once and read once, at the least
     seconds = {"computing": work / chip.flops, "memory": read / chip.reads, "links": inside / chip.link}
     seconds |= {"network": across / chip.network} if across else {}
@@ -391,17 +411,24 @@ def measure(plan: Plan, where: Machines, mesh: Any, batch_size: int) -> dict[str
         "temporary": memory.temp_size_in_bytes,
         "flops": work,
         "sent": dict(sent),
+        "across": across,
+        "estimated": estimated,
         "collectives": counts(found),
         "seconds": seconds,
         "parameters": sum(x.size for x in tree.flatten(model).values()),
     }
 
 
+def gradients(params: Mapping[str, Any]) -> int:
+    """Bytes that a device has of them: of what moves, laid out as its parameters are."""
+    moving = (params[path] for path in trained(params))
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in moving)
+
+
 def largest(first: Mapping[str, Any], second: Mapping[str, Any], room: float, multiple: int) -> int:
     """The largest batch, a multiple, whose memory fits if it grows from the first to the second as it does beyond."""
-    total = lambda one: one["state"] + one["temporary"]  # noqa: E731
-    slope = max((total(second) - total(first)) / (second["batch"] - first["batch"]), 1.0)
-    return int((first["batch"] + (room - total(first)) / slope) // multiple) * multiple
+    slope = max((second["used"] - first["used"]) / (second["batch"] - first["batch"]), 1.0)
+    return int((first["batch"] + (room - first["used"]) / slope) // multiple) * multiple
 
 
 def check(plan: Plan, where: Machines, once: bool = False) -> dict[str, Any]:
@@ -413,45 +440,82 @@ def check(plan: Plan, where: Machines, once: bool = False) -> dict[str, Any]:
     multiple = plan.micro * math.prod(mesh.shape[axis] for axis in sharding.RULES["batch"])
     room = SHARE * where.chip.memory
     if plan.batch_size % multiple:
-        raise ValueError(f"batch_size={plan.batch_size} does not divide over micro batches and devices: {multiple}")
+        more = -(-plan.batch_size // multiple) * multiple
+        said = f"batch_size={plan.batch_size} does not divide over {plan.micro} micro batches and the mesh's devices"
+        raise ValueError(f"{said}: give a multiple of {multiple}, such as --gin.BATCH={more}")
     asked = _tried(plan, where, mesh, plan.batch_size, room)
-    best = None
-    if not once:
-        best = _largest(plan, where, mesh, asked, room, multiple)
     about = {"topology": where.name, "devices": mesh.devices.size, "room": room, "multiple": multiple, "once": once}
     about["mesh"] = {axis: n for axis, n in mesh.shape.items() if n > 1}
     about["compiler"] = "TPU" if where.on_tpu else "CPU"
-    return about | {"step": asked, "largest": best}
+    tried = [asked] if once else _searched(plan, where, mesh, asked, room, multiple)
+    best = max((one for one in tried if one["fits"]), key=lambda one: one["batch"], default=None)
+    about |= {"largest": best and best["batch"], "largest_used": best and best["used"]}
+    return about | {"step": asked, "least": min(tried, key=lambda one: one["batch"])}
 
 
-def _largest(
+def _searched(
     plan: Plan, where: Machines, mesh: Any, asked: Mapping[str, Any], room: float, multiple: int
-) -> int | None:
-    """The largest batch that was seen to fit."""
-    other = plan.batch_size // 2 if plan.batch_size >= 2 * multiple else 2 * plan.batch_size
-    beside = _tried(plan, where, mesh, other // multiple * multiple, room)
-    seen = [one for one in (asked, beside) if one["fits"]]
-    if asked["state"] is not None and beside["state"] is not None:
-        size = largest(*sorted((asked, beside), key=lambda one: one["batch"]), room, multiple)
-        for _ in range(3):
-            if size < multiple or size in (one["batch"] for one in seen):
-                break
-            if (found := _tried(plan, where, mesh, size, room))["fits"]:
-                seen.append(found)
-                break
-            size -= max(size // 10 // multiple, 1) * multiple
-    return max((one["batch"] for one in seen), default=None)
+) -> list[Mapping[str, Any]]:
+    """All that was compiled in search of the largest batch that fits: the asked one; where the compiler gave up half
+    of it, and so on; another, and what a line through two says."""
+    seen = {asked["batch"]: asked}
+
+    def tried(size: int) -> Mapping[str, Any]:
+        seen[size] = _tried(plan, where, mesh, size, room)
+        return seen[size]
+
+    def down(size: int) -> int:
+        return max(size // 2 // multiple, 1) * multiple
+
+    one = asked
+    while one["state"] is None and one["batch"] > multiple:
+        one = tried(down(one["batch"]))
+    if one["state"] is None:
+        return list(seen.values())
+    if len([x for x in seen.values() if x["used"] is not None]) < 2:  # of a failure the compiler may say it too
+        size = down(one["batch"]) if one["batch"] >= 2 * multiple else 2 * one["batch"]
+        if size not in seen:
+            tried(size)
+    known = sorted((x for x in seen.values() if x["used"] is not None), key=lambda x: x["batch"])[:2]
+    guess = largest(*known, room, multiple) if len(known) == 2 else one["batch"] + multiple
+    for _ in range(4):
+        low = max((x["batch"] for x in seen.values() if x["fits"]), default=0)
+        high = min((x["batch"] for x in seen.values() if not x["fits"] and x["batch"] > low), default=math.inf)
+        guess = guess if guess < high else int(high) - multiple
+        if guess <= low or tried(guess)["fits"]:
+            break
+        guess -= max(guess // 10 // multiple, 1) * multiple
+    return list(seen.values())
 
 
 def _tried(plan: Plan, where: Machines, mesh: Any, batch_size: int, room: float) -> dict[str, Any]:
+    """What `measure` finds; of a program that the compiler finds too large, what it says of it."""
     print(f"compiling for a batch of {batch_size}", file=sys.stderr, flush=True)
     try:
         found = measure(plan, where, mesh, batch_size)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and "memory" not in str(error).lower():
+        said = _first_line(error)
+        if not _too_large(said):
             raise
-        return {"batch": batch_size, "state": None, "fits": False, "said": _first_line(error)}
-    return found | {"fits": found["state"] + found["temporary"] <= room}
+        used = re.search(r"[Uu]sed ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm", said)
+        figures = {"used": _read(used[1]), "available": _read(used[2])} if used else {"used": None, "available": None}
+        return {"batch": batch_size, "state": None, "fits": False, "said": said, **figures}
+    used = found["state"] + found["temporary"]
+    return found | {"used": used, "fits": used <= room}
+
+
+def _too_large(said: str) -> bool:
+    """Whether an error of the compiler is that a chip's memory is too small. That a kernel's vector or scalar memory
+    is (vmem, smem) is another matter, which a smaller batch seldom mends."""
+    space = re.search(r"memory space (\w+)|\b(vmem|smem|sflag)\b", said)
+    if space and (space[1] or space[2]) != "hbm":
+        return False
+    return bool(space) or ("RESOURCE_EXHAUSTED" in said and bool(re.search("(?i)out of memory|hbm|allocat", said)))
+
+
+def _read(size: str) -> float:
+    """ "15.48G" -> bytes."""
+    return float(size.rstrip("KMGT")) * 1024 ** ("KMGT".find(size[-1]) + 1)
 
 
 def _first_line(error: Exception) -> str:
@@ -463,31 +527,47 @@ def report(found: Mapping[str, Any]) -> str:
     axes = " x ".join(f"{axis} {n}" for axis, n in found["mesh"].items()) or "one device"
     lines = [f"{found['topology']}: {found['devices']} chips as {axes}; batch {step['batch']}"]
     if step["state"] is None:
-        lines.append(f"does NOT fit: the compiler gave up: {step['said']}")
-        return "\n".join(lines)
-    used = step["state"] + step["temporary"]
+        if step["used"] is not None:
+            used, available = step["used"] / GiB, step["available"] / GiB
+            lines.append(f"memory a chip   {used:,.2f} GiB, as the compiler says; there are {available:,.2f} to use")
+        return "\n".join([*lines, f"the compiler gave up: {step['said']}", _verdict(found)])
     lines += [
         f"parameters      {step['parameters'] / 1e9:,.2f} billion",
-        f"memory a chip   {used / GiB:,.2f} GiB: {step['state'] / GiB:,.2f} of parameters, optimiser and batch, "
-        f"{step['temporary'] / GiB:,.2f} while computing; there are {room / GiB:,.1f} to use",
+        f"memory a chip   {step['used'] / GiB:,.2f} GiB: {step['state'] / GiB:,.2f} of parameters, optimiser and "
+        f"batch, {step['temporary'] / GiB:,.2f} while computing; there are {room / GiB:,.1f} to use",
         f"FLOPs a chip    {step['flops'] / 1e12:,.2f} TFLOP",
     ]
     for axis, sent in sorted(step["sent"].items()):
         lines.append(f"sent a chip     {sent / MiB:,.1f} MiB over {axis}")
     for name, n in step["collectives"].items():
         lines.append(f"                {n} {name}")
+    if step["estimated"]:
+        lines.append("                (over slice: an estimate, of gradients summed in a ring)")
+    elif step["across"]:
+        lines.append(f"                ({step['across'] / MiB:,.1f} MiB of that to other hosts or slices)")
     parts = ", ".join(f"{name} {1e3 * s:,.2f}" for name, s in step["seconds"].items())
     low, high = max(step["seconds"].values()), sum(step["seconds"].values())
     lines.append(f"step            {1e3 * low:,.1f} ms if all overlaps, {1e3 * high:,.1f} if nothing does ({parts})")
-    if "slice" in found["mesh"] and not any("slice" in axes.split("+") for axes in step["sent"]):
-        lines.append("                (what hosts send between slices is not in the compiler's program: not counted)")
     if found["compiler"] == "CPU":
         lines.append("                (compiled for virtual CPU devices: memory is another compiler's)")
-    over = "" if step["fits"] else f"does NOT fit: {(used - room) / GiB:,.2f} GiB too much"
-    most = f"the largest batch that fits is {found['largest']}" if found["largest"] else "no batch fits"
-    most = "" if found["once"] else f"; {most} (multiples of {found['multiple']})"
-    lines.append(f"{over or 'fits'}{most}")
-    return "\n".join(lines)
+    return "\n".join([*lines, _verdict(found)])
+
+
+def _verdict(found: Mapping[str, Any]) -> str:
+    """Whether the step fits, what is too much, and the largest batch that does."""
+    step, least = found["step"], found["least"]
+    said = "fits"
+    if not step["fits"]:
+        room = found["room"] if step["state"] is not None else step["available"]
+        over = f": {(step['used'] - room) / GiB:,.2f} GiB too much" if step["used"] is not None else ""
+        said = f"does NOT fit{over}"
+    if found["once"]:
+        return said
+    if found["largest"]:
+        used = f"{found['largest_used'] / GiB:,.2f} GiB a chip"
+        return f"{said}; the largest batch that fits is {found['largest']} ({used}; multiples of {found['multiple']})"
+    takes = f"takes {least['used'] / GiB:,.2f} GiB a chip" if least["used"] is not None else "is too large"
+    return f"{said}; no batch fits: {least['batch']} {takes} (multiples of {found['multiple']})"
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
@@ -497,7 +577,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--gin_file", action="append", default=[], required=True, help="that trains; may be repeated")
     add("--gin_bindings", action="append", default=[], metavar="NAME=VALUE", help="or --gin.NAME=VALUE")
-    add("--topology", required=True, help="v5p-128 (64 chips), v6e-16, 2xv5p-128 (two slices), h100-8, ...")
+    add("--topology", required=True, help="v5p-128 (64 chips), v6e-16, 2xv5p-128 (two slices), 2xh100-8 (two hosts)")
     add("--length", type=int, help="tokens a row (default: as the data are, or will be, prepared)")
     add("--vocab", type=int, help="of the tokeniser (default: the data's)")
     add("--max_targets", type=int, help="tokens that a row writes at most (default: the data's, or all)")

@@ -16,7 +16,8 @@ import tiny
 from jax.sharding import PartitionSpec
 
 from moe_jax import check_mesh, main, optim, sharding
-from moe_jax.check_mesh import Collective
+from moe_jax.check_mesh import Collective, GiB
+from moe_jax.moe import dispatch
 
 ROOT = Path(__file__).parents[1]
 H100 = check_mesh.machines("h100-8")
@@ -60,6 +61,15 @@ GOLDEN = {
             "reduce-scatter over fsdp": 6,
         },
     ),
+    "slots": (
+        {"data": 2, "expert": 4},
+        {
+            "all-reduce over data": 2,
+            "all-reduce over data+expert": 9,
+            "all-reduce over expert": 2,
+            "all-to-all over expert": 8,
+        },
+    ),
     "model": ({"data": 4, "model": 2}, {"all-reduce over data": 7, "all-reduce over model": 11}),
 }
 
@@ -67,7 +77,8 @@ GOLDEN = {
 @functools.cache
 def program(mesh: str):
     made = sharding.make_mesh(**GOLDEN[mesh][0])
-    return made, check_mesh.compiled(plan(), made, 8)[1].as_text()
+    given = {"model": tiny.configured(tiny.moe(to=dispatch.slots))} if mesh == "slots" else {}
+    return made, check_mesh.compiled(plan(**given), made, 8)[1].as_text()
 
 
 @pytest.mark.parametrize("mesh", GOLDEN)
@@ -158,6 +169,9 @@ def test_names_of_machines():
     where = check_mesh.machines("2xv5p-128")
     assert (where.chips, where.slices, where.on_tpu) == (64, 2, True)
     assert check_mesh.machines("v6e-16").chips == 16 and not H100.on_tpu
+    assert check_mesh.machines("v5litepod-16").chip == check_mesh.CHIPS["v5e"]
+    hosts = check_mesh.machines("2xh100-8")
+    assert (hosts.chips, hosts.slices) == (8, 2)
     shapes = {
         (1, 2): [1, 1],
         (8, 2): [2, 4],
@@ -176,6 +190,8 @@ def test_names_of_machines():
         ("x9-8", "known: v4, v5e"),
         ("v5p-3", "counts 2 cores a chip"),
         ("v6e-12", "only powers of two"),
+        ("h100-16", "a host has 8 GPUs; of several hosts write 2xh100-8"),
+        ("2xa100-16", "write 4xa100-8"),
     ],
 )
 def test_machines_that_are_none(name, message):
@@ -205,8 +221,115 @@ def test_what_fits_is_found_and_what_does_not_is_said(monkeypatch):
     assert "fits; the largest batch that fits is" in check_mesh.report(found)
 
 
+@pytest.fixture
+def compiler(monkeypatch):
+    """One that needs so many bytes a row and 1 GiB besides, and raises, as that of TPUs does, above 4."""
+    monkeypatch.setattr(check_mesh, "devices", lambda where: jax.devices())
+    tried = []
+
+    def use(a_row, said="Ran out of memory in memory space hbm. Used {used:.2f}G of 4.00G hbm. Exceeded by it."):
+        def compiled(plan, mesh, batch_size):
+            tried.append(batch_size)
+            used = 1 + batch_size * a_row / GiB
+            if used > 4:
+                raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: XLA:TPU compile error. {said.format(used=used)}")
+            memory = SimpleNamespace(argument_size_in_bytes=GiB, temp_size_in_bytes=int(batch_size * a_row))
+            program = SimpleNamespace(memory_analysis=lambda: memory, as_text=lambda: "")
+            return jax.eval_shape(lambda: tiny.model(tiny.moe())), program
+
+        monkeypatch.setattr(check_mesh, "compiled", compiled)
+        chip = check_mesh.dataclasses.replace(check_mesh.CHIPS["v5e"], memory=int(4 * GiB / check_mesh.SHARE))
+        return check_mesh.Machines("v5e-8", chip, 8)
+
+    use.tried = tried
+    return use
+
+
+@pytest.mark.parametrize("figure", [True, False])
+def test_where_the_compiler_gives_up_the_largest_batch_is_found_all_the_same(figure, compiler):
+    where = compiler(GiB / 30, *([] if figure else ["Ran out of memory in memory space hbm."]))
+    found = check_mesh.check(plan(batch_size=512), where)
+    assert not found["step"]["fits"] and found["largest"] == 88  # 3 GiB for 90 rows, in multiples of 8
+    said = check_mesh.report(found)
+    assert "the largest batch that fits is 88 (3.93 GiB a chip; multiples of 8)" in said
+    assert ("memory a chip   18.07 GiB, as the compiler says; there are 4.00 to use" in said) == figure
+    assert ("does NOT fit: 14.07 GiB too much" in said) == figure
+    assert len(compiler.tried) == len(set(compiler.tried)) <= 7  # a program may take minutes to compile
+    once = check_mesh.check(plan(batch_size=512), where, once=True)
+    assert once["largest"] is None and "largest" not in check_mesh.report(once)
+
+
+def test_where_no_batch_compiles_it_is_said_what_the_smallest_takes(compiler):
+    found = check_mesh.check(plan(batch_size=64), compiler(GiB))
+    assert found["largest"] is None and compiler.tried == [64, 32, 16, 8]
+    assert "no batch fits: 8 takes 9.00 GiB a chip (multiples of 8)" in check_mesh.report(found)
+    found = check_mesh.check(plan(batch_size=8), compiler(GiB, "Ran out of memory in memory space hbm."))
+    assert "does NOT fit; no batch fits: 8 is too large" in check_mesh.report(found)
+
+
+@pytest.mark.parametrize(
+    ("said", "memory"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 2G of 1G hbm.", True),
+        ("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes.", True),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 20.1M of 16M vmem.", False),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem while allocating on stack", False),
+        ("RESOURCE_EXHAUSTED: too many requests", False),
+        ("INTERNAL: a memory layout that is not supported", False),
+    ],
+)
+def test_only_want_of_a_chips_memory_is_called_so(said, memory, monkeypatch):
+    def compiled(*_):
+        raise jax.errors.JaxRuntimeError(said)
+
+    monkeypatch.setattr(check_mesh, "compiled", compiled)
+    monkeypatch.setattr(check_mesh, "devices", lambda where: jax.devices())
+    if memory:
+        assert not check_mesh.check(plan(), H100)["step"]["fits"]
+    else:
+        with pytest.raises(jax.errors.JaxRuntimeError, match=said[:20]):
+            check_mesh.check(plan(), H100)
+
+
+def test_a_batch_that_does_not_divide_names_one_that_does(monkeypatch):
+    monkeypatch.setattr(check_mesh, "devices", lambda where: jax.devices())
+    with pytest.raises(ValueError, match=r"multiple of 16, such as --gin.BATCH=32"):
+        check_mesh.check(plan(batch_size=20, micro=2), H100)
+
+
+# --- the network ------------------------------------------------------------------------------------------------------
+
+
+def test_what_goes_to_other_hosts_is_charged_at_the_networks_rate(monkeypatch):
+    monkeypatch.setattr(check_mesh, "devices", lambda where: jax.devices())
+    near = check_mesh.check(plan(), H100, once=True)["step"]
+    where = check_mesh.dataclasses.replace(check_mesh.machines("2xh100-4"))
+    far = check_mesh.check(plan(), where, once=True)["step"]
+    assert near["across"] == 0 and "network" not in near["seconds"]
+    total = sum(far["sent"].values())
+    assert far["across"] == pytest.approx(total / 4)  # a ring through two hosts of four, in four rings
+    assert far["seconds"]["network"] == pytest.approx(total / 4 / H100.chip.network)
+    assert far["seconds"]["links"] == pytest.approx(total * 3 / 4 / H100.chip.link) and not far["estimated"]
+
+
+def test_of_an_exchange_all_that_is_for_another_host_crosses():
+    line = "ENTRY %m (p: f32[8]) -> f32[8] {\n %r = f32[8]{0} all-to-all(%x), replica_groups={{0,1,2,3,4,5,6,7}}\n}\n"
+    (one,) = check_mesh.collectives(line, sharding.make_mesh(data=8), parts=2)
+    assert one.sent == 32 * 7 / 8 and one.across == 32 * 4 / 8
+
+
+def test_between_tpu_slices_a_sum_of_gradients_is_estimated(compiler):
+    where = check_mesh.dataclasses.replace(compiler(GiB / 30), slices=2, chips=4)
+    mesh = lambda devices: sharding.make_mesh(slices=2, data=4, devices=devices)  # noqa: E731
+    found = check_mesh.check(plan(mesh=mesh), where, once=True)
+    n = sum(x.size for x in jax.tree.leaves(tiny.model(tiny.moe())))
+    assert found["step"]["sent"] == {"slice": 4 * n} and found["step"]["estimated"]  # twice a half of 4 bytes
+    assert found["step"]["seconds"]["network"] == pytest.approx(4 * n / where.chip.network)
+    assert "over slice: an estimate" in check_mesh.report(found)
+
+
 def test_memory_is_laid_along_a_line():
-    first, second = ({"batch": b, "state": 100, "temporary": 10 * b} for b in (8, 16))
+    first, second = ({"batch": b, "used": 100 + 10 * b} for b in (8, 16))
     assert check_mesh.largest(first, second, room=1000, multiple=8) == 88
 
 
