@@ -1,5 +1,6 @@
 """The site of the documentation builds without a warning, and its examples are those of the code."""
 
+import html
 import re
 import subprocess
 import sys
@@ -33,6 +34,22 @@ def test_every_configuration_is_listed_with_its_macros(site):
     for path in (ROOT / "gin").rglob("*.gin"):
         assert str(path.relative_to(ROOT / "gin")) in page
     assert "TASK_MAP" in page and "@task_routers.TaskMapped" in page
+
+
+def test_every_setting_of_what_gin_files_name_is_listed(site):
+    page = html.unescape(re.sub("<[^>]+>", "", (site / "settings.html").read_text("utf-8")))
+    for name in ("steps", "spike", "patience", "hang_after", "profile_steps"):
+        assert re.search(rf"\b{name}: \w+ = ", page), f"train.train takes {name}"
+    assert "seconds without a step after which the stacks" in page
+    assert "Grouped(" in page and "make_mesh(" in page and "class Adapters(" in page
+
+
+def test_speech_translation_experiments_scripts_notebooks_and_changes_have_their_pages(site):
+    front = (site / "index.html").read_text("utf-8")
+    for name in ("speech", "translation", "experiments", "launch", "notebooks", "changelog", "settings"):
+        assert f'href="{name}.html"' in front, name
+    assert 'href="index.html#recognise-speech"' in (site / "speech.html").read_text("utf-8")
+    assert "blob/main/notebooks/1_correct.ipynb" in (site / "notebooks.html").read_text("utf-8")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs").rglob("*.md")), ids=lambda p: p.stem)
