@@ -4,6 +4,7 @@ import ast
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,22 @@ def test_it_is_clean_and_defines_nothing_that_belongs_in_the_package(path):
                 body = ast.parse("".join(cell["source"]))
                 assert not [n for n in ast.walk(body) if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
     assert sum("parameters" in c["metadata"].get("tags", []) for c in found) >= 1
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_in_colab_a_reader_can_set_what_forms_hide_and_follow_links(path):
+    for cell in cells(path):
+        source = "".join(cell["source"])
+        assert "](../" not in source and "](./" not in source  # Colab has this file alone
+        if cell["metadata"].get("cellView") == "form" and "install" not in cell["metadata"]["tags"]:
+            lines = [line for line in source.splitlines() if not line.startswith("#")]
+            assert lines and all(" = " in line and "# @param" in line for line in lines), source
+
+
+def test_models_and_merges_of_other_settings_are_not_taken_for_these():
+    source = "".join("".join(c["source"]) for c in cells(NOTEBOOKS[3]))
+    assert all("{STEPS}" in name for name in re.findall(r'\{FOLDER\}/([^"]+)"', source))
+    assert "'+'.join(FAMILIES)" in source
 
 
 @pytest.fixture(scope="module")

@@ -293,3 +293,14 @@ def test_heat_maps_show_every_share_and_nothing_of_a_name_is_markup():
     root = ET.fromstring(drawn)
     titles = [t.text for t in root.iter("{http://www.w3.org/2000/svg}title")]
     assert len(titles) == 8 and "en-de, 1: 75.0 %" in titles and "<b>, 0: 100.0 %" in titles
+    assert "crimson" not in drawn
+
+
+def test_a_heat_map_of_a_runs_routing_frames_the_experts_that_a_map_gives_a_task():
+    """`routing.json` as it is: how far tasks are told apart is computed."""
+    routing = {"tasks": ["asr", "ocr"], "load": [[[0.5, 0.5], [1.0, 0.0]]], "mapped": {"ocr": [0]}, "entropy": []}
+    drawn = heat_maps({"experts": routing})
+    cells = ET.fromstring(drawn).findall("{http://www.w3.org/2000/svg}rect")
+    assert drawn.count("crimson") == 1 and "told apart 0." in drawn
+    framed = [cell.findtext("{http://www.w3.org/2000/svg}title") for cell in cells if cell.get("stroke") == "crimson"]
+    assert framed == ["ocr, 0: 100.0 %, mapped"]
