@@ -18,6 +18,7 @@ from moe_jax.report.read import read_log
 from moe_jax.sweep import rows_of
 
 COLOURS = ("#1f4e79", "#c0504d", "#4f8f3c", "#8064a2", "#d98b28", "#3d9aa8", "#7a7a7a", "#b0307a")
+BLOCKS = "▁▂▃▄▅▆▇█"
 STYLE = """body { font: 14px sans-serif; margin: 2em; max-width: 1200px } table { border-collapse: collapse }
 td, th { padding: 2px 10px; text-align: left; border-bottom: 1px solid #ddd } .charts { display: flex; flex-wrap: wrap }
 figure { margin: 0 12px 12px 0; width: 360px } .tick { font-size: 10px; fill: #666 } .grid { stroke: #eee }
@@ -26,7 +27,7 @@ figure { margin: 0 12px 12px 0; width: 360px } .tick { font-size: 10px; fill: #6
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", help="run folders, two or more")
-    parser.add_argument("--output", metavar="HTML", help="a page with the tables and the curves of every metric")
+    parser.add_argument("--output", metavar="HTML", help="a page with the tables and the curves of every metric, large")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -41,12 +42,16 @@ def main(args: argparse.Namespace) -> int:
         m: {name: scores[name].get(m) for name in runs} for m in dict.fromkeys(m for s in scores.values() for m in s)
     }
     second = table("at the end", metrics, runs)
-    print(f"{first}\n{second}", end="")
+    paths = {name: folder / "metrics.jsonl" for name, folder in runs.items()}
+    logs = {name: read_log(path) if path.exists() else {} for name, path in paths.items()}
+    drawn = curves(logs)
+    third = f"\n{table('curve', drawn, runs)}" if drawn else ""
+    print(f"{first}\n{second}{third}", end="")
     if args.output:
-        paths = {name: folder / "metrics.jsonl" for name, folder in runs.items()}
-        logs = {name: read_log(path) if path.exists() else {} for name, path in paths.items()}
         write_text(Path(args.output), page(settings, metrics, logs))
         print(f"\n{args.output}")
+    elif drawn:
+        print("\ncurves: give --output page.html")
     return 0
 
 
@@ -100,6 +105,34 @@ def table(what: str, rows: Mapping[str, Mapping[str, Any]], runs: Mapping[str, A
 
     lines = [(key, *(said(values[name]) for name in runs)) for key, values in rows.items()]
     return markdown([(what, *runs), ("---", *["---"] * len(runs)), *lines])
+
+
+def curves(logs: Mapping[str, Mapping[int, Mapping[str, float]]], width: int = 16) -> dict[str, dict[str, Any]]:
+    """Metric -> run -> its course in blocks, all runs of a metric on one scale and over the same steps, and its last
+    value; None where a run has none."""
+    out: dict[str, dict[str, Any]] = {}
+    steps = [step for log in logs.values() for step in log]
+    begin = min(steps, default=0)
+    wide = max(steps, default=0) - begin or 1
+    for metric in dict.fromkeys(m for log in logs.values() for row in log.values() for m in row):
+        lines = {name: [(s, row[metric]) for s, row in log.items() if metric in row] for name, log in logs.items()}
+        values = [y for points in lines.values() for _, y in points if math.isfinite(y)]
+        low, span = min(values, default=0.0), (max(values, default=0.0) - min(values, default=0.0)) or 1.0
+        out[metric] = dict.fromkeys(logs)
+        for name, points in lines.items():
+            if not points:
+                continue
+            places: list[list[float]] = [[] for _ in range(width)]
+            for step, y in points:
+                if math.isfinite(y):
+                    places[min(width * (step - begin) // wide, width - 1)].append((y - low) / span)
+            last = max((i for i, of in enumerate(places) if of), default=-1)
+            drawn, height = "", " "
+            for i, of in enumerate(places):  # between two points the line stays where it was
+                height = BLOCKS[round(sum(of) / len(of) * (len(BLOCKS) - 1))] if of else height
+                drawn += height if i <= last else " "
+            out[metric][name] = f"`{drawn}` {points[-1][1]:.4g}"
+    return out
 
 
 def page(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -253,6 +254,30 @@ def test_runs_are_compared_by_what_differs_and_what_came_of_them(toy, tmp_path, 
     assert "| asr wer | 0.1 | 0.2 |" in out and "| valid loss | 0.6 | 0.7 |" in out
     page = (tmp_path / "c.html").read_text()
     assert page.count("<figure>") == 2 and "RATE=0.2-0" in page
+
+
+def test_without_a_page_the_course_of_each_metric_is_printed_and_its_last_value(toy, tmp_path, capsys):
+    assert toy("--grid=RATE=0.1,0.2") == 0
+    capsys.readouterr()
+    runs = [str(tmp_path / "out" / f"RATE=0.{i}-0") for i in (1, 2)]
+    assert cli.entry(["compare", *runs]) == 0
+    out = capsys.readouterr().out
+    assert "| curve | RATE=0.1-0 | RATE=0.2-0 |" in out and "curves: give --output page.html" in out
+    assert re.search(r"\| loss \| `█+▁` 0.5 \| `█+▁` 0.5 \|", out)
+    assert re.search(r"\| valid/loss \| `▇+▁` 0.6 \| `█+▂` 0.7 \|", out)
+    assert cli.entry(["compare", *runs, "--output=c.html"]) == 0
+    assert "give --output" not in capsys.readouterr().out
+
+
+def test_curves_of_runs_share_their_steps_and_their_scale():
+    logs = {
+        "a": {0: {"x": 0.0, "odd": 1.0}, 10: {"x": 1.0, "odd": float("nan")}, 20: {"x": 2.0}},
+        "b": {0: {"x": 7.0}, 10: {"x": 7.0}, 20: {"y": 0.0}},
+    }
+    drawn = compare.curves(logs, width=3)
+    assert drawn["x"] == {"a": "`▁▂▃` 2", "b": "`██ ` 7"}  # the second has no value at the last step
+    assert drawn["odd"] == {"a": "`▁  ` nan", "b": None} and drawn["y"] == {"a": None, "b": "`  ▁` 0"}
+    assert compare.curves({"a": {}, "b": {}}) == {}
 
 
 def test_hostile_names_are_escaped():
