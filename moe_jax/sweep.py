@@ -94,15 +94,16 @@ def main(args: argparse.Namespace) -> int:
 
 def _waited(command: Sequence[str]) -> tuple[int, int]:
     """(its exit code; ours if a signal came meanwhile, else 0). A run saves when it is told to stop, however long that
-    takes, so it is waited for: Ctrl-C it has from the terminal, a SIGTERM that came to us alone is passed on."""
+    takes, so it is waited for: Ctrl-C it has from the terminal, a SIGTERM that came to us alone is passed on. So is a
+    second Ctrl-C: a notebook's may come to us alone too."""
     caught = 0
     child: subprocess.Popen | None = None
 
     def note(signum: int, _: object) -> None:
         nonlocal caught
-        caught = caught or signum
-        if child and signum == signal.SIGTERM:
+        if child and (caught or signum == signal.SIGTERM):
             child.send_signal(signum)
+        caught = caught or signum
 
     # A handler, as what is ignored here would be ignored by the run too.
     in_main = threading.current_thread() is threading.main_thread()

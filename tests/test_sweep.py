@@ -134,9 +134,13 @@ def test_a_failure_is_said_and_the_others_go_on_and_a_stop_stops(toy, tmp_path, 
     assert not (tmp_path / "out" / "RATE=0.4-0").exists()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
-def test_a_signal_stops_a_sweep_when_its_run_has_saved(signum, toy, tmp_path):
-    """Ctrl-C goes to the whole group, as from a terminal; SIGTERM to the sweep alone, as from a scheduler."""
+@pytest.mark.parametrize(
+    ("signum", "send", "times"),
+    [(signal.SIGINT, os.killpg, 1), (signal.SIGINT, os.kill, 2), (signal.SIGTERM, os.kill, 1)],
+    ids=["terminal", "notebook", "scheduler"],
+)
+def test_a_signal_stops_a_sweep_when_its_run_has_saved(signum, send, times, toy, tmp_path):
+    """Ctrl-C goes to the whole group, from a terminal; to the sweep alone, maybe, from elsewhere."""
     run = tmp_path / "out" / "RATE=0.3-0"
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "slow").touch()
@@ -147,7 +151,9 @@ def test_a_signal_stops_a_sweep_when_its_run_has_saved(signum, toy, tmp_path):
         until = time.monotonic() + 60
         while not (run / "begun").exists() and sent.poll() is None and time.monotonic() < until:
             time.sleep(0.05)
-        (os.killpg if signum == signal.SIGINT else os.kill)(sent.pid, signum)
+        for _ in range(times):
+            send(sent.pid, signum)
+            time.sleep(0.3)
         _, said = sent.communicate(timeout=60)
     finally:
         if sent.poll() is None:
