@@ -28,6 +28,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("slice", "data", "fsdp", "expert", "model")
+MACROS = dict(zip(AXES, ("SLICES", "DATA_AXIS", "FSDP_AXIS", "EXPERT_AXIS", "MODEL_AXIS"), strict=True))  # gin/mesh
 
 RULES: Mapping[str, str | tuple[str, ...]] = {
     "batch": ("slice", "data", "fsdp", "expert"),  # experts exchange tokens inside a batch: their axis carries data too
@@ -59,15 +60,26 @@ def make_mesh(
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = dict(zip(AXES, (slices, data, fsdp, expert, model), strict=True))
+    found = f"{len(devices)} device" + "s" * (len(devices) != 1)
+    for axis, n in sizes.items():
+        if n < 1 and not (n == -1 and axis in ("data", "fsdp")):
+            raise ValueError(f"mesh {axis}={n}: give a number of devices; only data or fsdp may be -1")
     others = int(np.prod([n for n in sizes.values() if n != -1]))
     open_ = [axis for axis, n in sizes.items() if n == -1]
-    if len(open_) == 1 and open_[0] in ("data", "fsdp"):
+    if len(open_) > 1:
+        raise ValueError("only one of DATA_AXIS and FSDP_AXIS may be -1: it takes what the other leaves")
+    if open_ and len(devices) % others:
+        large = [axis for axis in sizes if sizes[axis] > 1]
+        said = " x ".join(f"{axis}={sizes[axis]}" for axis in large)
+        flags = " ".join(f"--gin.{MACROS[axis]}=1" for axis in large)
+        raise ValueError(f"{said} does not divide {found}: {flags}, or another number that divides them")
+    if open_:
         sizes[open_[0]] = len(devices) // others
     shape = tuple(sizes.values())
-    if min(shape) < 1 or int(np.prod(shape)) != len(devices):
+    if int(np.prod(shape)) != len(devices):
         said = " x ".join(f"{axis}={n}" for axis, n in sizes.items() if n != 1 or axis == "data")
         raise ValueError(
-            f"mesh {said} needs {abs(int(np.prod(shape)))} devices, this host sees {len(devices)}: "
+            f"mesh {said} needs {int(np.prod(shape))} devices, this host sees {len(devices)}: "
             "change the mesh file, or use -1 for data or fsdp"
         )
     return Mesh(_wired(devices, shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -243,14 +255,41 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def part_of_batch(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
+    """Which part of each batch a process (this one) brings, of how many.
+
+    Processes whose devices differ along `model` alone hold the same rows, and so bring the same part.
+
+    Raises ValueError where processes have some of their rows in common and others not, or this one has no device.
+    """
+    process = jax.process_index() if process is None else process
+    batch_axes = [mesh.shape[axis] for axis in RULES["batch"]]
+    devices = mesh.devices.reshape(int(np.prod(batch_axes)), -1)  # `model` is the last axis
+    held: dict[int, set[int]] = {}
+    for place, replicas in enumerate(devices):
+        for device in replicas:
+            held.setdefault(device.process_index, set()).add(place)
+    if process not in held:
+        raise ValueError("this host has no device of the mesh: change the mesh file")
+    parts = sorted({tuple(sorted(places)) for places in held.values()})
+    if sum(map(len, parts)) != len(devices) or len({*map(len, parts)}) > 1:
+        raise ValueError("hosts have some rows of a batch in common and others not: change MODEL_AXIS in the mesh file")
+    return parts.index(tuple(sorted(held[process]))), len(parts)
+
+
 def put_batch(batch, mesh: Mesh):
-    """Host rows -> one global array a leaf; every process brings its own rows.
+    """Host rows -> one global array a leaf; every process brings the rows of its `part_of_batch`.
 
     Raises ValueError where the rows do not divide over the devices that share a batch.
     """
-    sharding = batch_sharding(mesh)
-    rows, devices = len(jax.tree.leaves(batch)[0]) * jax.process_count(), _devices(mesh, RULES["batch"])
+    sharding, (_, parts) = batch_sharding(mesh), part_of_batch(mesh)
+    rows, devices = len(jax.tree.leaves(batch)[0]) * parts, _devices(mesh, RULES["batch"])
     if rows % devices:
         axes = " x ".join(axis for axis in RULES["batch"] if mesh.shape[axis] > 1)
         raise ValueError(f"{rows} rows do not divide over {devices} devices ({axes}): change batch_size or the mesh")
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+    def put(x: Any) -> jax.Array:
+        x = np.asarray(x)
+        return jax.make_array_from_process_local_data(sharding, x, (rows, *x.shape[1:]))
+
+    return jax.tree.map(put, batch)

@@ -443,7 +443,7 @@ def train(
                 state,
                 step_fn,
                 functools.partial(_validate, evaluate, valid_set, batch_size, valid_batches, families, devices),
-                lambda s: sharding.put_batch(_rows(train_set, s, seed, batch_size), devices),
+                lambda s: sharding.put_batch(_rows(train_set, s, seed, batch_size, devices), devices),
                 store,
                 logs,
                 clock,
@@ -585,21 +585,17 @@ def _loop(
                 raise Stopped(caught, f"stopped at step {state.step} of {steps}; the same command goes on from there")
 
 
-def _rows(data: Dataset, step: int, seed: int, batch_size: int) -> Batch:
-    return data.batch(
-        step,
-        seed=seed,
-        batch_size=batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+def _rows(data: Dataset, step: int, seed: int, batch_size: int, mesh: Any) -> Batch:
+    """What this process brings of a batch. Hosts that hold the same rows read the same ones."""
+    part, parts = sharding.part_of_batch(mesh)
+    return data.batch(step, seed=seed, batch_size=batch_size, process_index=part, process_count=parts)
 
 
 def _validate(evaluate, data: Dataset, batch_size: int, batches: int, families, mesh, state: State) -> dict[str, float]:
     """Mean nll over the first rows of the validation set: the same rows at every call."""
     total: Metrics = {}
     for i in range(data.batches(batches * batch_size, batch_size)):
-        metrics = evaluate(state.params, state.frozen, sharding.put_batch(_rows(data, i, 0, batch_size), mesh))
+        metrics = evaluate(state.params, state.frozen, sharding.put_batch(_rows(data, i, 0, batch_size, mesh), mesh))
         total = metrics if not total else jax.tree.map(jnp.add, total, metrics)
     scalars = readable(total, families)
     named = ("loss/", "load/", "router/busiest/", "router/entropy")

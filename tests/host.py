@@ -2,9 +2,10 @@
 
 python host.py RUN_DIR DATA PORT PROCESSES PROCESS [KILLED_AT]    kills itself, once, after that step
 
-With STEP_SECONDS each step lasts so much longer.
+With STEP_SECONDS each step lasts so much longer; MESH is the mesh's axes as JSON.
 """
 
+import json
 import os
 import signal
 import sys
@@ -43,7 +44,8 @@ def make_step(*args, **options):
 train.make_step = make_step
 
 try:
-    child.run(run_dir, data, mesh=lambda: sharding.make_mesh(data=4, expert=2))
+    axes = json.loads(os.environ.get("MESH", '{"data": 4, "expert": 2}'))
+    child.run(run_dir, data, mesh=lambda: sharding.make_mesh(**axes))
 except Stopped as stopped:
     print(stopped, flush=True)
     sys.exit(stopped.code)

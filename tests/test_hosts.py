@@ -9,13 +9,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import child
 import jax
 import numpy as np
 import pytest
 
-from moe_jax import checkpoint, train
+from moe_jax import checkpoint, sharding, train
 
 ROOT = Path(__file__).parents[1]
 SUPERVISE = ROOT / "tpu_scripts" / "supervise.sh"
@@ -77,6 +79,47 @@ def test_two_hosts_train_as_one_does(data, unbroken, tmp_path):
     one, two = losses(tmp_path), losses(unbroken)
     assert one.keys() == two.keys() == set(range(1, child.STEPS + 1))
     np.testing.assert_allclose(list(one.values()), list(two.values()), rtol=2e-3)
+
+
+def test_two_hosts_that_hold_the_same_rows_read_the_same_rows(data, tmp_path, monkeypatch):
+    """A matrix split over all devices of both: each needs the whole batch."""
+    monkeypatch.setenv("MESH", json.dumps({"data": 1, "model": 8}))
+    folder = tmp_path / "two"
+    assert ended(folder, started(folder, data)) == [0, 0], (folder / "host0.log").read_text()[-3000:]
+    child.run(tmp_path / "one", data)
+    one, two = losses(tmp_path / "one"), losses(folder)
+    assert one.keys() == two.keys()
+    np.testing.assert_allclose(list(one.values()), list(two.values()), rtol=2e-3)
+
+
+def on_hosts(shape: tuple[int, ...], hosts: list[int]) -> Any:
+    """What `part_of_batch` looks at of a mesh: which device of it is of which host."""
+    devices = np.array([SimpleNamespace(process_index=host) for host in hosts]).reshape(shape)
+    return SimpleNamespace(devices=devices, shape=dict(zip(sharding.AXES, shape, strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "hosts", "parts"),
+    [
+        ((1, 4, 1, 1, 1), [0, 0, 1, 1], [(0, 2), (1, 2)]),
+        ((1, 1, 1, 1, 4), [0, 0, 1, 1], [(0, 1), (0, 1)]),  # one group of `model` over both hosts
+        ((1, 2, 1, 1, 4), [0, 0, 1, 1, 2, 2, 3, 3], [(0, 2), (0, 2), (1, 2), (1, 2)]),
+        ((1, 2, 1, 2, 2), [0, 1, 0, 1, 2, 3, 2, 3], [(0, 2), (0, 2), (1, 2), (1, 2)]),
+        ((1, 2, 2, 1, 1), [0, 1, 0, 1], [(0, 2), (1, 2)]),  # parts need not be neighbours
+        ((2, 1, 1, 2, 1), [1, 1, 0, 0], [(1, 2), (0, 2)]),
+    ],
+)
+def test_a_host_reads_the_part_of_a_batch_that_its_devices_hold(shape, hosts, parts):
+    assert [sharding.part_of_batch(on_hosts(shape, hosts), host) for host in range(max(hosts) + 1)] == parts
+
+
+@pytest.mark.parametrize(
+    ("hosts", "says"),
+    [([0, 0, 0, 1, 1, 1], "hosts have some rows of a batch in common"), ([1, 1, 1, 1, 1, 1], "has no device")],
+)
+def test_a_mesh_across_which_hosts_lie_askew_is_refused(hosts, says):
+    with pytest.raises(ValueError, match=says):
+        sharding.part_of_batch(on_hosts((1, 3, 1, 1, 2), hosts), 0)
 
 
 def test_what_two_hosts_saved_goes_on_on_one(data, unbroken, tmp_path):

@@ -405,6 +405,17 @@ def test_a_run_starts_from_several_models(data, dense, tmp_path):
             {"mesh": partial(sharding.make_mesh, data=3)},
             "mesh data=3 needs 3 devices, this host sees 8: change the mesh file, or use -1",
         ),
+        ({"mesh": partial(sharding.make_mesh, fsdp=-1)}, "only one of DATA_AXIS and FSDP_AXIS may be -1"),
+        ({"mesh": partial(sharding.make_mesh, expert=16)}, "expert=16 does not divide 8 devices: --gin.EXPERT_AXIS=1"),
+        (
+            {"mesh": lambda: sharding.make_mesh(1, 8, fsdp=-1, devices=jax.devices()[:1])},
+            "expert=8 does not divide 1 device: --gin.EXPERT_AXIS=1",
+        ),
+        (
+            {"mesh": partial(sharding.make_mesh, expert=2, model=3)},
+            "expert=2 x model=3 does not divide 8 devices: --gin.EXPERT_AXIS=1 --gin.MODEL_AXIS=1",
+        ),
+        ({"mesh": partial(sharding.make_mesh, expert=0)}, "mesh expert=0: give a number of devices; only data or fsdp"),
         ({"model": child.configured(d=15)}, "d=15 must be a multiple of 2 x heads=4"),
     ],
 )
