@@ -71,8 +71,9 @@ def _writing(folder: Path) -> Generator[None]:
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
-    """Orbax logs the traceback of an error in its threads, often twice; the next call raises it anyway."""
-    return not record.exc_info
+    """Orbax logs the traceback of an error in its threads, often twice; the next call raises it anyway. And it warns of
+    a step without a validation loss, which is meant."""
+    return not record.exc_info and "did not provide metrics" not in record.getMessage()
 
 
 class Run:
@@ -86,7 +87,10 @@ class Run:
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=AnyPreservationPolicy(
-                    [LatestN(keep_latest), BestN(get_metric_fn=best, reverse=True, n=keep_best)]
+                    [
+                        LatestN(keep_latest),
+                        BestN(get_metric_fn=best, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False),
+                    ]
                 ),
                 best_fn=best,
                 best_mode="min",
@@ -123,8 +127,18 @@ class Run:
     def best(self) -> int | None:
         return self.manager.best_step() or self.latest()
 
-    def save(self, step: int, params: Table, opt: Any, meta: Mapping[str, Any], valid_loss: float) -> None:
-        """Written in the background: an error of the disk is raised here or at the next `save` or `close`.
+    def validated(self, step: int) -> bool:
+        """Whether it was saved with a validation loss."""
+        return self.manager.metrics(step) is not None
+
+    def replace(self, step: int, *saved: Any) -> None:
+        """`save` of a step that is there already."""
+        self.manager.delete(step)
+        self.save(step, *saved)
+
+    def save(self, step: int, params: Table, opt: Any, meta: Mapping[str, Any], valid_loss: float | None) -> None:
+        """Written in the background: an error of the disk is raised here or at the next `save` or `close`. Without a
+        validation loss it is the latest step, never the best.
 
         Raises CheckpointError where the system cannot write, or when Orbax refuses the step (it exists already).
         """
@@ -137,7 +151,7 @@ class Run:
                     opt=ocp.args.StandardSave({"leaves": dict(enumerate_leaves(opt))}),
                     meta=ocp.args.JsonSave({**said, "sha256": _sha256(said)}),
                 ),
-                metrics={"valid/loss": float(valid_loss)},
+                metrics=None if valid_loss is None else {"valid/loss": float(valid_loss)},
             )
         if not saved:
             raise CheckpointError(f"{self.folder}/{step} exists already: choose another run folder")

@@ -504,8 +504,6 @@ def _loop(
     flops_per_token: int,
     tracing: profile.Steps,
 ) -> None:
-    if state.step >= steps and store.latest() is not None:
-        return
     valid: dict[str, float] = {}
 
     def finite(name: str, x: float) -> None:
@@ -515,18 +513,32 @@ def _loop(
                 "lower the learning rate or look at the data"
             )
 
-    def save() -> None:
+    def save(write=store.save) -> None:
         nonlocal valid
         clock.now("validate")
         valid = valid or validate(state)
         finite("validation loss", valid["valid/loss"])
         clock.now("save")
-        store.save(state.step, state.params, state.opt, {**about, "step": state.step}, valid["valid/loss"])
+        write(state.step, state.params, state.opt, {**about, "step": state.step}, valid["valid/loss"])
         clock.saved()
 
+    def save_at_once() -> None:
+        """A machine that is taken away gives half a minute, and validation may take longer, or fail."""
+        clock.now("save")
+        store.save(state.step, state.params, state.opt, {**about, "step": state.step}, None)
+        clock.saved()
+
+    if state.step and not store.validated(state.step):  # what `save_at_once` left out
+        clock.now("validate")
+        if state.step % eval_every == 0 or state.step == steps:
+            valid = validate(state)
+            logs.metrics(state.step, valid)
+        if state.step % save_every == 0 or state.step == steps:
+            save(store.replace)
     if state.step >= steps:
-        save()
-        logs.metrics(state.step, valid)
+        if store.latest() is None:
+            save()
+            logs.metrics(state.step, valid)
         return
     peak, compiled = xla.peak_flops(), set()
     bar = tqdm(total=steps, initial=state.step, unit="step", disable=None if progress else True, mininterval=1)
@@ -567,22 +579,24 @@ def _loop(
                 logs.speed(state.step, speed)
                 bar.set_postfix_str(f"nll {scalars['nll']:.3f}, {rate:.0f} tokens/s")
                 since, tokens, waited = time.monotonic(), 0, clock.seconds["input"]
+            caught = stop.at(state.step)
+            if caught:
+                health.settle()
+                save_at_once()
+                raise Stopped(caught, f"stopped at step {state.step} of {steps}; the same command goes on from there")
             if state.step % eval_every == 0 or state.step == steps:
                 clock.now("validate")
                 began = time.monotonic()
                 valid = validate(state)
                 logs.metrics(state.step, valid)
                 since += time.monotonic() - began  # speed is that of training alone
-            caught = stop.at(state.step)
             due |= state.step % save_every == 0
-            if caught or due or state.step == steps:
+            if due or state.step == steps:
                 health.settle()
-                if health.well or caught or state.step == steps:  # what may be ill waits until it is well
+                if health.well or state.step == steps:  # what may be ill waits until it is well
                     save()
                     due = False
                 watchdog.alive()
-            if caught:
-                raise Stopped(caught, f"stopped at step {state.step} of {steps}; the same command goes on from there")
 
 
 def _rows(data: Dataset, step: int, seed: int, batch_size: int, mesh: Any) -> Batch:

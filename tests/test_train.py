@@ -174,6 +174,31 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(data, tm
     assert child.everything(tmp_path) == unbroken
 
 
+def failing(*_) -> dict[str, float]:
+    raise FloatingPointError("validation loss is nan")
+
+
+@pytest.mark.parametrize("at", [5, 6, 8, 12])
+def test_a_run_that_is_asked_to_stop_saves_at_once_and_validates_when_it_goes_on(
+    data, tmp_path, unbroken, monkeypatch, at
+):
+    """Who takes a machine away leaves seconds. Steps 6 and 12 are validated, 4, 8 and 12 saved with a loss."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "Logs", child.signal_at(at, signal.SIGTERM))
+        whole = train._validate
+        patch.setattr(train, "_validate", lambda *args: (failing if args[-1].step == at else whole)(*args))
+        with pytest.raises(Stopped, match=f"stopped at step {at} of 12"):
+            child.run(tmp_path, data)
+    store = checkpoint.Run(tmp_path)
+    assert store.latest() == at and not store.validated(at) and store.best() != at
+    store.close()
+    child.run(tmp_path, data)
+    assert child.everything(tmp_path) == unbroken
+    store = checkpoint.Run(tmp_path)
+    assert store.steps() == ([12, 8] if at in (8, 12) else store.steps())
+    store.close()
+
+
 def test_a_run_compiles_one_step_and_one_evaluation(data, tmp_path):
     """However steps, validation and saving take turns, and so does the run that goes on."""
     compiled = Counter()
