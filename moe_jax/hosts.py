@@ -6,28 +6,49 @@ process does.
 
 from __future__ import annotations
 
+import errno
 import functools
+import os
+import re
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
 from moe_jax.partfile import Signals
 
+# What may pass by itself: of file systems over a network, and of other hosts. Whoever repeats commands repeats these.
+FILES = ("EIO", "ESTALE", "ENOTCONN", "ETIMEDOUT", "EAGAIN", "EINTR", "EREMOTEIO")
+NETWORK = ("ECONNRESET", "ECONNREFUSED", "ECONNABORTED", "EHOSTUNREACH", "EHOSTDOWN", "ENETDOWN", "ENETUNREACH")
+TRANSIENT = frozenset(getattr(errno, name) for name in (*FILES, *NETWORK) if hasattr(errno, name))
+TRY_AGAIN = getattr(os, "EX_TEMPFAIL", 75)  # their exit code
 
-def join(coordinator: str | None, processes: int | None, process: int | None, heartbeat: int) -> None:
-    """Joins the others. On TPU, Slurm and Open MPI all arguments but the last may be None: JAX finds them.
 
-    A host that is not heard of for `heartbeat` seconds ends the processes of all others.
+def join(
+    coordinator: str | None, processes: int | None, process: int | None, heartbeat: int, timeout: int = 300
+) -> None:
+    """Joins the others. On TPU, Slurm and Open MPI the first three may be None: JAX finds them.
 
-    Raises ValueError, in one line, where the others cannot be joined.
+    A host that is not heard of for `heartbeat` seconds ends the processes of all others. They are waited for `timeout`
+    seconds; where JAX itself gives up waiting, it ends the process with 134.
+
+    Raises, in one line, TimeoutError where the others are late, and ValueError where they cannot be joined.
     """
     import jax
 
     try:
-        jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=heartbeat)
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            process,
+            heartbeat_timeout_seconds=heartbeat,
+            initialization_timeout=timeout,
+        )
     except (ValueError, RuntimeError) as error:
         said = str(error).strip().splitlines()[0]
+        if re.match("DEADLINE_EXCEEDED|UNAVAILABLE|ABORTED", said):
+            raise TimeoutError(errno.ETIMEDOUT, f"cannot join the other hosts ({said}): are all of them up?") from None
         raise ValueError(
             f"cannot join the other hosts ({said}): give --coordinator=HOST:PORT, --processes and --process, the same "
             "coordinator everywhere"
@@ -86,19 +107,32 @@ def alone(job: Callable[..., Any]) -> Callable[..., Any]:
 
 class Stop:
     """Whether to stop: on one host as `partfile.Signals` says; on several, where any of them was sent a SIGTERM (a
-    preemption), at a step that all agree on."""
+    preemption) or its first SIGINT (Ctrl-C), at a step that all agree on. The second SIGINT ends its host at once."""
 
     def __init__(self, doing: str):
         self._signals = None if several() else Signals(doing)
+        self._interrupted, self._before = False, None
 
     def __enter__(self) -> Stop:
         if self._signals:
             self._signals.__enter__()
+        elif threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._signals:
             self._signals.__exit__(*error)
+        elif self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _interrupt(self, *_: object) -> None:
+        """JAX tells the other hosts of a SIGTERM."""
+        if self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted = True
+        os.write(2, b"\nsaving on all hosts; Ctrl-C again to stop at once\n")
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def at(self, step: int) -> int:
         """The signal that came, or 0; asked once after each step."""
@@ -106,4 +140,6 @@ class Stop:
             return self._signals.caught
         from jax.experimental.multihost_utils import reached_preemption_sync_point
 
-        return int(signal.SIGTERM) if reached_preemption_sync_point(step) else 0
+        if not reached_preemption_sync_point(step):
+            return 0
+        return int(signal.SIGINT if self._interrupted else signal.SIGTERM)

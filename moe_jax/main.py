@@ -289,6 +289,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     several.add_argument("--process", type=int, help="elsewhere: which of them this is, from 0")
     what = "seconds after which a host that is silent is lost, and all end (default: 30)"
     several.add_argument("--heartbeat", type=int, default=30, help=what)
+    what = "seconds in which all hosts must have come (default: 300)"
+    several.add_argument("--join_timeout", type=int, default=300, help=what)
     parser.add_argument("--show_config", action="store_true", help="print what is bound, and stop")
 
 
@@ -304,10 +306,12 @@ def start(args: argparse.Namespace) -> int:
         if args.show_config:
             print(gin.config_str())
             return 0
+        if not args.coordinator and (args.processes is not None or args.process is not None):
+            raise ConfigError("--process and --processes are read with --coordinator=HOST:PORT: give it")
         if args.distributed or args.coordinator:
             from moe_jax import hosts
 
-            hosts.join(args.coordinator, args.processes, args.process, args.heartbeat)
+            hosts.join(args.coordinator, args.processes, args.process, args.heartbeat, args.join_timeout)
         buildable()
         gin.get_configurable(run)()
     except KeyboardInterrupt:
@@ -319,7 +323,9 @@ def start(args: argparse.Namespace) -> int:
 
 
 def report(error: Exception) -> int:
-    """One line for what a user can mend; a traceback for what is a bug of ours."""
+    """One line for what a user can mend (exit code 2) or what may pass by itself (75: the same command again); a
+    traceback for what is a bug of ours."""
+    from moe_jax import hosts
     from moe_jax.partfile import Stopped
 
     if isinstance(error, Stopped):
@@ -328,7 +334,7 @@ def report(error: Exception) -> int:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         print(f"{where}{error.strerror or error}", file=sys.stderr)
-        return 2
+        return hosts.TRY_AGAIN if error.errno in hosts.TRANSIENT else 2
     an_extra = isinstance(error, ModuleNotFoundError) and "pip install" in str(error)
     if an_extra or isinstance(error, (ValueError, FloatingPointError)):
         said = str(error).split("In call to configurable")[0]  # gin adds where it was configured

@@ -16,8 +16,9 @@ import child
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
-from moe_jax import checkpoint, sharding, train
+from moe_jax import checkpoint, hosts, main, sharding
 
 ROOT = Path(__file__).parents[1]
 SUPERVISE = ROOT / "tpu_scripts" / "supervise.sh"
@@ -171,6 +172,27 @@ def test_a_preempted_host_makes_all_save_at_one_step(data, tmp_path, unbroken, m
     assert losses(folder) == {n: theirs[n] for n in range(1, child.STEPS + 1)}
 
 
+def test_an_interrupt_of_one_of_several_hosts_is_told_to_all(monkeypatch):
+    """As a SIGTERM is, which JAX listens to; the second one stops at once."""
+    told: list[int] = []
+    before = signal.getsignal(signal.SIGINT), signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
+    monkeypatch.setattr(hosts, "several", lambda: True)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda _: bool(told))
+    try:
+        with hosts.Stop("saving") as stop:
+            assert stop.at(1) == 0
+            signal.raise_signal(signal.SIGINT)
+            assert told == [signal.SIGTERM] and stop.at(2) == signal.SIGINT
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        told[:] = [signal.SIGTERM]
+        with hosts.Stop("saving") as stop:
+            assert stop.at(3) == signal.SIGTERM
+        assert signal.getsignal(signal.SIGINT) == before[0]
+    finally:
+        signal.signal(signal.SIGTERM, before[1])
+
+
 def test_a_host_that_cannot_join_says_so():
     command = [sys.executable, "-m", "moe_jax.main", "--gin_file=runs/quickstart.gin", "--coordinator=nowhere"]
     done = subprocess.run([*command, "--processes=2", "--process=5"], cwd=ROOT, capture_output=True, text=True)
@@ -178,6 +200,30 @@ def test_a_host_that_cannot_join_says_so():
     assert "error: cannot join the other hosts" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (RuntimeError("DEADLINE_EXCEEDED: Barrier timed out.\nmore"), 75),
+        (RuntimeError("UNAVAILABLE: failed to connect to all addresses"), 75),
+        (RuntimeError("INVALID_ARGUMENT: Unexpected task"), 2),
+        (ValueError("Number of processes must be defined."), 2),
+    ],
+)
+def test_hosts_that_are_late_are_tried_again_and_wrong_flags_are_not(error, code, monkeypatch, capsys):
+    given = {}
+
+    def initialize(*_, **options):
+        given.update(options)
+        raise error
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    argv = ["--gin_file=runs/quickstart.gin", "--distributed", "--heartbeat=7", "--join_timeout=9"]
+    assert main.main(argv) == code
+    assert given == {"heartbeat_timeout_seconds": 7, "initialization_timeout": 9}
+    said = capsys.readouterr().err
+    assert "cannot join the other hosts" in said and str(error).splitlines()[0] in said and said.count("\n") == 1
+
+
 def test_alone_is_as_before():
-    assert jax.process_count() == 1 and train.hosts.first() and not train.hosts.several()
-    assert train.hosts.alone(lambda x: x + 1)(1) == train.hosts.in_turn(lambda x: x + 1)(1) == 2
+    assert jax.process_count() == 1 and hosts.first() and not hosts.several()
+    assert hosts.alone(lambda x: x + 1)(1) == hosts.in_turn(lambda x: x + 1)(1) == 2

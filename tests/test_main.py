@@ -1,6 +1,7 @@
 """Configuration: every shipped file parses and builds, and a mistake is one line."""
 
 import copy
+import errno
 import functools
 import gzip
 import json
@@ -305,6 +306,24 @@ def test_the_command_line_says_one_line_and_exits_with_2(capsys):
     assert main.main(["--gin_file=runs/quickstart.gin", "--gin.STPES=3"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert main.main([]) == 2
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(errno.EIO, 75), (errno.ESTALE, 75), (errno.ETIMEDOUT, 75), (errno.ENOSPC, 2), (errno.ENOENT, 2), (None, 2)],
+)
+def test_what_may_pass_by_itself_has_an_exit_code_of_its_own(number, code, capsys):
+    error = OSError(number, "it was so", "/nfs/x") if number else OSError("it was so")
+    assert main.report(error) == code
+    assert capsys.readouterr().err == ("/nfs/x: " if number else "") + "it was so\n"
+
+
+@pytest.mark.parametrize("flags", [["--process=1"], ["--processes=2"], ["--distributed", "--processes=2"]])
+def test_a_number_of_hosts_needs_the_address_of_the_first(flags, capsys):
+    assert main.main(["--gin_file=runs/quickstart.gin", *flags]) == 2
+    assert (
+        capsys.readouterr().err == "error: --process and --processes are read with --coordinator=HOST:PORT: give it\n"
+    )
 
 
 def test_show_config_prints_what_is_bound(capsys):
