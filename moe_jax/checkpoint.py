@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import itertools
@@ -30,6 +31,8 @@ import orbax.checkpoint as ocp
 from jax.experimental.multihost_utils import sync_global_devices
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 from safetensors import SafetensorError, safe_open
+
+from moe_jax import hosts
 
 Table = dict[str, Any]
 
@@ -55,16 +58,49 @@ def _shapes(table: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {"/".join(str(k.key) for k in path).replace(".", "/"): tuple(leaf.shape) for path, leaf in leaves}
 
 
+# What the bytes of a file system that is not a disk say instead of an error number.
+STATUS = {
+    "RESOURCE_EXHAUSTED": errno.ENOMEM,
+    "PERMISSION_DENIED": errno.EACCES,
+    "UNAUTHENTICATED": errno.EACCES,
+    "UNAVAILABLE": errno.EAGAIN,
+    "ABORTED": errno.EAGAIN,
+    "DEADLINE_EXCEEDED": errno.ETIMEDOUT,
+}
+
+
+def _number(error: BaseException) -> int | None:
+    """The system's number of an error, which TensorStore puts into words; None where it has none."""
+    if found := re.search(r"os_error_code='(\d+)'", str(error)):
+        return int(found[1])
+    if isinstance(error, MemoryError):
+        return errno.ENOMEM
+    if found := re.search(rf"\b({'|'.join(STATUS)})\b", str(error)):
+        return STATUS[found[1]]
+    return getattr(error, "errno", None)
+
+
+def _refused(error: BaseException, where: str) -> OSError | None:
+    """What the system would not do, in one line, which says nothing of the bytes that are there: a disk that does not
+    answer, no right to read, no memory. None where bytes are missing or make no sense."""
+    number = _number(error)
+    if number in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+        return None
+    said = (str(error).strip().splitlines() or [""])[0][:200]
+    return OSError(number, f"{os.strerror(number)} ({said}); the checkpoint is as it was", where)
+
+
 @contextlib.contextmanager
 def _writing(folder: Path) -> Generator[None]:
     """Says in one line what the system refused: Orbax writes in threads, and what they raise is long."""
     try:
         yield
     except (ValueError, OSError) as error:
-        found = re.search(r"os_error_code='(\d+)'", str(error))
-        number = int(found[1]) if found else getattr(error, "errno", None)
+        number = _number(error)
         if number is None:
             raise
+        if number in hosts.TRANSIENT:
+            raise OSError(number, f"{os.strerror(number)}; older checkpoints are whole", str(folder)) from error
         raise CheckpointError(
             f"{folder}: {os.strerror(number)}; older checkpoints are whole: mend this, and the same command goes on"
         ) from error
@@ -157,7 +193,10 @@ class Run:
             raise CheckpointError(f"{self.folder}/{step} exists already: choose another run folder")
 
     def meta(self, step: int) -> dict[str, Any]:
-        """What was saved with a step. Raises Damaged where it is missing, or another."""
+        """What was saved with a step.
+
+        Raises Damaged where it is missing, or another, and OSError where it cannot be read just now.
+        """
         return {key: value for key, value in self._meta(step).items() if key != "digests"}
 
     def _meta(self, step: int) -> dict[str, Any]:
@@ -167,11 +206,17 @@ class Run:
                 return meta
             error = None
         except (ValueError, KeyError, OSError, AttributeError) as found:
+            if refused := _refused(found, f"{self.folder}/{step}"):
+                raise refused from found
             error = found
         raise Damaged(f"{self.folder}/{step}: meta is missing or damaged; remove this step") from error
 
     def params(self, step: int, like: Table) -> Table:
-        """Parameters in the shapes and shardings of `like` (arrays or ShapeDtypeStructs)."""
+        """Parameters in the shapes and shardings of `like` (arrays or ShapeDtypeStructs).
+
+        Raises CheckpointError where they are of another model, Damaged where they are not what was saved, and OSError
+        where they cannot be read just now.
+        """
         return self._checked(step, "params", self._restore(step, "params", _dots(like), _slashes))
 
     def opt(self, step: int, like: Any) -> Any:
@@ -192,6 +237,10 @@ class Run:
         try:
             out = self.manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(like)}))
         except Exception as error:  # what Orbax raises for bytes that cannot be read is no more special
+            if refused := _refused(error, f"{self.folder}/{step}"):
+                raise refused from error
+            if isinstance(error, (RuntimeError, AssertionError)):  # of JAX, of other hosts: not of bytes
+                raise
             if misfit := self._misfit(step, item, like):
                 raise CheckpointError(
                     f"{self.folder}/{step}: {item} does not fit this model ({misfit}); "

@@ -1,5 +1,6 @@
 """Checkpoints: bit for bit, from mesh to mesh, refused in one line, and one model from another."""
 
+import errno
 import json
 import pickle
 import resource
@@ -139,6 +140,52 @@ def test_a_damaged_step_is_refused(store, saved, item, damage):
     with pytest.raises(CheckpointError, match=item) as error:
         read[item]()
     one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [
+        (OSError(errno.EIO, "Input/output error"), errno.EIO),
+        (
+            ValueError("FAILED_PRECONDITION: Error reading [source locations='x', os_error_code='116']\nmore"),
+            errno.ESTALE,
+        ),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."), errno.ENOMEM),
+        (ValueError("UNAVAILABLE: the bucket is busy"), errno.EAGAIN),
+        (PermissionError(errno.EACCES, "Permission denied"), errno.EACCES),
+        (MemoryError(), errno.ENOMEM),
+    ],
+)
+@pytest.mark.parametrize("item", ["params", "opt", "meta"])
+def test_a_step_that_cannot_be_read_just_now_is_not_called_damaged(store, saved, item, error, number, monkeypatch):
+    if item == "meta" and isinstance(error, (MemoryError, jax.errors.JaxRuntimeError)):
+        return  # of arrays
+
+    def restore(*_, **__):
+        raise error
+
+    monkeypatch.setattr(store.manager, "restore", restore)
+    _, state = saved
+    with pytest.raises(OSError, match="the checkpoint is as it was") as found:
+        {"params": store.params, "opt": store.opt}.get(item, lambda step, _: store.meta(step))(
+            3, state.opt if item == "opt" else state.params
+        )
+    assert found.value.errno == number and "\n" not in str(found.value)
+
+
+def test_what_other_hosts_did_is_no_damage(store, saved, monkeypatch):
+    def restore(*_, **__):
+        raise jax.errors.JaxRuntimeError("INTERNAL: a peer is gone")
+
+    monkeypatch.setattr(store.manager, "restore", restore)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a peer is gone"):
+        store.params(3, saved[1].params)
+
+
+def test_a_disk_that_does_not_answer_is_not_for_a_user_to_mend(tmp_path):
+    with pytest.raises(OSError, match="older checkpoints are whole") as error, checkpoint._writing(tmp_path):
+        raise ValueError("UNKNOWN: writing [os_error_code='5']")
+    assert error.value.errno == errno.EIO
 
 
 def test_a_step_is_never_overwritten(store, saved):
