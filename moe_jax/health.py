@@ -25,15 +25,15 @@ class Health:
     def __init__(self, logs: Logs, rows_of: Callable[[int], list[int]], patience: int):
         self._logs, self._rows_of, self._patience = logs, rows_of, patience
         self.well = True  # whether the last update that was looked at was followed
-        self._waiting: collections.deque[tuple[int, Any, Any]] = collections.deque()
+        self._waiting: collections.deque[tuple[int, Any, Any, Any]] = collections.deque()
 
-    def saw(self, step: int, in_row: Any, norm: Any) -> None:
-        """`step` was made: how many updates in a row were left out, the last of them its own, and the gradient's norm;
-        arrays, which are looked at when the device must have them.
+    def saw(self, step: int, in_row: Any, norm: Any, loss: Any) -> None:
+        """`step` was made: how many updates in a row were left out, the last of them its own, the gradient's norm and
+        the loss; arrays, which are looked at when the device must have them.
 
         Raises FloatingPointError.
         """
-        self._waiting.append((step, in_row, norm))
+        self._waiting.append((step, in_row, norm, loss))
         while len(self._waiting) > LAG:
             self._look(*self._waiting.popleft())
 
@@ -42,13 +42,15 @@ class Health:
         while self._waiting:
             self._look(*self._waiting.popleft())
 
-    def _look(self, step: int, in_row: Any, norm: Any) -> None:
+    def _look(self, step: int, in_row: Any, norm: Any, loss: Any) -> None:
         number, size = int(in_row), float(norm)
         self.well = not number
         if self.well:
             return
         rows = self._rows_of(step - 1)
         why = f"its norm is {size:.3g}" if math.isfinite(size) else "not finite"
+        why = why if math.isfinite(float(loss)) or not math.isfinite(size) else "the loss is not finite"
+        self._logs.skipped(step, rows)
         self._logs.metrics(step, {"skipped": number, **({"norm": size} if math.isfinite(size) else {})})
         if self._logs.enabled:
             some = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")

@@ -1,14 +1,16 @@
 """Logs of a run: JSON lines that a resumed run continues exactly, and TensorBoard events.
 
-metrics.jsonl holds what depends on (configuration, seed, step) alone; speed.jsonl what a clock measured.
+metrics.jsonl holds what depends on (configuration, seed, step) alone; speed.jsonl what a clock measured; skipped.jsonl,
+where there is anything to say, the rows of batches whose update was left out.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TextIO
 
 
 class Logs:
@@ -20,9 +22,9 @@ class Logs:
             return
         from tensorboardX import SummaryWriter
 
-        for name in ("metrics.jsonl", "speed.jsonl"):
+        for name in ("metrics.jsonl", "speed.jsonl", "skipped.jsonl"):
             truncate(folder / name, step)
-        self.files = {n: open(folder / f"{n}.jsonl", "a", encoding="utf-8") for n in ("metrics", "speed")}  # noqa: SIM115
+        self._folder, self.files = folder, {name: _opened(folder, name) for name in ("metrics", "speed")}
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
     def metrics(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -30,6 +32,21 @@ class Logs:
 
     def speed(self, step: int, scalars: Mapping[str, float]) -> None:
         self._write("speed", step, scalars)
+
+    def skipped(self, step: int, rows: Sequence[int]) -> None:
+        """The rows of the batch whose update, that of `step`, was left out."""
+        if self.enabled:
+            file = self.files.get("skipped") or _opened(self._folder, "skipped")
+            self.files["skipped"] = file
+            file.write(json.dumps({"step": step, "rows": list(rows)}) + "\n")
+            file.flush()
+
+    def sync(self) -> None:
+        """Everything reaches the disk: where it is a bucket, files are there for others from then on."""
+        if self.enabled:
+            for file in self.files.values():
+                os.fsync(file.fileno())
+            self.board.flush()
 
     def _write(self, name: str, step: int, scalars: Mapping[str, float]) -> None:
         if not self.enabled:
@@ -44,6 +61,10 @@ class Logs:
             for file in self.files.values():
                 file.close()
             self.board.close()
+
+
+def _opened(folder: Path, name: str) -> TextIO:
+    return open(folder / f"{name}.jsonl", "a", encoding="utf-8")
 
 
 def truncate(path: Path, step: int) -> None:

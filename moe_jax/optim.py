@@ -88,9 +88,10 @@ class Guarded(NamedTuple):
 
 def guarded(
     inner: optax.GradientTransformation, *, spike: float = 0.0, settle: int = 50
-) -> optax.GradientTransformation:
-    """Leaves an update out, the state of `inner` as it was, where the gradient is not finite; with `spike` also where
-    its norm is more than so many times the running mean (over about `settle` of them, and not before so many).
+) -> optax.GradientTransformationExtraArgs:
+    """Leaves an update out, the state of `inner` as it was, where the gradient is not finite, or the `loss` that is
+    given to `update` beside it; with `spike` also where the gradient's norm is more than so many times the running mean
+    (over about `settle` of them, and not before so many).
 
     The state is in checkpoints like any other, so a resumed run leaves out the same updates.
     """
@@ -98,9 +99,9 @@ def guarded(
     def init(params: Any) -> Guarded:
         return Guarded(inner.init(params), jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Guarded]:
+    def update(updates: Any, state: Any, params: Any = None, *, loss: Any = 0.0, **_: Any) -> tuple[Any, Guarded]:
         norm = optax.tree.norm(updates).astype(jnp.float32)
-        ok = jnp.isfinite(norm)
+        ok = jnp.isfinite(norm) & jnp.isfinite(loss)
         if spike:
             ok &= (state.followed < settle) | (norm <= spike * state.norm)
         either = lambda new, old: jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)  # noqa: E731
@@ -111,4 +112,4 @@ def guarded(
         old = state._replace(in_row=state.in_row + 1)
         return either(made, jax.tree.map(jnp.zeros_like, made)), either(new, old)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,8 +1,8 @@
 """Training: build, step, loop. Reads top to bottom; takes callables and knows no model.
 
-A run folder holds: checkpoints/ (Orbax), metrics.jsonl (deterministic), speed.jsonl (wall-clock), tensorboard/,
-config.json. Everything that a step does depends on (configuration, seed, step) alone, so a resumed run goes on to the
-same bits.
+A run folder holds: checkpoints/ (Orbax), metrics.jsonl (deterministic), speed.jsonl (wall-clock), skipped.jsonl (the
+rows of updates that were left out, if any), tensorboard/, config.json. Everything that a step does depends on
+(configuration, seed, step) alone, so a resumed run goes on to the same bits.
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ def make_step(
     ) -> tuple[Table, Any, Metrics]:
         own = trained(params)
         whole = (frozen or {}) | params
-        updates, opt = optimizer.update(grads, opt, own)
+        updates, opt = optax.with_extra_args_support(optimizer).update(grads, opt, own, loss=metrics["loss"])
         whole |= cast(Table, optax.apply_updates(own, updates))
         after = after_step(model, {path: whole[path] for path in tree.flatten(model)}, metrics)
         if isinstance(opt, optim.Guarded):
@@ -373,8 +373,9 @@ def train(
         read from `init_from` again), and the run exports `adapters.safetensors` beside the merged model.
       config: the resolved configuration, kept as JSON beside the checkpoints (never executed).
       profile_steps: so many steps are traced, in `run_dir`/profile (`moe_jax.profile`).
-      spike, patience: an update whose gradient is not finite, or (0: never) beyond `spike` times the running mean of
-        its norm, is left out and its rows are named (`optim.guarded`); `patience` of them in a row end the run.
+      spike, patience: an update whose gradient or loss is not finite, or whose gradient is (0: never) beyond `spike`
+        times the running mean of its norm, is left out and its rows are named (`optim.guarded`), all of them in
+        `run_dir`/skipped.jsonl; `patience` of them in a row end the run.
       hang_after: seconds without a step after which the stacks of all threads are printed, again and again; 0: never.
 
     Raises:
@@ -520,12 +521,14 @@ def _loop(
         finite("validation loss", valid["valid/loss"])
         clock.now("save")
         write(state.step, state.params, state.opt, {**about, "step": state.step}, valid["valid/loss"])
+        logs.sync()
         clock.saved()
 
     def save_at_once() -> None:
         """A machine that is taken away gives half a minute, and validation may take longer, or fail."""
         clock.now("save")
         store.save(state.step, state.params, state.opt, {**about, "step": state.step}, None)
+        logs.sync()
         clock.saved()
 
     if state.step and not store.validated(state.step):  # what `save_at_once` left out
@@ -557,7 +560,7 @@ def _loop(
             clock.now("compute")
             state.step += 1
             watchdog.alive()
-            health.saw(state.step, metrics.pop("skipped"), metrics["grad_norm"])
+            health.saw(state.step, metrics.pop("skipped"), metrics["grad_norm"], metrics["loss"])
             valid = {}
             tokens += metrics["tokens"]
             bar.update()

@@ -51,6 +51,54 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad):
     jax.tree.map(np.testing.assert_array_equal, clean, plain)
 
 
+@pytest.mark.parametrize("loss", [jnp.nan, jnp.inf])
+def test_a_loss_that_is_not_finite_changes_nothing_however_its_gradient_is(loss):
+    transform = optim.guarded(optim.adamw(lambda step: 0.1))
+    params = {"a": jnp.ones(3)}
+    state = transform.init(params)
+    updates, after = transform.update(params, state, params, loss=jnp.float32(loss))
+    assert not updates["a"].any() and int(after.in_row) == 1
+    updates, after = transform.update(params, state, params, loss=jnp.float32(3))
+    assert updates["a"].all() and int(after.in_row) == 0
+
+
+def changed(made, at, change):
+    """Steps of which one sees another gradient and loss."""
+
+    def make(network, transform, **options):
+        def update(grads, state, params=None, *, loss, **_):
+            now = state.followed + state.in_row == at
+            seen = jax.tree.map(lambda new, old: jnp.where(now, new, old), change(grads, loss), (grads, loss))
+            return transform.update(seen[0], state, params, loss=seen[1])
+
+        return made(network, optax.GradientTransformationExtraArgs(transform.init, update), **options)
+
+    return make
+
+
+def skipped(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_out_a_batch_whose_loss_alone_is_not_finite(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "make_step", changed(train.make_step, 4, lambda grads, loss: (grads, loss * jnp.nan)))
+    child.run(tmp_path, data)
+    assert skipped(tmp_path) == [{"step": 5, "rows": train.Prepared.open(data).rows_of(4, seed=0, batch_size=8)}]
+
+
+def test_a_run_with_a_limit_leaves_out_the_batch_that_is_beyond_it(data, tmp_path, monkeypatch):
+    """From the 50th gradient on: before, it does not know what is usual."""
+    more = lambda grads, loss: (jax.tree.map(lambda g: 100 * g, grads), loss)  # noqa: E731
+    monkeypatch.setattr(train, "make_step", changed(train.make_step, 53, more))
+    rare = {"steps": 56, "save_every": 56, "eval_every": 56, "log_every": 56, "valid_batches": 1}
+    child.run(tmp_path / "limit", data, **rare, spike=20.0)
+    assert skipped(tmp_path / "limit") == [
+        {"step": 54, "rows": train.Prepared.open(data).rows_of(53, seed=0, batch_size=8)}
+    ]
+    child.run(tmp_path / "none", data, **rare)
+    assert not (tmp_path / "none" / "skipped.jsonl").exists()
+
+
 def test_a_spike_is_left_out_once_the_mean_has_settled():
     inner = optim.adamw(optax.constant_schedule(0.1), clip=1e9)
     calm = [0.1] * 10
@@ -90,6 +138,7 @@ def test_a_poisoned_batch_is_left_out_named_and_resumed_past(data, tmp_path, mon
     left_out = [line for line in lines(tmp_path / "one") if "skipped" in line]
     assert left_out == [{"step": 5, "skipped": 1}]
     rows = train.Prepared.open(data).rows_of(4, seed=0, batch_size=8)
+    assert skipped(tmp_path / "two") == [{"step": 5, "rows": rows}]
     said = capsys.readouterr().err
     assert f"step 5: the gradient is left out (not finite); rows of the data: {', '.join(map(str, rows))}\n" in said
     assert all(np.isfinite(v) for line in lines(tmp_path / "one") for v in line.values())
