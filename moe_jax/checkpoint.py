@@ -163,6 +163,10 @@ class Run:
     def best(self) -> int | None:
         return self.manager.best_step() or self.latest()
 
+    def writing(self) -> bool:
+        """Whether a step is still on its way to the disk."""
+        return self.manager.is_saving_in_progress()
+
     def validated(self, step: int) -> bool:
         """Whether it was saved with a validation loss."""
         return self.manager.metrics(step) is not None

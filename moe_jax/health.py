@@ -5,7 +5,10 @@ from __future__ import annotations
 import collections
 import faulthandler
 import math
+import os
 import sys
+import threading
+import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -13,6 +16,7 @@ from typing import Any
 from moe_jax.logs import Logs
 
 LAG = 2  # steps that are not looked at yet, so that the device never waits for the host
+STARTING = 4  # times as long as a step may take what comes before the first
 
 
 class Health:
@@ -63,21 +67,45 @@ class Health:
 
 
 class Watchdog:
-    """Prints the stacks of all threads where no step was made for so many `seconds` (0: never), again and again."""
+    """Prints the stacks of all threads where no step was made for so many `seconds` (0: never), again and again.
 
-    def __init__(self, seconds: float):
-        self._seconds = seconds
+    Where none was made for `abort_after` seconds (0: never) the process ends with 134 (SIGABRT), so that whoever
+    started it can start it again. Before the first step, while data are opened, a checkpoint is read and programs are
+    compiled, both are `STARTING` times as long.
+    """
+
+    def __init__(self, seconds: float, abort_after: float = 0.0):
+        self._seconds, self._abort_after = seconds, abort_after
+        self._deadline, self._over = math.inf, threading.Event()
 
     def __enter__(self) -> Watchdog:
+        self._arm(STARTING)
+        if self._abort_after:
+            threading.Thread(target=self._abort, name="watchdog", daemon=True).start()
         return self
 
     def alive(self) -> None:
-        """A step was made; before the first, which compiles, nothing is expected."""
+        """A step was made, or what may take as long."""
+        self._arm(1)
+
+    def _arm(self, times: int) -> None:
         if self._seconds and sys.__stderr__ is not None:
-            faulthandler.dump_traceback_later(self._seconds, repeat=True, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(times * self._seconds, repeat=True, file=sys.__stderr__)
+        self._deadline = time.monotonic() + times * self._abort_after
+
+    def _abort(self) -> None:
+        """What hangs in JAX waits without Python's lock, so that this thread runs."""
+        while (left := self._deadline - time.monotonic()) > 0:
+            if self._over.wait(left):
+                return
+        if sys.__stderr__ is not None:
+            print(f"no step for {self._abort_after:g} s, or none at the start: the process ends", file=sys.__stderr__)
+            faulthandler.dump_traceback(file=sys.__stderr__)
+        os.abort()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._over.set()
         if self._seconds:
             faulthandler.cancel_dump_traceback_later()

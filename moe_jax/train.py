@@ -357,6 +357,7 @@ def train(
     spike: float = 0.0,
     patience: int = 10,
     hang_after: float = 1800.0,
+    abort_after: float = 0.0,
 ) -> State:
     """Train to `steps`, going on from the latest checkpoint of `run_dir` if there is one.
 
@@ -377,6 +378,8 @@ def train(
         times the running mean of its norm, is left out and its rows are named (`optim.guarded`), all of them in
         `run_dir`/skipped.jsonl; `patience` of them in a row end the run.
       hang_after: seconds without a step after which the stacks of all threads are printed, again and again; 0: never.
+      abort_after: seconds without a step after which the process ends with 134, for a supervisor to start it again; 0:
+        never. Longer than any validation takes; four times as long, as `hang_after`, until the first step.
 
     Raises:
       Stopped: SIGINT or SIGTERM came; a checkpoint holds everything.
@@ -388,83 +391,92 @@ def train(
         raise ValueError(f"batch_size={batch_size} does not divide into micro_batches={micro_batches}")
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    clock = Goodput(folder, enabled=hosts.first())
-    train_set, valid_set = read(data), read(valid_data)
-    if train_set.meta["tokeniser"] != valid_set.meta["tokeniser"]:
-        raise ValueError(f"{data} and {valid_data} were prepared with different tokenisers: prepare both again")
-    max_targets = max(train_set.meta["max_targets"], valid_set.meta["max_targets"])
-    families = train_set.meta["families"]
-    devices = mesh()
-    make = functools.partial(build, model, vocab=train_set.tokeniser.vocab_size, seed=seed)
-    network = initial(make, init_from, init_rules, train_set.meta["tokeniser"], devices, families)
-    transform = optim.guarded(optimizer(), spike=spike)
-    about = {
-        "model": describe.describe(network),
-        "data": {"sha256": train_set.meta["sha256"]},
-        **train_set.tokeniser.meta(),
-        "families": families,
-        "layout": train_set.meta.get("layout", "aligned"),
-        **{k: train_set.meta[k] for k in ("max_hypotheses", "max_sources") if k in train_set.meta},
-        "length": train_set.meta["length"],
-        **_inherited(train_set, init_from),
-        "batch_size": batch_size,
-        "seed": seed,
-    }
-    with sharding.use(devices):
-        state = start(network, transform, devices, adapters, seed=seed)
-        if state.frozen:
-            if not init_from:
-                raise ValueError("adapters freeze what nothing has trained: name a base in init_from")
-            base = tree.flatten(network)
-            about["base"] = fingerprint({path: base[path] for path in state.frozen})
-            about["adapters"] = dataclasses.asdict(adapters)
-            del base
-        network = jax.eval_shape(lambda: network)  # the arrays are the state's alone
-        store = checkpoint.Run(folder)
-        state = _latest(store, state, about)
-        shown = {k: v for k, v in about.items() if k != "tokeniser_model"}
-        if hosts.first():
-            (folder / "config.json").write_text(json.dumps({**shown, "config": dict(config or {})}, indent=2) + "\n")
-        step_fn = make_step(
-            network,
-            transform,
-            seed=seed,
-            micro=micro_batches,
-            dtype=dtype,
-            max_targets=train_set.meta["max_targets"],
-            adapters=adapters,
-            apart=len(train_set.meta.get("lengths", ())) > 1,
-        )
-        evaluate = make_evaluation(network, dtype=dtype, max_targets=max_targets, adapters=adapters)
-        logs = Logs(folder, state.step, enabled=hosts.first())
-        if progress and hosts.first():
-            _announce(folder, network, state, steps, train_set)
-        try:
-            _loop(
-                state,
-                step_fn,
-                functools.partial(_validate, evaluate, valid_set, batch_size, valid_batches, families, devices),
-                lambda s: sharding.put_batch(_rows(train_set, s, seed, batch_size, devices), devices),
-                store,
-                logs,
-                clock,
-                health=Health(logs, functools.partial(train_set.rows_of, seed=seed, batch_size=batch_size), patience),
-                hang_after=hang_after,
-                about=about,
-                families=families,
-                steps=steps,
-                log_every=log_every,
-                eval_every=eval_every,
-                save_every=save_every,
-                progress=progress,
-                # As a share of the machine's peak: MFU (attention scores are not counted).
-                flops_per_token=4 * active_params(network) + 2 * active_params(network, differentiated(state.params)),
-                tracing=profile.Steps(folder / "profile", state.step, profile_steps),
+    with Watchdog(hang_after, abort_after) as watchdog:
+        clock = Goodput(folder, enabled=hosts.first())
+        train_set, valid_set = read(data), read(valid_data)
+        if train_set.meta["tokeniser"] != valid_set.meta["tokeniser"]:
+            raise ValueError(f"{data} and {valid_data} were prepared with different tokenisers: prepare both again")
+        max_targets = max(train_set.meta["max_targets"], valid_set.meta["max_targets"])
+        families = train_set.meta["families"]
+        devices = mesh()
+        make = functools.partial(build, model, vocab=train_set.tokeniser.vocab_size, seed=seed)
+        network = initial(make, init_from, init_rules, train_set.meta["tokeniser"], devices, families)
+        transform = optim.guarded(optimizer(), spike=spike)
+        about = {
+            "model": describe.describe(network),
+            "data": {"sha256": train_set.meta["sha256"]},
+            **train_set.tokeniser.meta(),
+            "families": families,
+            "layout": train_set.meta.get("layout", "aligned"),
+            **{k: train_set.meta[k] for k in ("max_hypotheses", "max_sources") if k in train_set.meta},
+            "length": train_set.meta["length"],
+            **_inherited(train_set, init_from),
+            "batch_size": batch_size,
+            "seed": seed,
+        }
+        with sharding.use(devices):
+            state = start(network, transform, devices, adapters, seed=seed)
+            if state.frozen:
+                if not init_from:
+                    raise ValueError("adapters freeze what nothing has trained: name a base in init_from")
+                base = tree.flatten(network)
+                about["base"] = fingerprint({path: base[path] for path in state.frozen})
+                about["adapters"] = dataclasses.asdict(adapters)
+                del base
+            network = jax.eval_shape(lambda: network)  # the arrays are the state's alone
+            store = checkpoint.Run(folder)
+            state = _latest(store, state, about)
+            shown = {k: v for k, v in about.items() if k != "tokeniser_model"}
+            if hosts.first():
+                (folder / "config.json").write_text(
+                    json.dumps({**shown, "config": dict(config or {})}, indent=2) + "\n"
+                )
+            step_fn = make_step(
+                network,
+                transform,
+                seed=seed,
+                micro=micro_batches,
+                dtype=dtype,
+                max_targets=train_set.meta["max_targets"],
+                adapters=adapters,
+                apart=len(train_set.meta.get("lengths", ())) > 1,
             )
-        finally:
-            logs.close()
-            store.close()
-    _export_best(folder, state, adapters)
+            evaluate = make_evaluation(network, dtype=dtype, max_targets=max_targets, adapters=adapters)
+            logs = Logs(folder, state.step, enabled=hosts.first())
+            if progress and hosts.first():
+                _announce(folder, network, state, steps, train_set)
+            try:
+                _loop(
+                    state,
+                    step_fn,
+                    functools.partial(_validate, evaluate, valid_set, batch_size, valid_batches, families, devices),
+                    lambda s: sharding.put_batch(_rows(train_set, s, seed, batch_size, devices), devices),
+                    store,
+                    logs,
+                    clock,
+                    health=Health(
+                        logs, functools.partial(train_set.rows_of, seed=seed, batch_size=batch_size), patience
+                    ),
+                    watchdog=watchdog,
+                    about=about,
+                    families=families,
+                    steps=steps,
+                    log_every=log_every,
+                    eval_every=eval_every,
+                    save_every=save_every,
+                    progress=progress,
+                    # As a share of the machine's peak: MFU (attention scores are not counted).
+                    flops_per_token=4 * active_params(network)
+                    + 2 * active_params(network, differentiated(state.params)),
+                    tracing=profile.Steps(folder / "profile", state.step, profile_steps),
+                )
+            finally:
+                logs.close()
+                store.close()
+                clock.saved()
+        watchdog.alive()
+        _export_best(folder, state, adapters)
+        clock.write(ended=True)
     return state
 
 
@@ -494,7 +506,7 @@ def _loop(
     clock: Goodput,
     *,
     health: Health,
-    hang_after: float,
+    watchdog: Watchdog,
     about: Mapping[str, Any],
     families: Mapping[str, int],
     steps: int,
@@ -522,14 +534,14 @@ def _loop(
         clock.now("save")
         write(state.step, state.params, state.opt, {**about, "step": state.step}, valid["valid/loss"])
         logs.sync()
-        clock.saved()
+        clock.saving()
 
     def save_at_once() -> None:
         """A machine that is taken away gives half a minute, and validation may take longer, or fail."""
         clock.now("save")
         store.save(state.step, state.params, state.opt, {**about, "step": state.step}, None)
         logs.sync()
-        clock.saved()
+        clock.saving()
 
     if state.step and not store.validated(state.step):  # what `save_at_once` left out
         clock.now("validate")
@@ -546,7 +558,7 @@ def _loop(
     peak, compiled = xla.peak_flops(), set()
     bar = tqdm(total=steps, initial=state.step, unit="step", disable=None if progress else True, mininterval=1)
     since, tokens, waited, due = time.monotonic(), 0, clock.seconds["input"], False
-    with hosts.Stop("saving") as stop, bar, tracing, Watchdog(hang_after) as watchdog:
+    with hosts.Stop("saving") as stop, bar, tracing:
         while state.step < steps:
             tracing(state.step, state.params)
             clock.now("input")
@@ -560,6 +572,8 @@ def _loop(
             clock.now("compute")
             state.step += 1
             watchdog.alive()
+            if clock.pending and not store.writing():
+                clock.saved()
             health.saw(state.step, metrics.pop("skipped"), metrics["grad_norm"], metrics["loss"])
             valid = {}
             tokens += metrics["tokens"]
@@ -578,6 +592,7 @@ def _loop(
                     "flops_per_s": flops,
                     "mfu": flops / peak,
                     "goodput": clock.share,
+                    **{f"goodput/{kind}": spent for kind, spent in clock.seconds.items()},
                 }
                 logs.speed(state.step, speed)
                 bar.set_postfix_str(f"nll {scalars['nll']:.3f}, {rate:.0f} tokens/s")
@@ -592,6 +607,7 @@ def _loop(
                 began = time.monotonic()
                 valid = validate(state)
                 logs.metrics(state.step, valid)
+                watchdog.alive()
                 since += time.monotonic() - began  # speed is that of training alone
             due |= state.step % save_every == 0
             if due or state.step == steps:

@@ -1,10 +1,14 @@
 """Runs that meet bad gradients, bad disks and hanging steps: what is left out is said, what was right stays right."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import child
 import jax
@@ -144,6 +148,18 @@ def test_a_poisoned_batch_is_left_out_named_and_resumed_past(data, tmp_path, mon
     assert all(np.isfinite(v) for line in lines(tmp_path / "one") for v in line.values())
 
 
+def test_logs_are_on_the_disk_when_a_checkpoint_is(data, tmp_path, monkeypatch):
+    synced: list[str] = []
+    known = os.fsync
+    monkeypatch.setattr(
+        "moe_jax.logs.os.fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}")) or known(file)
+    )
+    poisoned(monkeypatch, {2})
+    child.run(tmp_path, data)
+    for name in ("metrics", "speed", "skipped"):
+        assert synced.count(str(tmp_path / f"{name}.jsonl")) >= 3, name
+
+
 def test_too_many_in_a_row_end_the_run_and_leave_the_last_checkpoint(data, tmp_path, monkeypatch):
     poisoned(monkeypatch, {5, 6, 7})
     with pytest.raises(FloatingPointError, match="3 gradients in a row, up to step 8, could not be followed") as error:
@@ -217,8 +233,8 @@ def test_digests_are_of_the_numbers_and_their_places_on_any_mesh():
 
 def test_a_step_that_hangs_prints_the_stacks(capfd):
     with Watchdog(0.05) as dog:
-        time.sleep(0.2)
-        assert "Timeout" not in capfd.readouterr().err, "before the first step nothing is expected"
+        time.sleep(0.1)
+        assert "Timeout" not in capfd.readouterr().err, "what comes before the first step may take longer"
         dog.alive()
         time.sleep(0.3)
     time.sleep(0.2)
@@ -228,29 +244,90 @@ def test_a_step_that_hangs_prints_the_stacks(capfd):
     assert not capfd.readouterr().err
 
 
+def test_a_start_that_hangs_prints_the_stacks(capfd):
+    with Watchdog(0.05):
+        time.sleep(0.4)
+    assert "Timeout (0:00:00.200000)!" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_process_that_hangs_ends_where_it_is_asked_to(steps):
+    program = f"""
+import time
+from moe_jax.health import Watchdog
+with Watchdog(0, abort_after=0.1) as dog:
+    for _ in range({steps} * 8):
+        time.sleep(0.05)
+        dog.alive()
+    print("steps were made", flush=True)
+    time.sleep(60)
+"""
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
+    assert done.returncode == -signal.SIGABRT and "steps were made" in done.stdout, done.stderr
+    assert "no step for 0.1 s" in done.stderr and "time.sleep" not in done.stderr and "in <module>" in done.stderr
+    assert time.monotonic() - began < 40
+
+
+def test_a_run_is_watched_from_its_start_to_its_end(data, tmp_path, monkeypatch):
+    seen: list[Any] = []
+
+    class Watching(Watchdog):
+        def __enter__(self):
+            seen.append("start")
+            return super().__enter__()
+
+        def alive(self):
+            seen.append("step")
+            super().alive()
+
+        def __exit__(self, *error):
+            seen.append("end")
+            super().__exit__(*error)
+
+    monkeypatch.setattr(train, "Watchdog", lambda *given: seen.append(given) or Watching(*given))
+    built, exported = train.initial, train._export_best
+    monkeypatch.setattr(train, "initial", lambda *given: seen.append("initial") or built(*given))
+    monkeypatch.setattr(train, "_export_best", lambda *given: seen.append("export") or exported(*given))
+    child.run(tmp_path, data, steps=1, hang_after=50.0, abort_after=70.0)
+    assert seen[:3] == [(50.0, 70.0), "start", "initial"] and seen[-2:] == ["export", "end"] and "step" in seen
+
+
 def test_the_time_of_a_run_is_accounted_for(tmp_path, monkeypatch):
     moment = [0.0]
     monkeypatch.setattr("moe_jax.goodput.time.monotonic", lambda: moment[0])
+    monkeypatch.setattr("moe_jax.goodput.time.time", lambda: 1e9 + moment[0])
 
     def later(seconds: float) -> None:
         moment[0] += seconds
 
     one = Goodput(tmp_path)
-    for seconds, kind in ((10, "compile"), (30, "input"), (1, "compute"), (20, "save"), (5, "compute")):
+    for seconds, kind in ((10, "compile"), (30, "input"), (1, "compute"), (20, "save")):
         later(seconds)
-        if kind == "compute" and one.seconds["save"] == 0 and one.seconds["compute"]:
-            one.saved()
         one.now(kind)
-    expected = {"start": 10, "compile": 30, "input": 1, "compute": 20, "save": 5, "validate": 0, "lost": 0}
+    later(5)
+    one.saving()
+    one.now("compute")
+    expected = dict.fromkeys(one.seconds, 0) | {"start": 10, "compile": 30, "input": 1, "compute": 20, "save": 5}
     assert one.seconds == expected
-    later(7)
+    later(3)
+    one.write()
+    assert json.loads((tmp_path / "goodput.json").read_text())["unsaved"] == 23, "it is not on the disk yet"
+    later(2)
+    one.saved()
+    assert json.loads((tmp_path / "goodput.json").read_text())["unsaved"] == 5 and not one.pending
+    later(2)
     one.write()  # and then it is killed: 7 s of steps that no checkpoint holds
     later(100)
     other = Goodput(tmp_path)
     later(4)
-    other.write()
-    assert other.processes == 2 and other.seconds == expected | {"lost": 7, "start": 14}
-    assert json.loads((tmp_path / "goodput.json").read_text())["goodput"] == pytest.approx(20 / 77)
+    other.write(ended=True)
+    assert other.processes == 2 and other.seconds == expected | {"lost": 7, "start": 14, "down": 100}
+    assert json.loads((tmp_path / "goodput.json").read_text())["goodput"] == pytest.approx(20 / 177)
+    later(1000)
+    assert Goodput(tmp_path).seconds["down"] == 100, "it had ended"
 
 
 def test_a_run_says_where_its_time_went(data, tmp_path):
@@ -259,5 +336,7 @@ def test_a_run_says_where_its_time_went(data, tmp_path):
     said = json.loads((tmp_path / "goodput.json").read_text())
     assert said["processes"] == 1 and said["unsaved"] == 0
     spent = said["seconds"]
-    assert all(spent[kind] > 0 for kind in spent if kind != "lost") and spent["lost"] == 0
+    assert all((seconds > 0) == (kind not in ("lost", "down")) for kind, seconds in spent.items())
+    speed = json.loads((tmp_path / "speed.jsonl").read_text().splitlines()[-1])
+    assert {f"goodput/{kind}" for kind in spent} < speed.keys() and speed["goodput/compile"] == spent["compile"]
     assert 0.5 < sum(spent.values()) / (time.monotonic() - began) <= 1.0
