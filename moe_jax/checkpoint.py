@@ -28,7 +28,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental.multihost_utils import sync_global_devices
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 from safetensors import SafetensorError, safe_open
 
@@ -149,14 +148,14 @@ class Run:
         return sorted(self.manager.all_steps(), reverse=True)
 
     def set_aside(self, step: int) -> Path:
-        """Moves a damaged step out of the way, and returns where it is."""
+        """Moves a damaged step out of the way, and returns where it is. Of several hosts any may do it, and another may
+        have done it already."""
         aside = self.folder.with_name("checkpoints.damaged") / str(step)
-        if jax.process_index() == 0:
-            aside.parent.mkdir(exist_ok=True)
+        aside.parent.mkdir(exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            (self.folder / str(step)).stat()
             shutil.rmtree(aside, ignore_errors=True)
             (self.folder / str(step)).rename(aside)
-        if jax.process_count() > 1:
-            sync_global_devices(f"set aside {step}")
         self.manager.reload()
         return aside
 

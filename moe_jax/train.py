@@ -8,6 +8,7 @@ rows of updates that were left out, if any), tensorboard/, config.json. Everythi
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import inspect
 import json
@@ -640,7 +641,8 @@ def _latest(store: checkpoint.Run, like: State, about: Mapping[str, Any]) -> Sta
     """The state of the newest step that the disk has kept; `like` where there is none yet. Steps that are damaged are
     set aside, and said to be.
 
-    Raises CheckpointError where the run is another one, or all of its steps are damaged.
+    Raises CheckpointError where the run is another one, or all of its steps are damaged; and OSError (EAGAIN) where a
+    step is damaged that several hosts would go on from: some may see it, and others wait for them in vain.
     """
     steps = store.steps()
     for step in steps:
@@ -649,8 +651,10 @@ def _latest(store: checkpoint.Run, like: State, about: Mapping[str, Any]) -> Sta
         except checkpoint.Damaged as error:
             if step == steps[-1]:
                 raise
-            said = store.set_aside(step)
-            print(f"{error}; it is in {said} now, and the run goes on from the step before", file=sys.stderr)
+            said = f"{error}; it is in {store.set_aside(step)} now, and the"
+            if hosts.several():  # they begin again together
+                raise OSError(errno.EAGAIN, f"{said} same command goes on from the step before") from error
+            print(f"{said} run goes on from the step before", file=sys.stderr)
     return like
 
 

@@ -18,7 +18,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_jax import checkpoint, optim, sharding, train
+from moe_jax import checkpoint, main, optim, sharding, train
 from moe_jax.goodput import Goodput
 from moe_jax.health import Watchdog
 
@@ -207,6 +207,23 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     assert "checkpoints/9: " in said and "checkpoints.damaged/9 now, and the run goes on from the step before" in said
     assert child.everything(tmp_path) == unbroken
     assert (tmp_path / "checkpoints.damaged" / "9").is_dir()
+
+
+def test_of_several_hosts_one_that_finds_damage_has_all_begin_again(data, tmp_path, monkeypatch, unbroken):
+    """Others may have read their own parts of it, and wait."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "Logs", child.signal_at(9, signal.SIGTERM))
+        with pytest.raises(train.Stopped):
+            child.run(tmp_path, data)
+    flipped(next((tmp_path / "checkpoints" / "9" / "meta").glob("*")))
+    with monkeypatch.context() as patch:
+        patch.setattr(train.hosts, "several", lambda: True)
+        with pytest.raises(OSError, match="goes on from the step before") as error:
+            child.run(tmp_path, data)
+    assert main.report(error.value) == 75
+    assert (tmp_path / "checkpoints.damaged" / "9").is_dir()
+    child.run(tmp_path, data)
+    assert child.everything(tmp_path) == unbroken
 
 
 def test_where_all_are_damaged_nothing_is_begun_anew(data, tmp_path):
