@@ -81,7 +81,7 @@ def fake(tmp_path):
         (home / "answers").write_text("".join(f"{s.strip()}\n" for s in answers.split(",") if answers))
         (home / "calls.jsonl").write_text("")
         command = ["bash", str(SCRIPTS / script), *arguments]
-        return subprocess.run(command, env=env | more, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, env=env | more, capture_output=True, text=True, timeout=200)
 
     def calls(*words: str) -> list[list[str]]:
         lines = [json.loads(line) for line in (home / "calls.jsonl").read_text().splitlines()]
