@@ -55,6 +55,30 @@ def join(
         ) from None
 
 
+class Whole:
+    """An array of which each host may hold a part, made whole where NumPy looks at it, which all hosts must do at once;
+    one that is stacked over layers a layer at a time: whole, it need not fit a device.
+
+    Attributes: shape, dtype.
+    """
+
+    def __init__(self, x: Any):
+        self.x, self.shape, self.dtype = x, x.shape, x.dtype
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        import numpy as np
+        from jax.experimental.multihost_utils import process_allgather
+
+        if not several():
+            return np.asarray(self.x, dtype)
+        if len(self.shape) < 3:
+            return np.asarray(process_allgather(self.x, tiled=True), dtype)
+        out = np.empty(self.shape, dtype or self.dtype)
+        for i in range(len(out)):
+            out[i] = process_allgather(self.x[i], tiled=True)
+        return out
+
+
 def several() -> bool:
     """Whether there are other hosts."""
     jax = sys.modules.get("jax")

@@ -487,13 +487,20 @@ def _export_best(folder: Path, state: State, adapters: Adapters) -> None:
     store = checkpoint.Run(folder)
     step = store.best()
     assert step is not None, "a finished run has a checkpoint"
-    gathered = lambda table: {p: process_allgather(x, tiled=True) for p, x in table.items()}  # noqa: E731
-    params, meta = gathered(store.params(step, _abstract(state.params))), store.meta(step)
-    frozen = gathered(state.frozen)
-    if hosts.first():
-        export(folder / "model.safetensors", adapters.merge(params, frozen), meta)
-        if frozen:
+    params, meta = store.params(step, _abstract(state.params)), store.meta(step)
+    if state.frozen:  # factors are multiplied
+        gathered = lambda table: {p: process_allgather(x, tiled=True) for p, x in table.items()}  # noqa: E731
+        params, frozen = gathered(params), gathered(state.frozen)
+        if hosts.first():
+            export(folder / "model.safetensors", adapters.merge(params, frozen), meta)
             export(folder / "adapters.safetensors", params, meta, adapters=meta["adapters"], base=meta["base"])
+    else:
+        whole = {path: hosts.Whole(x) for path, x in params.items()}
+        if hosts.first():
+            export(folder / "model.safetensors", whole, meta)
+        else:
+            for x in whole.values():  # all hosts take part
+                np.asarray(x)
     store.close()
 
 
