@@ -44,7 +44,7 @@ ONLY = {
     "correct": {"formats", "partfile"},
     "score": {"formats", "metrics"},
     "tree": {"types"},
-    "checkpoint": set(),
+    "checkpoint": {"hosts"},  # which errors may pass by themselves
     "optim": set(),
     "adapters": {"types", "tree", "checkpoint"},
     "models": {"types", "losses", "sharding", "layers", "moe"},

@@ -675,8 +675,8 @@ def test_a_merge_holds_a_few_arrays_and_never_a_model(tmp_path, monkeypatch):
     """On one device at its peak below three times the largest array times the models (of what NumPy allocates; the
     whole process is measured by benchmarks.merge_speed)."""
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    number, models = 40, 3
-    tables = [{f"model.{n}.weight": np.full((512, 512), 1 + i, np.float32) for n in range(number)} for i in range(2)]
+    number, models = 12, 3
+    tables = [{f"model.{n}.weight": np.full((1024, 768), 1 + i, np.float32) for n in range(number)} for i in range(2)]
     given = folders(tmp_path, {"more": tables[0]}, {"more": tables[1]})
     given["models"] = [str(shutil.copytree(tmp_path / "a", tmp_path / f"a{i}")) for i in range(models)]
     largest, whole = tables[0]["model.0.weight"].nbytes, sum(x.nbytes for x in tables[0].values())

@@ -149,8 +149,8 @@ def test_layouts_that_a_tokeniser_cannot_write_are_refused(pretrained):
         (
             own(),
             "instrukt",
-            r"unknown prompt layout 'instrukt'; known: aligned, list \(both with \+task if wanted\), tagged, and the "
-            "templates instruct",
+            r"unknown prompt layout 'instrukt'; known: aligned, list \(both with \+task if wanted\), tagged, "
+            r"tagged\+source, untagged, and the templates instruct",
         ),
         (own(), "instruct+tsk", r"each with \+task and \+pad"),
     ]:
