@@ -202,8 +202,7 @@ def picture(runs: dict[tuple[str, int], dict[str, Any]], arms: list[str], seed: 
     parts = {}
     for arm in arms:
         if routing := runs.get((arm, seed), {}).get("routing"):
-            apart = [told_apart(load) for load in routing["load"]]
-            parts[arm] = {"tasks": routing["tasks"], "load": routing["load"], "told_apart": apart}
+            parts[arm] = {"tasks": routing["tasks"], "load": routing["load"]}
     return heat_maps(parts) if parts else None
 
 

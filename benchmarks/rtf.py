@@ -45,6 +45,10 @@ FRONTEND = {"rate": 16_000, "mels": 80, "mean": [0.0] * 80, "scale": [1.0] * 80}
 SHAPES = {"d96": (96, 4, 384, 64), "d256": (256, 6, 1024, 512), "225M": (512, 26, 2048, 12_000)}
 
 
+def shape(d: int, layers: int, vocab: int) -> Callable[..., Any]:
+    return partial(Conformer, d=d, layers=layers, heads=d // 64 or 1, vocab=vocab, frontend=FRONTEND)
+
+
 def models(d: int, layers: int, hidden: int, vocab: int) -> dict[str, Conformer]:
     def moe(k: int) -> Callable:
         return partial(MoeFfn, num_experts=EXPERTS, hidden=hidden, router=partial(TopK, k=k), experts=Plain)
@@ -52,7 +56,7 @@ def models(d: int, layers: int, hidden: int, vocab: int) -> dict[str, Conformer]
     ffns = {"moe top 2": moe(2)}
     units_of = (("dense", hidden), ("dense x2", 2 * hidden), ("wide", EXPERTS * hidden))
     ffns |= {name: partial(PlainFfn, hidden=units) for name, units in units_of}
-    make = partial(Conformer, d=d, layers=layers, heads=d // 64 or 1, vocab=vocab, frontend=FRONTEND)
+    make = shape(d, layers, vocab)
     made = {name: jax.jit(lambda ffn=ffn: make(ffn=ffn, rngs=Rngs(params=0)))() for name, ffn in ffns.items()}
     top_1 = jax.eval_shape(lambda: make(ffn=moe(1), rngs=Rngs(params=0)))
     return made | {"moe top 1": tree.unflatten(top_1, tree.flatten(made["moe top 2"]))}  # the same arrays
@@ -98,7 +102,7 @@ def padded(d: int, layers: int, hidden: int, vocab: int) -> Iterator[dict[str, A
     frames_B = np.linspace(1, SECONDS, ROWS) * 100
     valid = jnp.arange(round(SECONDS * 100)) < jnp.asarray(frames_B)[:, None]
     x = jax.random.normal(jax.random.key(0), (*valid.shape, 80))
-    make = partial(Conformer, d=d, layers=layers, heads=d // 64 or 1, vocab=vocab, frontend=FRONTEND)
+    make = shape(d, layers, vocab)
     ffn = dict(num_experts=EXPERTS, hidden=hidden, router=partial(TopK, k=2), experts=Plain)
     kinds = {"not routed": MoeFfn, "routed": RoutesPadding}
     made = {n: make(ffn=partial(kind, **ffn), rngs=Rngs(params=0)) for n, kind in kinds.items()}

@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental.multihost_utils import process_allgather
 from tqdm import tqdm
 
 from moe_jax import checkpoint, describe, hosts, losses, optim, profile, sharding, tree, xla
@@ -487,20 +486,18 @@ def _export_best(folder: Path, state: State, adapters: Adapters) -> None:
     store = checkpoint.Run(folder)
     step = store.best()
     assert step is not None, "a finished run has a checkpoint"
-    params, meta = store.params(step, _abstract(state.params)), store.meta(step)
-    if state.frozen:  # factors are multiplied
-        gathered = lambda table: {p: process_allgather(x, tiled=True) for p, x in table.items()}  # noqa: E731
-        params, frozen = gathered(params), gathered(state.frozen)
-        if hosts.first():
-            export(folder / "model.safetensors", adapters.merge(params, frozen), meta)
+    meta = store.meta(step)
+    params: dict[str, Any] = {p: hosts.Whole(x) for p, x in store.params(step, _abstract(state.params)).items()}
+    frozen = {p: np.asarray(hosts.Whole(x)) for p, x in state.frozen.items()}
+    if frozen:  # factors are multiplied
+        params = {p: np.asarray(x) for p, x in params.items()}
+    if hosts.first():
+        export(folder / "model.safetensors", adapters.merge(params, frozen), meta)
+        if frozen:
             export(folder / "adapters.safetensors", params, meta, adapters=meta["adapters"], base=meta["base"])
     else:
-        whole = {path: hosts.Whole(x) for path, x in params.items()}
-        if hosts.first():
-            export(folder / "model.safetensors", whole, meta)
-        else:
-            for x in whole.values():  # all hosts take part
-                np.asarray(x)
+        for x in params.values():  # all hosts take part in making each whole
+            np.asarray(x)
     store.close()
 
 
