@@ -22,7 +22,7 @@ import shutil
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
@@ -315,6 +315,16 @@ def write_safetensors(path: Path | str, params: Table, meta: Mapping[str, Any], 
     stream_safetensors(path, shapes, dtypes, arrays, {"moe_jax": json.dumps(dict(meta))})
 
 
+def describe_again(path: Path, meta: Mapping[str, Any]) -> None:
+    """A file of `write_safetensors` with other metadata, its arrays copied as they are, in little memory."""
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header["__metadata__"]["moe_jax"] = json.dumps(dict(meta))
+        with _aside(path) as out:
+            out.write(_header(header))
+            shutil.copyfileobj(file, out, 1 << 22)
+
+
 def cast(name: str, x: Any, dtype: Any) -> np.ndarray:
     """Raises CheckpointError where that makes a number infinite."""
     x = np.asarray(x)
@@ -366,6 +376,14 @@ class Source(Mapping[str, jax.Array]):
             raise CheckpointError(
                 f"{self.path}: {name} cannot be read ({error}); export it in another dtype"
             ) from error
+
+    def placed(self, name: str, where: Any) -> jax.Array:
+        """`self[name]` laid out so; of it each device reads its own part, and no host more than its devices have."""
+
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            return np.asarray(self._file.get_slice(name)[index] if index else self._file.get_tensor(name), np.float32)
+
+        return jax.make_array_from_callback(self.shapes[name], where, part)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -419,20 +437,33 @@ def stream_safetensors(
     for name, shape in shapes.items():
         offsets = [ends[name] - sizes[name], ends[name]]
         header[name] = {"dtype": names[dtypes[name]], "shape": list(shape), "data_offsets": offsets}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that arrays of 8 bytes are aligned
+    text = _header(header)
     path.parent.mkdir(parents=True, exist_ok=True)
-    total, free = 8 + len(text) + sum(sizes.values()), shutil.disk_usage(path.parent).free
+    total, free = len(text) + sum(sizes.values()), shutil.disk_usage(path.parent).free
     if total > free:
         raise CheckpointError(f"{path}: needs {total / 1e9:.2f} GB, the disk has {free / 1e9:.2f}; make room")
+    with _aside(path) as file:
+        file.write(text)
+        for part in parts:
+            file.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+        if file.tell() != total:
+            raise CheckpointError(f"{path}: {file.tell()} bytes were written where {total} belong")
+
+
+def _header(header: Mapping[str, Any]) -> bytes:
+    """What a safetensors file begins with."""
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that arrays of 8 bytes are aligned
+    return len(text).to_bytes(8, "little") + text
+
+
+@contextlib.contextmanager
+def _aside(path: Path) -> Generator[BinaryIO]:
+    """A file that takes the place of `path` once all is written. Raises CheckpointError where it cannot be."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with open(aside, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for part in parts:
-                file.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
-            if file.tell() != total:
-                raise CheckpointError(f"{path}: {file.tell()} bytes were written where {total} belong")
+            yield file
         os.replace(aside, path)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}; nothing was written") from None

@@ -116,6 +116,7 @@ def _add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
 
 def _load(args: argparse.Namespace):
     """The corrector that the flags of `moe-jax correct` ask for."""
+    from moe_jax import sharding
     from moe_jax.pipeline import Pipeline
     from moe_jax.sampling import Sampling
 
@@ -130,6 +131,7 @@ def _load(args: argparse.Namespace):
         sampling=Sampling(**drawn) if drawn else None,
         seed=args.seed,
         continuous=args.continuous,
+        mesh=sharding.asked(args.mesh),
     )
 
 

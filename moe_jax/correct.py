@@ -285,6 +285,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
     add("--continuous", action="store_true", help="let a new record in where one is done: for many records a batch")
     add("--weights", choices=("float32", "bfloat16", "int8"), default="float32", help="how matrices lie in memory")
+    add("--mesh", metavar="AXES", help="divide the model over this machine's devices, such as fsdp=4,expert=2")
 
 
 def main(args: argparse.Namespace, load: Callable[[argparse.Namespace], CorrectBatch]) -> int:

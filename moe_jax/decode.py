@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import tree
+from moe_jax import sharding, tree
 from moe_jax.layers import stack
 from moe_jax.programs import Structure, apart, compiled, of_rows
 from moe_jax.sampling import Sampling, draw, keys
@@ -97,9 +97,10 @@ def padded(
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     valid = np.arange(length) < np.array([len(p) for p in prompts])[:, None]
-    task = np.where(valid, np.asarray(tasks, np.int32)[:, None], 0)
-    position = np.where(valid, start + np.arange(length, dtype=np.int32), 0)
-    return tokens, TokenInfo(*(jnp.asarray(p) for p in (task, valid, valid.astype(np.int32), position)))
+    task = np.where(valid, np.asarray(tasks, np.int32)[:, None], np.int32(0))
+    position = np.where(valid, start + np.arange(length, dtype=np.int32), np.int32(0))
+    info: tuple[Any, ...] = task, valid, valid.astype(np.int32), position
+    return tokens, TokenInfo(*info)
 
 
 def read_prefix(model: Any, tokens: Sequence[int], task: int = 0) -> Prefix:
@@ -164,7 +165,8 @@ def nbest(
 ) -> list[list[Decoded]]:
     """All that `search` ends with: `beams` continuations of each prompt, the best first. Where there are fewer texts
     than beams, the last have a log-probability of minus infinity."""
-    alive = jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf)  # all beams begin alike: only one is alive at the start
+    alive = np.full(beams, -np.inf, np.float32)
+    alive[0] = 0.0  # all beams begin alike: only one is alive at the start
     return _texts(model, read, alive, None, None, max_new, alpha=alpha, eos=eos)
 
 
@@ -186,14 +188,15 @@ def sample(
       max_new, eos: as of `search`.
     """
     key_R = keys(seed, jnp.asarray(record, jnp.uint32), samples)
-    return _texts(model, read, jnp.zeros(samples), key_R, sampling, max_new, alpha=0.0, eos=eos)
+    bits_R = np.asarray(jax.random.key_data(key_R))  # of this host: a program on several takes NumPy's arrays or theirs
+    return _texts(model, read, np.zeros(samples, np.float32), bits_R, sampling, max_new, alpha=0.0, eos=eos)
 
 
-def _texts(model, read, alive_K, key_R, sampling, max_new, *, alpha, eos) -> list[list[Decoded]]:
+def _texts(model, read, alive_K, bits_R, sampling, max_new, *, alpha, eos) -> list[list[Decoded]]:
     """The texts of all beams or samples of each prompt, best first."""
     limits = np.broadcast_to(np.asarray(max_new, np.int32), read.length_B.shape)
     room = bucket(int(limits.max()), ROOMS)
-    arrays = Structure(model), tree.flatten(model), read, limits, alive_K, key_R
+    arrays = Structure(model), tree.flatten(model), read, limits, alive_K, bits_R
     out = _search()(*arrays, sampling=sampling, room=room, alpha=alpha, eos=tuple(eos))
     return [
         [Decoded(w[:n].tolist(), p[:n].tolist(), w[n - 1] in eos) for w, p, n in zip(*of_row, strict=True)]
@@ -228,19 +231,21 @@ def _search(
     read: Prefill,
     limit_B: Array,
     alive_K: Array,
-    key_R: Array | None,
+    bits_R: Array | None,
     *,
     sampling: Sampling | None,
     room: int,
     alpha: float,
     eos: tuple[int, ...],
 ):
-    """Returns (written_BxKxM, logprobs_BxKxM, lengths_BxK) of all beams or samples, best first."""
+    """Returns (written_BxKxM, logprobs_BxKxM, lengths_BxK) of all beams or samples, best first. `bits_R`: of samples'
+    random keys."""
     model = apart(structure.filled(params))
     B, K, M, V = len(limit_B), len(alive_K), room, model.vocab
     # Rows of beams lie beside each other: [B * K].
     state = tuple(one.shared(K, M) for one in stack.split(read.state, model.layers))
     task_R = jnp.repeat(read.task_B, K)
+    key_R = None if bits_R is None else jax.random.wrap_key_data(bits_R)
 
     def choose(logp_BxKxV, total_BxK, done_BxK, count_BxK):
         """The K best of all continuations, or one drawn for each sample."""
@@ -289,7 +294,7 @@ def _search(
     _, _, _, total, _, count, written, gains = end
     order_BxK = jnp.argsort(-total / length_penalty(count.astype(jnp.float32), alpha), axis=1)
     take = lambda a: jnp.take_along_axis(a, order_BxK.reshape(B, K, *(1,) * (a.ndim - 2)), axis=1)  # noqa: E731
-    return take(written), take(gains), take(count)
+    return tuple(sharding.whole(take(x)) for x in (written, gains, count))
 
 
 def is_end(token: Array, eos: Sequence[int]) -> Array:
@@ -337,4 +342,4 @@ def _score(
     x, _, _ = model(tokens_RxM, info, of_rows(read.state, row_R).grown(M))
     after = jax.nn.log_softmax(model.logits(x[:, :-1]).astype(jnp.float32))
     logp = jnp.concatenate([read.logp_BxV[row_R][:, None], after], axis=1)
-    return jnp.take_along_axis(logp, tokens_RxM[..., None], axis=-1)[..., 0]
+    return sharding.whole(jnp.take_along_axis(logp, tokens_RxM[..., None], axis=-1)[..., 0])

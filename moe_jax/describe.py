@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from moe_jax import sharding, tree
 from moe_jax.checkpoint import Source
 from moe_jax.layers import attention, spec_augment
 from moe_jax.layers import ffn as ffns
@@ -112,6 +113,19 @@ def abstract(data: Any) -> Any:
     """The model described, of shapes alone. Raises ValueError for what cannot be built."""
     make = configured(data)
     return jax.eval_shape(lambda: make(rngs=Rngs(params=0)))
+
+
+def filled(model: Any, source: Source, mesh: Any = None) -> Any:
+    """`model`, which may be of shapes alone, with the arrays of a file; on a mesh divided as in training, so that no
+    device, and no host, need have room for the whole.
+
+    Raises ValueError naming paths that are missing or left over.
+    """
+    if mesh is None:
+        return tree.unflatten(model, source)
+    where = sharding.shardings(tree.axes(model), tree.flatten(model), mesh)
+    other = sharding.replicated(mesh)
+    return tree.unflatten(model, {name: source.placed(name, where.get(name, other)) for name in source})
 
 
 def like(

@@ -5,23 +5,22 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from moe_jax import checkpoint, formats, hosts
+from moe_jax import checkpoint, formats, hosts, sharding
 from moe_jax.data import Prepared
 from moe_jax.formats import Record
 from moe_jax.metrics import errors, scoring
 from moe_jax.metrics.normalisers import family_normaliser
 from moe_jax.moe.task_routers import TaskMapped
 from moe_jax.partfile import write_text
-from moe_jax.pipeline import Guard, Pipeline, Proposal, export
+from moe_jax.pipeline import Guard, Pipeline, Proposal
 from moe_jax.report import write_report
 
 Rows = list[dict[str, Any]]
@@ -103,35 +102,36 @@ def atlas(pipeline: Pipeline, valid_data: str, batches: int = 16, batch_size: in
     Returns None for a dense model.
     """
     data, model = Prepared.open(valid_data), jax.tree.map(lambda leaf: leaf, pipeline.model)
+    batch_size = sharding.full(batch_size, pipeline.mesh)
     router = getattr(model.ffn, "router", None)
     if isinstance(router, TaskMapped):
         router.inference = "free"  # of this copy: the rows say their task
-    step = jax.jit(lambda m, b: m(b.tokens_BxL, b.info)[2])
+    step = jax.jit(lambda m, b: jax.tree.map(sharding.whole, m(b.tokens_BxL, b.info)[2]))
     total: Any = None
     for batch in data.sample(batches * batch_size, batch_size):
-        stats = step(model, batch)
+        with sharding.use(pipeline.mesh):
+            stats = jax.device_get(step(model, batch))
         if stats is None:
             return None
-        total = stats if total is None else jax.tree.map(jnp.add, total, stats)
+        total = stats if total is None else jax.tree.map(np.add, total, stats)
     names = {i: n for n, i in data.meta["families"].items()}
-    load = np.asarray(total.task_load_TxE)
+    load = total.task_load_TxE
     present = [t for t in range(load.shape[1]) if load[:, t].sum() > 0]
     share = load[:, present] / np.maximum(load[:, present].sum(-1, keepdims=True), 1)
     out: dict[str, Any] = {
         "experts": [str(e) for e in range(load.shape[2])],
         "tasks": [names.get(t, "unknown") for t in present],
         "load": share.tolist(),
-        "entropy": (np.asarray(total.entropy) / np.maximum(np.asarray(total.count), 1)).tolist(),
+        "entropy": (total.entropy / np.maximum(total.count, 1)).tolist(),
     }
     if isinstance(router, TaskMapped):
-        asked, found = np.asarray(total.target_T), np.asarray(total.found_T)
+        asked, found = total.target_T, total.found_T
         mapped = [t for t in present if asked[:, t].any()]
         out["mapped"] = {names.get(t, "unknown"): list(router.experts[t]) for t in mapped}
         out["agreement"] = {names.get(t, "unknown"): float((found[:, t] / asked[:, t]).mean()) for t in mapped}
     return out
 
 
-@hosts.alone
 def evaluate(
     run_dir: str,
     *,
@@ -143,11 +143,13 @@ def evaluate(
     beams: int = 1,
     title: str = "moe_jax",
     seed: int = 0,
+    mesh: Callable[[], sharding.Mesh] | None = None,
     about: Mapping[str, str] | None = None,
     progress: bool = True,
 ) -> Rows:
     """Tunes the guard on `valid`, scores `test` once, and writes into the run folder: scores.json, scores.md,
-    examples.jsonl, routing.json, report.html, and the guard into model.safetensors. Returns the score rows.
+    examples.jsonl, routing.json, report.html, and the guard into model.safetensors. Returns the score rows. Of several
+    hosts each must ask for it; the first one writes.
 
     Args:
       valid, test: corpus files with references (`formats`); disjoint.
@@ -155,13 +157,13 @@ def evaluate(
       family: of the rows that do not say theirs.
       lines: of each set of a file at most so many, chosen by a hash of their text.
       beams: width of the search.
+      mesh: makes that which the model and its batches are divided over, as in training; None: one device.
     """
     folder = Path(run_dir)
-    pipeline = Pipeline.load(folder, beams=beams)
+    progress = progress and hosts.first()
+    pipeline = Pipeline.load(folder, beams=beams, mesh=sharding.several(mesh))
     records, rows = read_rows(valid, family, lines)
     guard = tune_guard(rows, propose(pipeline, records, progress))
-    params, meta = checkpoint.read_safetensors(folder / "model.safetensors")
-    export(folder / "model.safetensors", params, meta, guard=dataclasses.asdict(guard))
     records, rows = read_rows(test, family, lines)
     proposals = propose(pipeline, records, progress)
     corrections = [guard(p) for p in proposals]
@@ -169,6 +171,11 @@ def evaluate(
     scores = scoring.score(rows, [c.text for c in corrections], seed=seed)
     before = line_errors(rows, [p.first for p in proposals])
     after = line_errors(rows, [c.text for c in corrections])
+    routing = atlas(pipeline, valid_data)
+    if not hosts.first():
+        hosts.wait("evaluation")
+        return scores
+    meta = checkpoint.Source(folder).meta
     described = {
         "step": str(meta.get("step")),
         "seed": str(meta.get("seed")),
@@ -196,10 +203,11 @@ def evaluate(
         for row, c, b, a, r in zip(rows, corrections, before, after, references, strict=True)
     )
     write_text(folder / "examples.jsonl", "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in examples))
-    routing = atlas(pipeline, valid_data)
     if routing is not None:
         write_text(folder / "routing.json", json.dumps(routing))
+    checkpoint.describe_again(folder / "model.safetensors", meta | {"guard": dataclasses.asdict(guard)})
     report = write_report(folder, title=title)
     print(scoring.to_markdown(scores))
     print(f"guard: {guard}, tuned on validation; scores: {folder}/scores.json; report: {report}")
+    hosts.wait("evaluation")
     return scores

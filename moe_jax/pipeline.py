@@ -13,7 +13,7 @@ from typing import Any
 
 from rapidfuzz.distance import Levenshtein
 
-from moe_jax import checkpoint, decode, describe, lanes, quantise, tree
+from moe_jax import checkpoint, decode, describe, lanes, quantise, sharding, tree
 from moe_jax.correct import Correction
 from moe_jax.formats import Record
 from moe_jax.sampling import Sampling
@@ -93,6 +93,7 @@ class Pipeline:
         layout that says the task, "+task", then says what a record gives as its own; without either its prompts are
         none that it was trained on.)
       rescore: let the given hypotheses compete with what the search found, by the model's own score.
+      mesh: that the model is divided over, and batches with it; of several hosts all must correct the same records.
     """
 
     model: Any
@@ -112,15 +113,22 @@ class Pipeline:
     sampling: Sampling | None = None
     seed: int = 0
     continuous: bool = False
+    mesh: sharding.Mesh | None = None
     _prefix: decode.Prefix | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.continuous and self.beams > 1:
             raise ValueError(f"continuous batching has one beam or sample, not {self.beams}; take one")
+        if self.continuous and self.mesh:
+            raise ValueError("continuous batching is of one device: take batches, or no mesh")
+        self.batch_size = sharding.full(self.batch_size, self.mesh)
 
     @classmethod
-    def load(cls, path: str | Path, *, weights: str = "float32", **options: Any) -> Pipeline:
-        """From a run folder (its `model.safetensors`) or such a file; its matrices held as `weights` (`quantise`).
+    def load(
+        cls, path: str | Path, *, weights: str = "float32", mesh: sharding.Mesh | None = None, **options: Any
+    ) -> Pipeline:
+        """From a run folder (its `model.safetensors`) or such a file; its matrices held as `weights` (`quantise`). On a
+        mesh no device, and no host, need have room for the whole.
 
         Raises CheckpointError, in one line, for a checkpoint that is missing, torn or of another shape.
         """
@@ -131,7 +139,8 @@ class Pipeline:
                     f"{path}: holds no model.safetensors; train there first, or name the file"
                 )
             path = path / "model.safetensors"
-        params, meta = checkpoint.read_safetensors(path)
+        source = checkpoint.Source(path)
+        meta = source.meta
         try:
             tokeniser = Tokeniser.of_meta(meta)
             empty = describe.abstract(meta["model"])
@@ -146,18 +155,19 @@ class Pipeline:
                 f"{path}: its description is incomplete or wrong ({error}); export it again"
             ) from error
         for name, leaf in tree.flatten(empty).items():
-            if name not in params or params[name].shape != leaf.shape:
-                was = tuple(params[name].shape) if name in params else "nothing"
+            if source.shapes.get(name) != leaf.shape:
+                was = source.shapes.get(name, "nothing")
                 raise checkpoint.CheckpointError(
                     f"{path}: {name} is {was}, its description needs {tuple(leaf.shape)}; export it again"
                 )
-        fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        with open(path, "rb") as file:
+            fingerprint = hashlib.file_digest(file, "sha256").hexdigest()[:16]
         if empty.vocab != tokeniser.vocab_size:
             raise checkpoint.CheckpointError(
                 f"{path}: the tokeniser has {tokeniser.vocab_size} pieces, the embedding {empty.vocab}; export it again"
             )
-        model = quantise.hold(tree.unflatten(empty, params), weights)
-        made = cls(model, tokeniser, families, layout, guard, fingerprint, max_length=length, **counts)
+        model = quantise.hold(describe.filled(empty, source, mesh), weights)
+        made = cls(model, tokeniser, families, layout, guard, fingerprint, max_length=length, mesh=mesh, **counts)
         if (task := options.get("task")) and task not in families:
             known = ", ".join(families) or "none: it has not been trained on any here"
             raise ValueError(f"unknown task {task!r}; {path} knows {known}")
@@ -167,6 +177,7 @@ class Pipeline:
     def __call__(self, records: Sequence[Record]) -> list[Correction]:
         return [self.guard(p) for p in self.propose(records)]
 
+    @sharding.within
     def propose(self, records: Sequence[Record]) -> list[Proposal]:
         """Search, let the n-best compete, and weigh the result against the first pass; order is kept."""
         examples = [self.encode(r) for r in records]
@@ -189,6 +200,7 @@ class Pipeline:
             for p, r in zip(out, records, strict=True)
         ]
 
+    @sharding.within
     def score(self, records: Sequence[Record], texts: Sequence[str]) -> list[decode.Decoded | None]:
         """How likely each text is as the correction of its record, token by token (end-of-text is one); None for a
         record that would not be corrected (`encode`), or a text that is too long."""
@@ -226,7 +238,7 @@ class Pipeline:
         held = self._prefix
         if held and all(len(p) > len(held.tokens) and tuple(p[: len(held.tokens)]) == held.tokens for p in prompts):
             return held
-        if len(prompts) < self.batch_size:
+        if len(prompts) < self.batch_size or self.mesh:  # one row does not divide over a mesh
             return None
         first, last = min(prompts), max(prompts)  # all others lie between them
         common = sum(1 for _ in itertools.takewhile(lambda two: two[0] == two[1], zip(first[:-1], last, strict=False)))

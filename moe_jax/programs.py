@@ -8,19 +8,20 @@ from typing import Any
 
 import jax
 
-from moe_jax import tree, xla
+from moe_jax import sharding, tree, xla
 from moe_jax.layers import stack
 from moe_jax.moe.dispatch import WRITTEN_OUT
 from moe_jax.types import Array
 
 
 class Structure:
-    """A model's structure without its arrays: hashable, so that compiled programs are found again."""
+    """A model's structure without its arrays, and the mesh that it is on: hashable, so that compiled programs are found
+    again."""
 
     def __init__(self, model: Any):
         self.treedef = jax.tree.structure(model)
         self.model = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model)
-        self.key = str(self.treedef)
+        self.key = str(self.treedef), sharding.mesh()
 
     def __hash__(self) -> int:
         return hash(self.key)
@@ -42,9 +43,9 @@ def compiled(**options: Any) -> Callable[[Callable], Callable[[], Any]]:
 
 
 def apart(model: Any) -> Any:
-    """`model` with the matrices of each layer and each expert as arrays of their own, on CPU. (Elsewhere a slice is no
-    copy, and these would be.) Behind a barrier, or XLA slices in every step."""
-    if jax.default_backend() != "cpu":
+    """`model` with the matrices of each layer and each expert as arrays of their own, on one CPU. (Elsewhere a slice is
+    no copy, and these would be; on a mesh experts lie apart.) Behind a barrier, or XLA slices in every step."""
+    if jax.default_backend() != "cpu" or sharding.mesh():
         return jax.lax.optimization_barrier(model)
 
     def parts(x: Array, words: Sequence[str | None]) -> Any:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
@@ -108,6 +109,17 @@ def use(mesh: Mesh | None, rules: Mapping = RULES) -> Generator[None]:
         _context.reset(token)
 
 
+def within(method: Callable) -> Callable:
+    """A method of what has a `mesh`: it runs within it."""
+
+    @functools.wraps(method)
+    def on(self: Any, *args: Any) -> Any:
+        with use(self.mesh):
+            return method(self, *args)
+
+    return on
+
+
 def spec(words: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Mapping = RULES) -> PartitionSpec:
     """The partition of an array whose trailing dims are called `words` (leading, stacked dims are replicated)."""
     words = (None,) * (len(shape) - len(words)) + tuple(words)
@@ -131,6 +143,11 @@ def constrain(x: jax.Array, *words: str | None) -> jax.Array:
         return x
     mesh, rules = active
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(words, x.shape, mesh, rules)))
+
+
+def whole(x: jax.Array) -> jax.Array:
+    """The same on every device, so that any host can look at it; the identity outside `use`."""
+    return constrain(x)
 
 
 def mesh() -> Mesh | None:
@@ -275,6 +292,33 @@ def part_of_batch(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
     if sum(map(len, parts)) != len(devices) or len({*map(len, parts)}) > 1:
         raise ValueError("hosts have some rows of a batch in common and others not: change MODEL_AXIS in the mesh file")
     return parts.index(tuple(sorted(held[process]))), len(parts)
+
+
+def full(rows: int, mesh: Mesh | None) -> int:
+    """So many rows, or the few more that divide over the devices which share a batch."""
+    devices = _devices(mesh, RULES["batch"]) if mesh else 1
+    return -(-rows // devices) * devices
+
+
+def asked(axes: str | None) -> Mesh | None:
+    """A mesh as commands are told of it, "fsdp=4,expert=2"; what it does not say is 1, and -1 is all that is left.
+
+    Raises ValueError for what is none.
+    """
+    sizes: dict[str, int] = {}
+    for one in (axes or "").split(",") if axes else ():
+        axis, equals, size = one.strip().partition("=")
+        if axis not in AXES[1:] or not equals or not re.fullmatch(r"-?\d+", size):
+            known = ", ".join(AXES[1:])
+            raise ValueError(f"--mesh {axes}: {one.strip()!r} is no axis and its size, as fsdp=4 is; axes: {known}")
+        sizes[axis] = int(size)
+    return several(functools.partial(make_mesh, **{"data": 1, **sizes})) if sizes else None
+
+
+def several(mesh: Callable[[], Mesh] | None) -> Mesh | None:
+    """The mesh that is made; None where it is of one device, or there is none to make."""
+    made = mesh() if mesh else None
+    return made if made and made.size > 1 else None
 
 
 def put_batch(batch, mesh: Mesh):

@@ -13,7 +13,7 @@ import json
 import re
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from moe_jax import checkpoint, decode, describe, hosts, tree
+from moe_jax import checkpoint, decode, describe, hosts, sharding
 from moe_jax.data import Pairs
 from moe_jax.metrics import language, translation
 from moe_jax.partfile import nobody_reads, unfit, write_text
@@ -47,6 +47,7 @@ class Translate:
         or, where a checkpoint does not remember them, half of the tokens of a pair.
       trained: the tasks that it was trained on; None where a checkpoint does not remember them.
       beams, alpha: of the search and of its length penalty.
+      mesh: that the model is divided over, and batches with it; of several hosts all must translate the same lines.
     """
 
     model: Any
@@ -58,21 +59,29 @@ class Translate:
     alpha: float = 0.6
     batch_size: int = 32
     trained: Sequence[str] | None = None
+    mesh: sharding.Mesh | None = None
+
+    def __post_init__(self) -> None:
+        self.batch_size = sharding.full(self.batch_size, self.mesh)
 
     @classmethod
-    def load(cls, path: str | Path, **options: Any) -> Translate:
-        """From a run folder or a safetensors file. Raises CheckpointError, in one line, for what is no translator."""
-        params, meta = checkpoint.read_safetensors(path)
+    def load(cls, path: str | Path, *, mesh: sharding.Mesh | None = None, **options: Any) -> Translate:
+        """From a run folder or a safetensors file; on a mesh no device, and no host, need have room for the whole.
+
+        Raises CheckpointError, in one line, for what is no translator.
+        """
+        source = checkpoint.Source(path)
+        meta = source.meta
         try:
             tokeniser = Tokeniser.of_meta(meta)
             if meta["model"]["class"] != "Translator":
                 raise ValueError(f"it is a {meta['model']['class']}; moe-jax correct is for those")
-            model = tree.unflatten(describe.abstract(meta["model"]), params)
+            model = describe.filled(describe.abstract(meta["model"]), source, mesh)
             check_layout(tokeniser, meta["layout"])
             own = dict(meta["families"]), meta["layout"], int(meta.get("longest_read") or meta["length"] // 2)
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise checkpoint.CheckpointError(f"{path}: cannot translate: {error}") from error
-        return cls(model, tokeniser, *own, trained=meta.get("trained"), **options)
+        return cls(model, tokeniser, *own, trained=meta.get("trained"), mesh=mesh, **options)
 
     @property
     def directions(self) -> list[str]:
@@ -139,6 +148,7 @@ class Translate:
                 return [p for some in (parts[:half], parts[half:]) for p in self._prompts(joint.join(some), task)]
         raise ValueError(f"a single character is more than {self.longest} tokens, the longest that this model reads")
 
+    @sharding.within
     def _written(self, prompts: Sequence[list[int]], task: str) -> list[str]:
         padded = [*prompts, *[prompts[-1]] * (self.batch_size - len(prompts))]  # one program for all batches
         read = decode.prefill(self.model, padded, tasks=[self.tasks[task]] * len(padded))
@@ -177,7 +187,6 @@ def untrained(task: str, trained: Sequence[str] | None) -> str | None:
 # --- scores -----------------------------------------------------------------------------------------------------------
 
 
-@hosts.alone
 def evaluate(
     run_dir: str,
     *,
@@ -185,20 +194,23 @@ def evaluate(
     valid_data: str,
     beams: int = 4,
     lines: int | None = None,
+    mesh: Callable[[], sharding.Mesh] | None = None,
     about: Mapping[str, str] | None = None,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Translates test sentences, and writes into the run folder: scores.json, scores.md, translations.jsonl, and
     routing.json and routing.svg (which experts, and adapters, each direction uses on `valid_data`). Returns the rows of
-    the scores.
+    the scores. Of several hosts each must ask for it; the first one writes.
 
     Args:
       test: direction -> sentences and references, of which `lines` are taken (None: all), spread evenly: a file goes
         from one source of text to the next.
+      mesh: makes that which the model and its batches are divided over, as in training; None: one device.
     """
     check(test)
     folder = Path(run_dir)
-    pipeline = Translate.load(folder, beams=beams)
+    progress = progress and hosts.first()
+    pipeline = Translate.load(folder, beams=beams, mesh=sharding.several(mesh))
     rows: list[dict[str, Any]] = []
     kept: list[str] = []
     measures = (translation.bleu(), translation.chrf())
@@ -214,15 +226,19 @@ def evaluate(
         rows += [{**about_it, "metric": m, "value": v, "signature": s} for m, (v, s) in found.items()]
         texts = zip(sources, written, references, strict=True)
         kept += [json.dumps([direction, *text], ensure_ascii=False) + "\n" for text in texts]
+    used = usage(pipeline, valid_data)
+    if not hosts.first():
+        hosts.wait("evaluation")
+        return rows
     meta = {"beams": beams, "date": datetime.date.today().isoformat(), **(about or {})}
     write_text(folder / "translations.jsonl", "".join(kept))
     write_text(folder / "scores.json", json.dumps({"rows": rows, "meta": meta}, indent=1))
     write_text(folder / "scores.md", to_markdown(rows))
-    used = usage(pipeline, valid_data)
     write_text(folder / "routing.json", json.dumps(used))
     if used:
         write_text(folder / "routing.svg", heat_maps(used))
     print(to_markdown(rows))
+    hosts.wait("evaluation")
     return rows
 
 
@@ -255,24 +271,26 @@ def usage(pipeline: Translate, valid_data: str, batches: int = 16, batch_size: i
     """Which experts, and which adapters, each direction's tokens go to: part -> {tasks, load_NxTxE, told_apart_N}, for
     layers N of the encoder and then of the decoder; nothing of dense parts."""
     data, model = Pairs.open(valid_data), pipeline.model
+    batch_size = sharding.full(batch_size, pipeline.mesh)
 
     @jax.jit
     def step(model: Any, batch: Any) -> Any:
         encoded, *read = model.encode(batch.source)
         *_, stats, adapted = model.decode(batch.tokens_BxL, batch.info, (encoded, batch.source.info))
         of = lambda pair: None if pair[0] is None else jnp.concatenate([s.task_load_TxE for s in pair])  # noqa: E731
-        return {"experts": of((read[0], stats)), "adapters": of((read[1], adapted))}
+        return jax.tree.map(sharding.whole, {"experts": of((read[0], stats)), "adapters": of((read[1], adapted))})
 
     total: Any = None
     for batch in data.sample(batches * batch_size, batch_size):
-        found = step(model, batch)
-        total = found if total is None else jax.tree.map(jnp.add, total, found)
+        with sharding.use(pipeline.mesh):
+            found = jax.device_get(step(model, batch))
+        total = found if total is None else jax.tree.map(np.add, total, found)
     names = {number: name.partition("/")[2] for name, number in data.meta["families"].items()}
     out = {}
     for part in ("experts", "adapters"):
         if total[part] is None:
             continue
-        load_NxTxE = np.asarray(total[part])
+        load_NxTxE = total[part]
         present = np.flatnonzero(load_NxTxE.sum((0, 2)))
         share = load_NxTxE[:, present] / np.maximum(load_NxTxE[:, present].sum(-1, keepdims=True), 1)
         apart = [told_apart(layer) for layer in share.tolist()]
@@ -292,6 +310,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reference", help="a text file of as many lines, to score against")
     parser.add_argument("--beam", type=int, default=4, help="width of the search (default: 4)")
     parser.add_argument("--long", choices=("split", "refuse"), default="split", help="lines beyond the model's length")
+    parser.add_argument("--mesh", metavar="AXES", help="divide the model over devices, as correct does")
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT")
 
 
@@ -302,7 +321,7 @@ def main(args: argparse.Namespace) -> int:
     output = Path(args.output) if args.output else None
     if output and (said := unfit(output, args.overwrite)):
         raise ValueError(said)
-    pipeline = Translate.load(args.checkpoint, beams=args.beam)
+    pipeline = Translate.load(args.checkpoint, beams=args.beam, mesh=sharding.asked(args.mesh))
     direction = f"{args.source_lang}-{args.target_lang}"
     if said := untrained(pipeline.task(direction), pipeline.trained):
         print(f"warning: {said}", file=sys.stderr)

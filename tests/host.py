@@ -2,7 +2,7 @@
 
 python host.py RUN_DIR DATA PORT PROCESSES PROCESS [KILLED_AT]    kills itself, once, after that step
 
-With STEP_SECONDS each step lasts so much longer; MESH is the mesh's axes as JSON.
+With STEP_SECONDS each step lasts so much longer; MESH is the mesh's axes as JSON; EVALUATE a corpus to score after it.
 """
 
 import json
@@ -20,7 +20,7 @@ hosts.join(f"localhost:{port}", int(processes), int(process), 10)
 
 import child  # noqa: E402
 
-from moe_jax import sharding, train  # noqa: E402
+from moe_jax import evaluate, sharding, train  # noqa: E402
 from moe_jax.partfile import Stopped  # noqa: E402
 
 made = train.make_step
@@ -45,7 +45,10 @@ train.make_step = make_step
 
 try:
     axes = json.loads(os.environ.get("MESH", '{"data": 4, "expert": 2}'))
-    child.run(run_dir, data, mesh=lambda: sharding.make_mesh(**axes))
+    mesh = lambda: sharding.make_mesh(**axes)  # noqa: E731
+    child.run(run_dir, data, mesh=mesh)
+    if corpus := os.environ.get("EVALUATE"):
+        evaluate.evaluate(run_dir, valid=[corpus], test=[corpus], valid_data=data, beams=2, mesh=mesh, progress=False)
 except Stopped as stopped:
     print(stopped, flush=True)
     sys.exit(stopped.code)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
-from moe_jax import checkpoint, hosts, main, sharding
+from moe_jax import checkpoint, evaluate, hosts, main, sharding
 
 ROOT = Path(__file__).parents[1]
 SUPERVISE = ROOT / "tpu_scripts" / "supervise.sh"
@@ -97,6 +98,33 @@ def test_two_hosts_that_hold_the_same_rows_read_the_same_rows(data, tmp_path, mo
     one, two = losses(tmp_path / "one"), losses(folder)
     assert one.keys() == two.keys()
     np.testing.assert_allclose(list(one.values()), list(two.values()), rtol=2e-3)
+
+
+def test_two_hosts_score_as_one_does(data, unbroken, tmp_path, monkeypatch):
+    """A model whose experts lie on both."""
+    texts = ["the cat sat on the mat", "a bird looked at the cat", "the mat", "looked at a bird and a cat"]
+    rows = [{"task": "asr", "hypotheses": [text[1:], text[:-1]], "reference": text} for text in texts]
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folders = tmp_path / "one", tmp_path / "two"
+    for folder in folders:
+        shutil.copytree(unbroken, folder)
+    monkeypatch.setenv("EVALUATE", str(corpus))
+    monkeypatch.setenv("MESH", json.dumps({"data": 1, "fsdp": 2, "expert": 4}))
+    assert ended(folders[1], started(folders[1], data)) == [0, 0], (folders[1] / "host0.log").read_text()[-3000:]
+    how: dict[str, Any] = {"valid": [str(corpus)], "test": [str(corpus)], "valid_data": str(data), "beams": 2}
+    evaluate.evaluate(str(folders[0]), **how, progress=False)
+    one, two = (json.loads((folder / "scores.json").read_text())["rows"] for folder in folders)
+    assert one == two
+    for name in ("examples.jsonl", "routing.json"):
+        one, two = ((folder / name).read_text() for folder in folders)
+        numbers = [np.array([float(n) for n in re.findall(r"\d+\.\d+", text)]) for text in (one, two)]
+        np.testing.assert_allclose(*numbers, rtol=1e-3, atol=1e-4)
+        assert re.sub(r"\d+\.\d+", "", one) == re.sub(r"\d+\.\d+", "", two)
+    tables = [checkpoint.read_safetensors(folder)[0] for folder in (*folders, unbroken)]
+    for name, array in tables[2].items():
+        assert np.array_equal(tables[0][name], array) and np.array_equal(tables[1][name], array)
+    assert checkpoint.Source(folders[1]).meta == checkpoint.Source(folders[0]).meta
 
 
 def on_hosts(shape: tuple[int, ...], hosts: list[int]) -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_jax import checkpoint, cli, decode, describe, evaluate, formats, main, tree
+from moe_jax import checkpoint, cli, decode, describe, evaluate, formats, main, sharding, tree
 from moe_jax.data import write_prepared
 from moe_jax.formats import Record
 from moe_jax.layers.ffn import DenseFfn
@@ -156,6 +156,29 @@ def unguarded(monkeypatch):
 def test_lanes_and_batches_propose_the_same(pipeline):
     lanes = dataclasses.replace(pipeline, continuous=True)
     assert told(lanes.propose(SENTENCES)) == told(pipeline.propose(SENTENCES))
+
+
+@pytest.mark.parametrize(
+    ("axes", "options"),
+    [
+        ({"data": 8}, {"sampling": Sampling(temperature=0.5)}),
+        ({"data": 1, "fsdp": 2, "expert": 2, "model": 2}, {"beams": 2}),
+        ({"data": 1, "expert": 2, "model": 4}, {"weights": "int8"}),
+    ],
+)
+def test_a_mesh_writes_what_one_device_does(shipped, axes, options):
+    records = [record("a cat", "a hat"), record("two words more"), record("x"), record("the mat", "that mat")]
+    one = Pipeline.load(shipped, batch_size=4, **options)
+    several = Pipeline.load(shipped, batch_size=3, mesh=sharding.make_mesh(**axes), **options)
+    assert several.batch_size in (4, 8), "as many rows as divide"
+    up = tree.flatten(several.model)["blocks/ffn/experts/up" + "/values" * ("weights" in options)]
+    assert up.addressable_shards[0].data.size * several.mesh.shape["expert"] <= up.size
+    for mine, theirs in zip(one.propose(records), several.propose(records), strict=True):
+        assert (mine.text, mine.note) == (theirs.text, theirs.note)
+        np.testing.assert_allclose((mine.score, mine.margin), (theirs.score, theirs.margin), rtol=1e-4, atol=1e-4)
+    texts = ["the cat"] * 4
+    for mine, theirs in zip(one.score(records, texts), several.score(records, texts), strict=True):
+        np.testing.assert_allclose(mine.logprobs, theirs.logprobs, rtol=1e-4)
 
 
 def test_lanes_have_one_beam(pipeline):
@@ -305,7 +328,7 @@ def test_a_checkpoint_that_lies_is_refused_in_one_line(shipped, tmp_path, damage
 SAMPLED = ["--temperature=0.8", "--top_k=9", "--top_p=0.9", "--seed=3", "--continuous", "--weights=int8"]
 
 
-@pytest.mark.parametrize("flags", [[], SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("flags", [[], SAMPLED, ["--mesh=fsdp=-1"]], ids=["greedy", "sampled", "divided"])
 def test_the_correct_command_end_to_end(shipped, tmp_path, capsys, flags):
     data = [{"input": ["the cat sat", "the hat sat"], "output": "the cat sat", "id": i} for i in range(5)]
     (tmp_path / "in.json").write_text(json.dumps(data))
@@ -325,6 +348,9 @@ def test_the_correct_command_end_to_end(shipped, tmp_path, capsys, flags):
         ["correct", "--checkpoint={run}", "--input={in}", "--output={out}", "--task=astrology"],
         ["correct", "--checkpoint={run}", "--input={in}", "--output={out}", "--top_p=2"],
         ["correct", "--checkpoint={run}", "--input={in}", "--output={out}", "--continuous", "--beam=2"],
+        ["correct", "--checkpoint={run}", "--input={in}", "--output={out}", "--mesh=rows=2"],
+        ["correct", "--checkpoint={run}", "--input={in}", "--output={out}", "--mesh=fsdp=3"],
+        ["correct", "--checkpoint={run}", "--input={in}", "--output={out}", "--mesh=fsdp=8", "--continuous"],
         ["export", "--checkpoint=/nowhere/x.safetensors", "--output={out}"],
     ],
 )

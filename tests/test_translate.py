@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from moe_jax import checkpoint, cli, describe, main, translate, tree
+from moe_jax import checkpoint, cli, describe, main, sharding, translate, tree
 from moe_jax.data import write_prepared
 from moe_jax.layers.param import Rngs
 from moe_jax.models.translator import Translator
@@ -46,6 +46,14 @@ def shipped(tmp_path_factory, tokeniser) -> str:
 @pytest.fixture(scope="module")
 def pipeline(shipped) -> Translate:
     return Translate.load(shipped, beams=2, batch_size=4)
+
+
+def test_a_mesh_translates_as_one_device_does(shipped, pipeline):
+    lines = ["Press any key.", "Yes.", "A longer line about windows.", "No."]
+    mesh = sharding.make_mesh(data=1, fsdp=2, model=4)
+    several = Translate.load(shipped, beams=2, batch_size=3, mesh=mesh)
+    assert several.batch_size == 4
+    assert several(lines, "en-de") == pipeline(lines, "en-de")
 
 
 class Echo(Translate):

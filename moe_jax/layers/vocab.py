@@ -10,7 +10,7 @@ from moe_jax.types import Array
 
 
 def logits(x_xD: Array, matrix_DxV: Array) -> Array:
-    return constrain(linear(x_xD, matrix_DxV), "batch", None, "vocab")
+    return constrain(linear(x_xD, matrix_DxV), "batch", *(None,) * (x_xD.ndim - 2), "vocab")
 
 
 def embed(matrix_VxD: Array, token_BxL: Array) -> Array:
