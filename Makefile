@@ -38,7 +38,11 @@ $(VENV)/.installed: setup.cfg pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[data,test]'
+	@$(TPU_COMPILER) | xargs $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/tpu || echo "no compiler for TPUs: a test is skipped"
 	@touch $@
+
+# That of this JAX, in a folder of its own: where it can be imported, JAX looks for TPUs at every start, and says a lot.
+TPU_COMPILER = $(BIN)/python -c 'from importlib.metadata import requires; print(*(r.partition(";")[0] for r in requires("jax") if r.startswith("libtpu")))'
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

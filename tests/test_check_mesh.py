@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -356,14 +357,22 @@ def test_a_plan_is_what_gin_binds_and_needs_no_data(tmp_path):
         main.planned([str(tmp_path / "data.gin")], [])
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the TPU compiler: pip install '.[tpu-aot]'")
+COMPILER = Path(sys.prefix) / "tpu"  # where `make test` puts it
+
+
+@pytest.mark.skipif(
+    not (importlib.util.find_spec("libtpu") or (COMPILER / "libtpu").exists()),
+    reason="needs the TPU compiler: pip install '.[tpu-aot]'",
+)
 def test_a_step_for_64_tpus_sends_what_it_should(tmp_path):
     """The real compiler, in a process of its own."""
     command = [sys.executable, "-m", "moe_jax.cli", "check-mesh", "--gin_file=runs/shape.gin"]
     command += ["--gin_file=mesh/experts.gin", "--topology=v5p-128", f"--json={tmp_path / 'found.json'}"]
     command += [f"--gin.{name}" for name in ("LAYERS=2", "D=512", "HEADS=8", "HIDDEN=512", "BATCH=64")]
     command += ["--vocab=1024", "--length=256", "--max_targets=64", "--once"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    paths = os.pathsep.join(filter(None, [str(COMPILER), os.environ.get("PYTHONPATH")]))
+    env = os.environ | {"PYTHONPATH": paths}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["mesh"] == {"fsdp": 8, "expert": 8} and found["compiler"] == "TPU"
