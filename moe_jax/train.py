@@ -327,6 +327,12 @@ def active_params(model: Any, paths: Collection[str] | None = None) -> int:
     return sum(int(x.size * model.active(path)) for path, x in table.items() if paths is None or path in paths)
 
 
+def training_flops(model: Any, moving: Collection[str]) -> float:
+    """A token: two a parameter on the way there and two on the way back, and two more where its gradient is wanted.
+    Where an encoder has some of the tokens and a decoder the others, each has half of them."""
+    return (4 * active_params(model) + 2 * active_params(model, moving)) / getattr(model, "sides", 1)
+
+
 # --- loop -------------------------------------------------------------------------------------------------------------
 
 
@@ -466,8 +472,7 @@ def train(
                     save_every=save_every,
                     progress=progress,
                     # As a share of the machine's peak: MFU (attention scores are not counted).
-                    flops_per_token=4 * active_params(network)
-                    + 2 * active_params(network, differentiated(state.params)),
+                    flops_per_token=training_flops(network, differentiated(state.params)),
                     tracing=profile.Steps(folder / "profile", state.step, profile_steps),
                 )
             finally:
@@ -519,7 +524,7 @@ def _loop(
     eval_every: int,
     save_every: int,
     progress: bool,
-    flops_per_token: int,
+    flops_per_token: float,
     tracing: profile.Steps,
 ) -> None:
     valid: dict[str, float] = {}

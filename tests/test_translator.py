@@ -83,6 +83,16 @@ def batch(**given):
     return jax.tree.map(jnp.asarray, to_pairs(columns(**given), LENGTH, 16))
 
 
+def test_what_utilisation_counts_is_what_a_step_multiplies():
+    """No token goes through both sides: their places together, each at half of the parameters."""
+    sizes = {"d": 64, "vocab": 512, "encoder_layers": 1, "decoder_layers": 1, "ffn": partial(DenseFfn, hidden=256)}
+    made, given = model(**sizes), batch()
+    step = jax.jit(jax.grad(lambda made: made.loss(given)[0])).lower(made).compile()
+    places = given.tokens_BxL.size + given.source.tokens_BxS.size
+    counted = places * train.training_flops(made, list(tree.flatten(made)))
+    assert 0.8 < counted / step.cost_analysis()["flops"] < 1.1  # attention's scores and softmaxes are not counted
+
+
 # --- data -------------------------------------------------------------------------------------------------------------
 
 

@@ -148,6 +148,8 @@ class Translator(Module):
     auxiliary, remat, unroll: as of `Corrector`.
     """
 
+    sides = 2  # that tokens are on: no token is multiplied with both
+
     def __init__(
         self,
         *,
