@@ -21,12 +21,14 @@ def xent(logits_BxLxV: Array, targets_BxL: Array) -> Array:
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
-def smoothed(nll_BxL: Array, logits_BxLxV: Array, vocab: int, share: float) -> Array:
+def smoothed(nll_BxL: Array, logits_BxLxV: Array, targets_BxL: Array, vocab: int, share: float) -> Array:
     """The cross-entropy with a target of 1 - `share`, and `share` spread evenly over all (Szegedy et al. 2016), of the
-    `nll_BxL` of `xent`; columns beyond `vocab` are nobody's."""
-    logits = logits_BxLxV[..., :vocab].astype(jnp.float32)
-    even = jax.nn.logsumexp(logits, axis=-1) - logits.mean(-1)
-    return (1 - share) * nll_BxL + share * even
+    `nll_BxL` of `xent`, which already has the one sum of exponentials that is needed; columns beyond `vocab` are
+    nobody's."""
+    logits = logits_BxLxV.astype(jnp.float32)
+    chosen = jnp.take_along_axis(logits, targets_BxL[..., None], axis=-1)[..., 0]
+    mean = jnp.where(jnp.arange(logits.shape[-1]) < vocab, logits, 0).sum(-1) / vocab
+    return nll_BxL + share * (chosen - mean)
 
 
 def smoothed_xent(logits_BxLxV: Array, targets_BxL: Array, smoothing: float) -> Array:

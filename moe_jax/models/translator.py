@@ -274,7 +274,7 @@ class Translator(Module):
         nll = losses.xent(logits, batch.targets_BxL)
         objective = nll
         if key is not None and self.label_smoothing:
-            objective = losses.smoothed(nll, logits, self.vocab, self.label_smoothing)
+            objective = losses.smoothed(nll, logits, batch.targets_BxL, self.vocab, self.label_smoothing)
         weights, task = batch.weights_BxL, batch.info.task_BxL
         loss = (objective * weights).sum() / (jnp.maximum(weights.sum(), 1) if normaliser is None else normaliser)
         metrics: Metrics = {
