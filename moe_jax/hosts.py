@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import itertools
 import os
 import re
 import signal
@@ -23,6 +24,9 @@ FILES = ("EIO", "ESTALE", "ENOTCONN", "ETIMEDOUT", "EAGAIN", "EINTR", "EREMOTEIO
 NETWORK = ("ECONNRESET", "ECONNREFUSED", "ECONNABORTED", "EHOSTUNREACH", "EHOSTDOWN", "ENETDOWN", "ENETUNREACH")
 TRANSIENT = frozenset(getattr(errno, name) for name in (*FILES, *NETWORK) if hasattr(errno, name))
 TRY_AGAIN = getattr(os, "EX_TEMPFAIL", 75)  # their exit code
+
+PATIENCE = 7 * 24 * 3_600_000  # ms
+_waits = itertools.count()  # hosts wait in one order, each time for another thing
 
 
 def join(
@@ -91,11 +95,13 @@ def first() -> bool:
 
 
 def wait(name: str) -> None:
-    """Until all hosts are here."""
+    """Until all hosts are here, however long one of them prepares data: it is the coordinator that is asked. (A sum
+    over all devices, as JAX would have it, gives up on GPUs after minutes.) Where a host is lost the others end.
+    """
     if several():
-        from jax.experimental.multihost_utils import sync_global_devices
+        from orbax.checkpoint import multihost
 
-        sync_global_devices(name)
+        multihost.get_barrier_sync_fn()(key=f"{next(_waits)} {name}", timeout_ms=PATIENCE)
 
 
 def in_turn(job: Callable[..., Any]) -> Callable[..., Any]:

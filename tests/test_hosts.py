@@ -100,6 +100,39 @@ def test_two_hosts_that_hold_the_same_rows_read_the_same_rows(data, tmp_path, mo
     np.testing.assert_allclose(list(one.values()), list(two.values()), rtol=2e-3)
 
 
+TURNS = """
+import sys, time
+from pathlib import Path
+from moe_jax import hosts
+hosts.join(f"localhost:{sys.argv[2]}", 2, int(sys.argv[3]), 10)
+
+def prepare():
+    if hosts.first() and not (slow := Path(sys.argv[1]) / "slow").exists():
+        time.sleep(3)
+        slow.touch()
+    return time.monotonic()
+
+said = [hosts.in_turn(prepare)() for _ in range(2)]
+assert hosts.alone(lambda: "written")() == ("written" if hosts.first() else None)
+print(*said)
+"""
+
+
+def test_hosts_wait_for_the_one_that_prepares_without_a_sum_over_devices(tmp_path):
+    """Which on GPUs would give up on it; the same name may be waited for again."""
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    command, port = [sys.executable, "-c", TURNS, str(tmp_path)], str(free_port())
+    env = os.environ | {"PYTHONPATH": paths, "JAX_NUM_CPU_DEVICES": "2"}
+    both = [
+        subprocess.Popen([*command, port, str(i)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    said = [host.communicate(timeout=200) for host in both]
+    assert [host.returncode for host in both] == [0, 0], said
+    (first, again), (second, _) = ([float(n) for n in out.split()] for out, _ in said)
+    assert first < second < again
+
+
 def test_two_hosts_score_as_one_does(data, unbroken, tmp_path, monkeypatch):
     """A model whose experts lie on both."""
     texts = ["the cat sat on the mat", "a bird looked at the cat", "the mat", "looked at a bird and a cat"]
