@@ -402,6 +402,35 @@ def test_arrays_of_a_source_are_read_when_they_are_asked_for(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, dict(source), TABLE)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_each_device_reads_its_own_part(tmp_path, dtype):
+    table = {"w": jnp.arange(64.0).reshape(8, 8), "scalar": jnp.array(2.0)}
+    write_safetensors(tmp_path / "m.safetensors", table, META, dtype)
+    source, mesh = checkpoint.Source(tmp_path / "m.safetensors"), sharding.make_mesh(data=1, fsdp=4, model=2)
+    where = sharding.shardings({"w": ("embed", "mlp"), "scalar": ()}, table, mesh)
+    for name, x in table.items():
+        placed = source.placed(name, where[name])
+        np.testing.assert_array_equal(placed, x)
+        assert placed.dtype == jnp.float32 and placed.sharding == where[name]
+    assert {shard.data.shape for shard in source.placed("w", where["w"]).addressable_shards} == {(2, 4)}
+
+
+@pytest.mark.parametrize("about", [{}, {"guard": {"several": 1.0}, "more": "é" * 1000}])
+def test_a_file_is_described_again_and_its_arrays_stay(tmp_path, about, monkeypatch):
+    path = tmp_path / "m.safetensors"
+    write_safetensors(path, TABLE, META, "bfloat16")
+    before = dict(checkpoint.Source(path))
+    checkpoint.describe_again(path, about)
+    source = checkpoint.Source(path)
+    assert source.meta == about and set(source.dtypes.values()) == {jnp.dtype("bfloat16")}
+    jax.tree.map(np.testing.assert_array_equal, dict(source), before)
+    whole = path.read_bytes()
+    monkeypatch.setattr(checkpoint.shutil, "copyfileobj", lambda *_: (_ for _ in ()).throw(OSError(28, "no space")))
+    with pytest.raises(CheckpointError, match="no space; nothing was written"):
+        checkpoint.describe_again(path, META)
+    assert path.read_bytes() == whole and [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
 SOURCE = {"a": jnp.ones((2, 3)), "b": jnp.ones(4)}
 
 
