@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -584,12 +584,18 @@ def transplant(
     sources: Sequence[Mapping[str, jax.Array]],
     rules: Sequence[Rule],
     fresh: Sequence[str] = (r"/router/",),
+    where: Callable[[str, tuple[int, ...]], Any] | None = None,
 ) -> Table:
     """`target` with its arrays taken from one source or several, by the first rule that matches each of their paths.
 
     Every leaf is accounted for: raises CheckpointError for a source leaf that has no place of its own, a shape that
     differs, sources that differ from each other, or a target leaf that nothing filled and that does not match `fresh`
-    (those keep their initial values; of the others only shape and dtype are looked at).
+    (those keep their initial values; of the others only shape and dtype are looked at). All that is said before the
+    arrays that it is about are read.
+
+    Args:
+      where: how an array of such a shape lies for a leaf of `target`. Then sources are files (`Source`), no device and
+        no host reads more of them than its part, and what comes back is laid out so.
     """
     for i, other in enumerate(sources[1:], 2):
         if odd := sorted(set(other) ^ set(sources[0])):
@@ -597,12 +603,12 @@ def transplant(
     out: Table = {}
     origin: dict[str, str] = {}
     for path in sources[0]:
-        xs = [s[path] for s in sources]
-        if len(shapes := {x.shape: None for x in xs}) > 1:
+        if len(shapes := dict.fromkeys(map(functools.partial(_shape, path), sources))) > 1:
             raise CheckpointError(
                 f"{path} is {' or '.join(map(str, shapes))} in the sources: they must be of one configuration"
             )
-        for rule, own in _shares(path, xs, rules):
+        (shape,) = shapes
+        for rule, layers in _shares(path, shape, rules):
             name = re.sub(rule.pattern, rule.replacement, path, count=1)
             if (other := origin.setdefault(name, path)) != path:
                 raise CheckpointError(f"{other} and {path} of the source both become {name}; mend the rules")
@@ -612,28 +618,43 @@ def transplant(
                 )
             if name in out:
                 raise CheckpointError(f"two rules make {name} of {path}; mend the rules")
-            y = rule(path, own)
+            made = functools.partial(_made, rule, path, layers, target[name].dtype)
+            y = jax.eval_shape(made, [jax.ShapeDtypeStruct(shape, jnp.float32)] * len(sources))
             if y.shape != target[name].shape:
                 raise CheckpointError(
                     f"{name}: the source gives {tuple(y.shape)}, this model needs {tuple(target[name].shape)}"
                 )
-            out[name] = y.astype(target[name].dtype)
+            if where is None:
+                out[name] = made([source[path] for source in sources])
+            else:
+                parts = [s.placed(path, where(name, shape)) for s in sources if isinstance(s, Source)]
+                out[name] = jax.jit(made, out_shardings=where(name, y.shape))(parts)
     unfilled = [p for p in target if p not in out and not any(re.search(f, p) for f in fresh)]
     if unfilled:
         raise CheckpointError(f"nothing fills {unfilled[:5]}: add a rule, or name them in `fresh`")
     return {p: out.get(p, x) for p, x in target.items()}
 
 
-def _shares(path: str, xs: Sequence[jax.Array], rules: Sequence[Rule]) -> Iterator[tuple[Rule, Sequence[jax.Array]]]:
-    """Which rule takes how much of a leaf: the first that matches all of it, unless it is for some layers."""
+def _shape(path: str, source: Mapping[str, Any]) -> tuple[int, ...]:
+    return source.shapes[path] if isinstance(source, Source) else source[path].shape
+
+
+def _made(rule: Rule, path: str, layers: np.ndarray | None, dtype: Any, xs: Sequence[jax.Array]) -> jax.Array:
+    return rule(path, xs if layers is None else [x[layers] for x in xs]).astype(dtype)
+
+
+def _shares(path: str, shape: tuple[int, ...], rules: Sequence[Rule]) -> Iterator[tuple[Rule, np.ndarray | None]]:
+    """Which rule takes which layers of a leaf (None: all of it): the first that matches all, unless it is for some."""
+    left: np.ndarray | None = None
     for rule in (*rules, Rule("^", "")):
         if not re.search(rule.pattern, path):
             continue
         if not rule.layers:
-            yield rule, xs
+            yield rule, left
             if not rule.more:
                 return
             continue
-        mine = np.isin(np.arange(len(xs[0])), rule.layers)
-        yield rule, [x[mine] for x in xs]
-        xs = [x[~mine] for x in xs]
+        left = np.arange(shape[0]) if left is None else left
+        mine = np.isin(np.arange(len(left)), rule.layers)
+        yield rule, left[mine]
+        left = left[~mine]

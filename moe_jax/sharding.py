@@ -264,6 +264,11 @@ def shardings(axes: Mapping[str, Sequence[str | None]], shapes: Mapping[str, Any
     return {path: NamedSharding(mesh, spec(axes.get(path, ()), leaf.shape, mesh)) for path, leaf in shapes.items()}
 
 
+def placement(words: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """Of an array of which the last of `words` name the dims, however many it has."""
+    return NamedSharding(mesh, spec(words[max(0, len(words) - len(shape)) :], shape, mesh))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 

@@ -85,8 +85,8 @@ def initial(
     mesh: Any,
     families: Mapping[str, int] | None = None,
 ) -> Any:
-    """`make()`, with arrays taken from `init_from` by `rules`; fresh ones are made where they lie on the mesh,
-    so that no device ever holds them all.
+    """`make()`, with arrays taken from `init_from` by `rules`; they are read, and fresh ones are made, where they lie
+    on the mesh, so that no device ever holds them all.
 
     Raises ValueError (also CheckpointError) for sources that do not fit the model, the tokeniser, the data's `families`
     or each other.
@@ -101,7 +101,9 @@ def initial(
     model = jax.eval_shape(make)
     table = tree.flatten(model)
     if sources:
-        table = checkpoint.transplant(table, sources, rules)
+        words = tree.axes(model)
+        where = lambda name, shape: sharding.placement(words[name], shape, mesh)  # noqa: E731
+        table = checkpoint.transplant(table, sources, rules, where=where)
     fresh = {path: x for path, x in table.items() if isinstance(x, jax.ShapeDtypeStruct)}
     where = sharding.shardings(tree.axes(model), fresh, mesh)
 

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from moe_jax import adapters, checkpoint, optim, sharding, train, tree
 from moe_jax.checkpoint import CheckpointError, Rule, read_safetensors, transplant, write_safetensors
 from moe_jax.moe import routers
+from moe_jax.moe.layer import MoeFfn
 
 META = {"model": {"class": "Corrector"}, "families": {"asr": 1}, "step": 3, "text": "naïve “quotes”"}
 
@@ -373,6 +374,32 @@ def test_models_that_are_equal_mix_as_one_is_upcycled_and_average_to_themselves(
     mixed = transplant(target, [source] * num, checkpoint.branch_train_mix())
     jax.tree.map(np.testing.assert_array_equal, mixed, transplant(target, [source], checkpoint.upcycle(num)))
     jax.tree.map(np.testing.assert_array_equal, transplant(source, [source] * num, checkpoint.average()), source)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [checkpoint.upcycle(4, noise=0.1, dense_layers=(1,), shared=0.5), checkpoint.branch_train_mix(), ()],
+    ids=["upcycled", "mixed", "copied"],
+)
+def test_a_run_begins_with_arrays_that_no_device_held_whole(tmp_path, rules, monkeypatch):
+    shared = {"shared": tiny.dense} if rules and rules[0].layers else {}
+    ffn = partial(MoeFfn, num_experts=4, hidden=24, router=routers.TopK, **shared) if rules else tiny.dense
+    make = partial(tiny.model, ffn, **({"dense_layers": (1,), "dense": tiny.dense} if shared else {}))
+    base = tree.flatten(tiny.model())
+    sources = [base] * (4 if rules == checkpoint.branch_train_mix() else 1)
+    paths = [tmp_path / f"{i}.safetensors" for i in range(len(sources))]
+    for path, source in zip(paths, sources, strict=True):
+        write_safetensors(path, source, {"tokeniser": "t", "families": {}})
+    whole = transplant(tree.flatten(make()), sources, rules)
+    monkeypatch.setattr(checkpoint.Source, "__getitem__", None)
+    mesh = sharding.make_mesh(data=1, fsdp=2, expert=2, model=2)
+    made = train.initial(make, list(map(str, paths)), rules, "t", mesh)
+    lies = sharding.shardings(tree.axes(made), whole, mesh)
+    for name, x in tree.flatten(made).items():
+        assert x.sharding.is_equivalent_to(lies[name], x.ndim), name
+        if "/router/" not in name:
+            np.testing.assert_allclose(x, whole[name], rtol=1e-5, atol=1e-7)
+    assert any(x.addressable_shards[0].data.size * (8 if rules else 4) == x.size for x in tree.flatten(made).values())
 
 
 def test_models_average_leaf_by_leaf():
