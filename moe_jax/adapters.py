@@ -135,7 +135,7 @@ def summary(moving: Mapping[str, Array], frozen: Mapping[str, Array]) -> str:
     return f"{len(own)} leaves train, {share}: {', '.join(names)}"
 
 
-def fingerprint(table: Mapping[str, Array]) -> str:
+def fingerprint(table: Mapping[str, Any]) -> str:
     """sha256 of leaves with their paths, dtypes and shapes: which base it was, however its file was written."""
     digest = hashlib.sha256()
     for path in sorted(table):

@@ -428,7 +428,7 @@ def train(
                 if not init_from:
                     raise ValueError("adapters freeze what nothing has trained: name a base in init_from")
                 base = tree.flatten(network)
-                about["base"] = fingerprint({path: base[path] for path in state.frozen})
+                about["base"] = fingerprint({path: hosts.Whole(base[path]) for path in state.frozen})
                 about["adapters"] = dataclasses.asdict(adapters)
                 del base
             network = jax.eval_shape(lambda: network)  # the arrays are the state's alone

@@ -15,7 +15,7 @@ import numpy as np
 import tiny
 from jax.sharding import Mesh
 
-from moe_jax import checkpoint, optim, sharding, train
+from moe_jax import adapters, checkpoint, optim, sharding, train
 from moe_jax.data import write_prepared
 from moe_jax.moe import dispatch, routers
 from moe_jax.packing import Packable
@@ -25,6 +25,7 @@ STEPS, SAVE_EVERY = 12, 4
 
 
 FAMILIES = {"asr": 1, "ocr": 2}
+FACTORS = adapters.Adapters(rank=2, full=["router/"])
 
 
 def tokeniser() -> tk.Tokeniser:

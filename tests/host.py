@@ -2,7 +2,8 @@
 
 python host.py RUN_DIR DATA PORT PROCESSES PROCESS [KILLED_AT]    kills itself, once, after that step
 
-With STEP_SECONDS each step lasts so much longer; MESH is the mesh's axes as JSON; EVALUATE a corpus to score after it.
+With STEP_SECONDS each step lasts so much longer; MESH is the mesh's axes as JSON; EVALUATE a corpus to score after it;
+BASE a model to begin with, of which adapters train.
 """
 
 import json
@@ -46,7 +47,8 @@ train.make_step = make_step
 try:
     axes = json.loads(os.environ.get("MESH", '{"data": 4, "expert": 2}'))
     mesh = lambda: sharding.make_mesh(**axes)  # noqa: E731
-    child.run(run_dir, data, mesh=mesh)
+    base = {"init_from": os.environ["BASE"], "adapters": child.FACTORS} if "BASE" in os.environ else {}
+    child.run(run_dir, data, mesh=mesh, **base)
     if corpus := os.environ.get("EVALUATE"):
         evaluate.evaluate(run_dir, valid=[corpus], test=[corpus], valid_data=data, beams=2, mesh=mesh, progress=False)
 except Stopped as stopped:

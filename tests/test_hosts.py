@@ -133,31 +133,36 @@ def test_hosts_wait_for_the_one_that_prepares_without_a_sum_over_devices(tmp_pat
     assert first < second < again
 
 
-def test_two_hosts_score_as_one_does(data, unbroken, tmp_path, monkeypatch):
-    """A model whose experts lie on both."""
+def test_two_hosts_train_the_adapters_of_a_base_and_score_as_one_does(data, unbroken, tmp_path, monkeypatch):
+    """A base whose experts lie on both: each reads its part."""
     texts = ["the cat sat on the mat", "a bird looked at the cat", "the mat", "looked at a bird and a cat"]
     rows = [{"task": "asr", "hypotheses": [text[1:], text[:-1]], "reference": text} for text in texts]
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    folders = tmp_path / "one", tmp_path / "two"
-    for folder in folders:
-        shutil.copytree(unbroken, folder)
-    monkeypatch.setenv("EVALUATE", str(corpus))
-    monkeypatch.setenv("MESH", json.dumps({"data": 1, "fsdp": 2, "expert": 4}))
-    assert ended(folders[1], started(folders[1], data)) == [0, 0], (folders[1] / "host0.log").read_text()[-3000:]
+    folders = one, two = tmp_path / "one", tmp_path / "two"
+    more = {"BASE": str(unbroken), "EVALUATE": str(corpus), "MESH": json.dumps({"data": 1, "fsdp": 2, "expert": 4})}
+    for name, value in more.items():
+        monkeypatch.setenv(name, value)
+    assert ended(two, started(two, data)) == [0, 0], (two / "host0.log").read_text()[-3000:]
+    child.run(one, data, init_from=str(unbroken), adapters=child.FACTORS)
+    assert losses(one).keys() == losses(two).keys()
+    np.testing.assert_allclose(list(losses(one).values()), list(losses(two).values()), rtol=2e-3)
+    metas = [checkpoint.Source(folder / "adapters.safetensors").meta for folder in folders]
+    assert metas[0]["base"] == metas[1]["base"] and len(metas[0]["base"]) == 64
+
+    shutil.copy(two / "model.safetensors", one)
+    before = dict(checkpoint.Source(two))
     how: dict[str, Any] = {"valid": [str(corpus)], "test": [str(corpus)], "valid_data": str(data), "beams": 2}
-    evaluate.evaluate(str(folders[0]), **how, progress=False)
-    one, two = (json.loads((folder / "scores.json").read_text())["rows"] for folder in folders)
-    assert one == two
+    evaluate.evaluate(str(one), **how, progress=False)
+    scores = [json.loads((folder / "scores.json").read_text())["rows"] for folder in folders]
+    assert scores[0] == scores[1]
     for name in ("examples.jsonl", "routing.json"):
-        one, two = ((folder / name).read_text() for folder in folders)
-        numbers = [np.array([float(n) for n in re.findall(r"\d+\.\d+", text)]) for text in (one, two)]
+        said = [(folder / name).read_text() for folder in folders]
+        numbers = [np.array([float(n) for n in re.findall(r"\d+\.\d+", text)]) for text in said]
         np.testing.assert_allclose(*numbers, rtol=1e-3, atol=1e-4)
-        assert re.sub(r"\d+\.\d+", "", one) == re.sub(r"\d+\.\d+", "", two)
-    tables = [checkpoint.read_safetensors(folder)[0] for folder in (*folders, unbroken)]
-    for name, array in tables[2].items():
-        assert np.array_equal(tables[0][name], array) and np.array_equal(tables[1][name], array)
-    assert checkpoint.Source(folders[1]).meta == checkpoint.Source(folders[0]).meta
+        assert re.sub(r"\d+\.\d+", "", said[0]) == re.sub(r"\d+\.\d+", "", said[1])
+    assert checkpoint.Source(two).meta == checkpoint.Source(one).meta  # the guard too
+    jax.tree.map(np.testing.assert_array_equal, dict(checkpoint.Source(two)), before)
 
 
 def on_hosts(shape: tuple[int, ...], hosts: list[int]) -> Any:
