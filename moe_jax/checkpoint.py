@@ -370,20 +370,20 @@ class Source(Mapping[str, jax.Array]):
     def __getitem__(self, name: str) -> jax.Array:
         if name not in self._names:
             raise KeyError(name)
+        return jnp.asarray(self._read(name), jnp.float32)
+
+    def placed(self, name: str, where: Any) -> jax.Array:
+        """`self[name]` laid out so; of it each device reads its own part, and no host more than its devices have."""
+        part = lambda index: np.asarray(self._read(name, index), np.float32)  # noqa: E731
+        return jax.make_array_from_callback(self.shapes[name], where, part)
+
+    def _read(self, name: str, index: Any = None) -> jax.Array:
         try:
-            return jnp.asarray(self._file.get_tensor(name), jnp.float32)
+            return self._file.get_slice(name)[index] if index else self._file.get_tensor(name)
         except (SafetensorError, AttributeError) as error:  # a dtype that NumPy does not know
             raise CheckpointError(
                 f"{self.path}: {name} cannot be read ({error}); export it in another dtype"
             ) from error
-
-    def placed(self, name: str, where: Any) -> jax.Array:
-        """`self[name]` laid out so; of it each device reads its own part, and no host more than its devices have."""
-
-        def part(index: tuple[slice, ...] | None) -> np.ndarray:
-            return np.asarray(self._file.get_slice(name)[index] if index else self._file.get_tensor(name), np.float32)
-
-        return jax.make_array_from_callback(self.shapes[name], where, part)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -123,9 +123,9 @@ def filled(model: Any, source: Source, mesh: Any = None) -> Any:
     """
     if mesh is None:
         return tree.unflatten(model, source)
-    where = sharding.shardings(tree.axes(model), tree.flatten(model), mesh)
-    other = sharding.replicated(mesh)
-    return tree.unflatten(model, {name: source.placed(name, where.get(name, other)) for name in source})
+    words = tree.axes(model)
+    where = lambda name: sharding.placement(words.get(name, ()), source.shapes[name], mesh)  # noqa: E731
+    return tree.unflatten(model, {name: source.placed(name, where(name)) for name in source})
 
 
 def like(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,21 +172,17 @@ def evaluate(
     before = line_errors(rows, [p.first for p in proposals])
     after = line_errors(rows, [c.text for c in corrections])
     routing = atlas(pipeline, valid_data)
-    if not hosts.first():
-        hosts.wait("evaluation")
-        return scores
-    meta = checkpoint.Source(folder).meta
+    model = checkpoint.Source(folder)
+    hosts.alone(checkpoint.describe_again)(model.path, model.meta | {"guard": dataclasses.asdict(guard)})
     described = {
-        "step": str(meta.get("step")),
-        "seed": str(meta.get("seed")),
+        "step": str(model.meta.get("step")),
+        "seed": str(model.meta.get("seed")),
         "guard": str(guard),
         "beams": str(beams),
         "split": ", ".join(Path(t).name for t in test),
         "date": datetime.date.today().isoformat(),
         **(about or {}),
     }
-    write_text(folder / "scores.json", json.dumps({"rows": scores, "meta": described}, indent=1))
-    write_text(folder / "scores.md", scoring.to_markdown(scores))
     examples = (
         {
             "task": row["task"],
@@ -202,12 +198,24 @@ def evaluate(
         }
         for row, c, b, a, r in zip(rows, corrections, before, after, references, strict=True)
     )
+    _write(folder, scores, described, examples, routing, title)
+    return scores
+
+
+@hosts.alone
+def _write(
+    folder: Path,
+    scores: Rows,
+    described: Mapping[str, str],
+    examples: Iterable[Mapping[str, Any]],
+    routing: Mapping[str, Any] | None,
+    title: str,
+) -> None:
+    write_text(folder / "scores.json", json.dumps({"rows": scores, "meta": described}, indent=1))
+    write_text(folder / "scores.md", scoring.to_markdown(scores))
     write_text(folder / "examples.jsonl", "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in examples))
     if routing is not None:
         write_text(folder / "routing.json", json.dumps(routing))
-    checkpoint.describe_again(folder / "model.safetensors", meta | {"guard": dataclasses.asdict(guard)})
     report = write_report(folder, title=title)
     print(scoring.to_markdown(scores))
-    print(f"guard: {guard}, tuned on validation; scores: {folder}/scores.json; report: {report}")
-    hosts.wait("evaluation")
-    return scores
+    print(f"guard: {described['guard']}, tuned on validation; scores: {folder}/scores.json; report: {report}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import json
 from collections import Counter
@@ -15,6 +14,7 @@ from rapidfuzz.distance import Levenshtein
 
 from moe_jax import checkpoint, decode, describe, lanes, quantise, sharding, tree
 from moe_jax.correct import Correction
+from moe_jax.data import sha256
 from moe_jax.formats import Record
 from moe_jax.sampling import Sampling
 from moe_jax.text.prompt import Example, check_layout, encode_example, room_to_write
@@ -160,8 +160,7 @@ class Pipeline:
                 raise checkpoint.CheckpointError(
                     f"{path}: {name} is {was}, its description needs {tuple(leaf.shape)}; export it again"
                 )
-        with open(path, "rb") as file:
-            fingerprint = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        fingerprint = sha256(path)[:16]
         if empty.vocab != tokeniser.vocab_size:
             raise checkpoint.CheckpointError(
                 f"{path}: the tokeniser has {tokeniser.vocab_size} pieces, the embedding {empty.vocab}; export it again"

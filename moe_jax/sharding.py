@@ -261,7 +261,7 @@ def largest(x: jax.Array) -> jax.Array:
 
 def shardings(axes: Mapping[str, Sequence[str | None]], shapes: Mapping[str, Any], mesh: Mesh):
     """path -> NamedSharding for parameters whose `axes` name their dims."""
-    return {path: NamedSharding(mesh, spec(axes.get(path, ()), leaf.shape, mesh)) for path, leaf in shapes.items()}
+    return {path: placement(axes.get(path, ()), leaf.shape, mesh) for path, leaf in shapes.items()}
 
 
 def placement(words: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> NamedSharding:

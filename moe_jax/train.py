@@ -100,18 +100,19 @@ def initial(
         _same_numbers(source, families or {})
     model = jax.eval_shape(make)
     table = tree.flatten(model)
+    words = tree.axes(model)
+    where = lambda name, shape: sharding.placement(words.get(name, ()), shape, mesh)  # noqa: E731
     if sources:
-        words = tree.axes(model)
-        where = lambda name, shape: sharding.placement(words[name], shape, mesh)  # noqa: E731
         table = checkpoint.transplant(table, sources, rules, where=where)
     fresh = {path: x for path, x in table.items() if isinstance(x, jax.ShapeDtypeStruct)}
-    where = sharding.shardings(tree.axes(model), fresh, mesh)
 
     def made() -> Table:
         whole = tree.flatten(make())  # once: a stack of layers takes long to trace
         return {path: whole[path] for path in fresh}
 
-    return tree.unflatten(model, table | jax.jit(made, out_shardings=where)())
+    return tree.unflatten(
+        model, table | jax.jit(made, out_shardings={p: where(p, x.shape) for p, x in fresh.items()})()
+    )
 
 
 def _same_numbers(source: checkpoint.Source, families: Mapping[str, int]) -> None:
@@ -505,6 +506,7 @@ def _export_best(folder: Path, state: State, adapters: Adapters) -> None:
     else:
         for x in params.values():  # all hosts take part in making each whole
             np.asarray(x)
+    hosts.wait("export")  # all of them may read it next
     store.close()
 
 

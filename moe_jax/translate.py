@@ -227,10 +227,13 @@ def evaluate(
         texts = zip(sources, written, references, strict=True)
         kept += [json.dumps([direction, *text], ensure_ascii=False) + "\n" for text in texts]
     used = usage(pipeline, valid_data)
-    if not hosts.first():
-        hosts.wait("evaluation")
-        return rows
     meta = {"beams": beams, "date": datetime.date.today().isoformat(), **(about or {})}
+    _write(folder, rows, meta, kept, used)
+    return rows
+
+
+@hosts.alone
+def _write(folder: Path, rows: list[dict[str, Any]], meta: Mapping[str, Any], kept: list[str], used: Any) -> None:
     write_text(folder / "translations.jsonl", "".join(kept))
     write_text(folder / "scores.json", json.dumps({"rows": rows, "meta": meta}, indent=1))
     write_text(folder / "scores.md", to_markdown(rows))
@@ -238,8 +241,6 @@ def evaluate(
     if used:
         write_text(folder / "routing.svg", heat_maps(used))
     print(to_markdown(rows))
-    hosts.wait("evaluation")
-    return rows
 
 
 def check(test: Sides) -> None:
