@@ -1,4 +1,4 @@
-"""Several hosts as one run: joining them, who does what alone, and stopping at one step.
+"""Several hosts as one run: joining them, who does what alone, stopping at one step, and failing together.
 
 Each host runs the same command; `jax.distributed` makes their devices one. Without it everything here is what a single
 process does.
@@ -6,16 +6,21 @@ process does.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import errno
 import functools
 import itertools
+import json
 import os
 import re
 import signal
 import sys
 import threading
+import time
+import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from moe_jax.partfile import Signals
 
@@ -27,6 +32,9 @@ TRY_AGAIN = getattr(os, "EX_TEMPFAIL", 75)  # their exit code
 
 PATIENCE = 7 * 24 * 3_600_000  # ms
 _waits = itertools.count()  # hosts wait in one order, each time for another thing
+
+FAILED, EVERY = "moe_jax/failed", 1.0  # what the coordinator is asked for, and after how many seconds again
+_failing, _heard = threading.Event(), threading.Event()
 
 
 def join(
@@ -57,6 +65,69 @@ def join(
             f"cannot join the other hosts ({said}): give --coordinator=HOST:PORT, --processes and --process, the same "
             "coordinator everywhere"
         ) from None
+    if several():
+        _listen()
+
+
+def _listen() -> None:
+    """Ends this process soon after another host says that it failed: what waits within a step cannot look itself."""
+    over = threading.Event()
+
+    def listen() -> None:
+        while not over.wait(EVERY):
+            try:
+                said = _coordinator().key_value_try_get(FAILED)
+            except Exception:  # no one did, or the coordinator is lost, which JAX looks for
+                continue
+            if _failing.wait(EVERY):  # as the other did: it says so itself
+                return
+            _heard.set()
+            code, line = json.loads(said)
+            print(line, file=sys.stderr, flush=True)
+            _leave(code, 3 if first() else 0)
+
+    listener = threading.Thread(target=listen, name="hosts", daemon=True)
+    listener.start()
+
+    @atexit.register  # so that it is over before JAX closes the connection to the coordinator
+    def end() -> None:
+        over.set()
+        listener.join()
+
+
+def failed(error: BaseException, report: Callable[[BaseException], int]) -> int:
+    """What `report` says of the error: the exit code. Of several hosts the processes of all end with it, within
+    seconds: others may wait for this one within a step."""
+    if not several():
+        return report(error)
+    if _heard.is_set():  # of another that failed: what failed here is its loss
+        threading.Event().wait()
+    _failing.set()
+    try:
+        code = report(error)
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    what = " ".join(traceback.format_exception_only(error)).split("In call to configurable")[0]
+    said = f"host {sys.modules['jax'].process_index()} failed: {' '.join(what.split())}"
+    with contextlib.suppress(Exception):  # another one did before, or the coordinator is lost
+        _coordinator().key_value_set(FAILED, json.dumps((code, said)))
+    _leave(code, 4 if first() else 3)
+
+
+def _leave(code: int, turns: int) -> NoReturn:
+    """Not by way of JAX, which would wait for all. A host that others wait for in a step stays until they have heard
+    of it, which takes two turns; the first, which they ask, for longer than all."""
+    time.sleep(turns * EVERY)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _coordinator() -> Any:
+    from orbax.checkpoint import multihost
+
+    return multihost.get_jax_distributed_client()
 
 
 class Whole:
@@ -99,9 +170,7 @@ def wait(name: str) -> None:
     over all devices, as JAX would have it, gives up on GPUs after minutes.) Where a host is lost the others end.
     """
     if several():
-        from orbax.checkpoint import multihost
-
-        multihost.get_barrier_sync_fn()(key=f"{next(_waits)} {name}", timeout_ms=PATIENCE)
+        _coordinator().wait_at_barrier(f"{next(_waits)} {name}", PATIENCE)
 
 
 def in_turn(job: Callable[..., Any]) -> Callable[..., Any]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax import launch
+from moe_jax.partfile import Stopped
 
 PACKAGE = Path(__file__).resolve().parent
 CHECKOUT = PACKAGE.parent
@@ -295,39 +296,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def start(args: argparse.Namespace) -> int:
-    """Returns the exit code; every expected failure is one line on stderr."""
+    """Returns the exit code; every expected failure is one line on stderr. A host that fails ends all others."""
+    from moe_jax import hosts
+
     try:
-        if not args.gin_file:
-            raise ConfigError("give --gin_file=..., such as runs/quickstart.gin")
-        import gin
-
-        gin.clear_config()  # of a run before it in this process
-        load(args.gin_file, args.gin_bindings + ([f"PROFILE={args.profile}"] if args.profile else []))
-        if args.show_config:
-            print(gin.config_str())
-            return 0
-        if not args.coordinator and (args.processes is not None or args.process is not None):
-            raise ConfigError("--process and --processes are read with --coordinator=HOST:PORT: give it")
-        if args.distributed or args.coordinator:
-            from moe_jax import hosts
-
-            hosts.join(args.coordinator, args.processes, args.process, args.heartbeat, args.join_timeout)
-        buildable()
-        gin.get_configurable(run)()
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    except Exception as error:
-        return report(error)
+        _start(args)
+    except Stopped as stopped:  # at a step that all hosts agree on: each of them ends by itself
+        return report(stopped)
+    except (Exception, KeyboardInterrupt) as error:
+        return hosts.failed(error, report)
     return 0
 
 
-def report(error: Exception) -> int:
+def _start(args: argparse.Namespace) -> None:
+    if not args.gin_file:
+        raise ConfigError("give --gin_file=..., such as runs/quickstart.gin")
+    import gin
+
+    gin.clear_config()  # of a run before it in this process
+    load(args.gin_file, args.gin_bindings + ([f"PROFILE={args.profile}"] if args.profile else []))
+    if args.show_config:
+        print(gin.config_str())
+        return
+    if not args.coordinator and (args.processes is not None or args.process is not None):
+        raise ConfigError("--process and --processes are read with --coordinator=HOST:PORT: give it")
+    if args.distributed or args.coordinator:
+        from moe_jax import hosts
+
+        hosts.join(args.coordinator, args.processes, args.process, args.heartbeat, args.join_timeout)
+    buildable()
+    gin.get_configurable(run)()
+
+
+def report(error: BaseException) -> int:
     """One line for what a user can mend (exit code 2) or what may pass by itself (75: the same command again); a
     traceback for what is a bug of ours."""
     from moe_jax import hosts
-    from moe_jax.partfile import Stopped
 
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
     if isinstance(error, Stopped):
         print(error, file=sys.stderr)
         return error.code

@@ -268,6 +268,55 @@ def test_an_interrupt_of_one_of_several_hosts_is_told_to_all(monkeypatch):
         signal.signal(signal.SIGTERM, before[1])
 
 
+FAILS = """
+import jax
+from jax.experimental import multihost_utils
+from moe_jax import hosts
+
+def job(how):
+    multihost_utils.process_allgather(jax.numpy.ones(()))
+    if how == "both" or not hosts.first():
+        raise {"value": ValueError("a.jsonl:3: no text"), "both": ValueError("no text"), "bug": KeyError("x")}[how]
+    multihost_utils.process_allgather(jax.numpy.ones(()))  # of which the other knows nothing
+
+def late():  # for the first to fail while the other waits
+    if hosts.first():
+        raise ValueError("no disk")
+    hosts.wait("the first")
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "says"),
+    [
+        ("value", 2, ["host 1 failed: ValueError: a.jsonl:3: no text", "error: a.jsonl:3: no text"]),
+        ("bug", 1, ["host 1 failed: KeyError: 'x'", "KeyError: 'x'"]),
+        ("both", 2, ["error: no text"] * 2),
+        ("late", 2, ["error: no disk", "host 0 failed: ValueError: no disk"]),
+    ],
+)
+def test_a_host_that_fails_ends_all_with_its_code_in_seconds(how, code, says, tmp_path):
+    """Though they wait for it within a step."""
+    (tmp_path / "fails.py").write_text(FAILS)
+    job = "@fails.late" if how == "late" else "@fails.job"
+    lines = ["from __gin__ import dynamic_registration", "from moe_jax import main", "import fails"]
+    lines += [f"main.run.jobs = [{job}]", f"fails.job.how = '{how}'"]
+    (tmp_path / "fails.gin").write_text("\n".join(lines[: None if job == "@fails.job" else -1]))
+    paths = os.pathsep.join(filter(None, [str(ROOT), str(tmp_path), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "moe_jax.main", f"--gin_file={tmp_path}/fails.gin", "--processes=2"]
+    command += [f"--coordinator=localhost:{free_port()}"]
+    env = os.environ | {"PYTHONPATH": paths, "JAX_NUM_CPU_DEVICES": "2"}
+    both = [
+        subprocess.Popen([*command, f"--process={i}"], env=env, stderr=subprocess.PIPE, text=True) for i in range(2)
+    ]
+    said = [host.communicate(timeout=200)[1] for host in both]
+    assert [host.returncode for host in both] == [code, code], said
+    for text, line in zip(said, says, strict=True):
+        assert line in text.splitlines()
+        assert ("Traceback" in text) == (line == "KeyError: 'x'")
+        assert bool(re.search(r"host . failed", text)) == line.startswith("host ")
+
+
 def test_a_host_that_cannot_join_says_so():
     command = [sys.executable, "-m", "moe_jax.main", "--gin_file=runs/quickstart.gin", "--coordinator=nowhere"]
     done = subprocess.run([*command, "--processes=2", "--process=5"], cwd=ROOT, capture_output=True, text=True)
