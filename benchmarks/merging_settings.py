@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import u2pp
 from benchmarks.arms import make_base
 from benchmarks.launch import ROOT, launch
 from moe_jax import branches, evaluate, formats, main, partfile, prepare, translate
@@ -183,8 +182,8 @@ class Translator(Text):
 
 
 class Speech(Setting):
-    """On the recorded prompts of several languages, from a Conformer of them all (`benchmarks.u2pp`'s). `listed`: a
-    list of utterances with audio, text, lang, seconds and split."""
+    """On the recorded prompts of several languages, from a Conformer of them all. `listed`: a list of utterances with
+    audio, text, lang, seconds and split."""
 
     name, joint, steps, metric = "recogniser", "five", 250, "cer"
 
@@ -199,7 +198,8 @@ class Speech(Setting):
         self.tasks = tuple(sorted(self.listed))
 
     def base(self) -> Path:
-        return u2pp.made(self.joint, str(self.path), "dense", 0)
+        about = {"RUN_DIR": "runs/merging/recogniser_base", "MANIFEST": self.path}
+        return trained("experiments/merging/recogniser_base.gin", about)
 
     def data(self, task: str | None) -> str:
         return f"prompts_{task}" if task else self.joint

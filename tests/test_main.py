@@ -63,7 +63,7 @@ def speech(folder: Path, name: str) -> list[str]:
     meta = {"format": 2, "rows": 1, "frames": 9, "max_targets": 1, "tokeniser": "x"}
     meta |= {"lengths": [9], "targets": [1], "speeds": [1.0], "frontend": frontend, "sha256": {"index": "x"}}
     (folder / "meta.json").write_text(json.dumps(meta))
-    return ["MANIFEST=list.jsonl", f"{'FRONTEND' if 'recogniser' in name else 'DATA'}={folder}"]
+    return ["MANIFEST=list.jsonl", f"{'FRONTEND' if name.endswith('recogniser.gin') else 'DATA'}={folder}"]
 
 
 @pytest.mark.parametrize("name", COMPLETE)
