@@ -8,6 +8,7 @@ import datetime
 import functools
 import itertools
 import json
+import math
 import re
 import zlib
 from collections import defaultdict
@@ -209,7 +210,7 @@ class Merge:
         if chosen is None:  # a rule of an inner stage
             return np.zeros_like(base_Sx)
         fits = chosen.fits(sites[0].name, sites[0].matrix)
-        deltas_MxSx = np.empty((len(stage.models), *base_Sx.shape), np.float32)
+        deltas_MxSx = _aligned((len(stage.models), *base_Sx.shape))
         statistics: list[np.ndarray] = []
         for i, part in enumerate(stage.models):
             delta_Sx = deltas_MxSx[i]
@@ -342,6 +343,19 @@ def _stacked(arrays: Sequence[np.ndarray]) -> np.ndarray:
     return arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
 
 
+def _aligned(shape: tuple[int, ...]) -> np.ndarray:
+    """Empty float32 that begins where XLA's own arrays may: `_there` then needs no copy of it."""
+    size, step = math.prod(shape), 64 // 4
+    room = np.empty(size + step, np.float32)
+    start = -(room.ctypes.data // 4) % step
+    return room[start : start + size].reshape(shape)
+
+
+def _there(x: Any) -> Array:
+    """An array where it is, if it is whole and aligned: to be computed with before it is written to again."""
+    return jax.device_put(x, may_alias=True)
+
+
 BLOCK = 1 << 20  # entries that are combined at once, where a method sees each by itself
 
 
@@ -374,7 +388,7 @@ def _apply(
     for i in range(sites):
         if method.sparsify is not None:
             for delta_Sx, key in zip(deltas_MxSx, keys_SxM[i], strict=True):
-                delta_Sx[i] = _compiled(method.sparsify)(delta_Sx[i], key)
+                delta_Sx[i] = _compiled(method.sparsify)(_there(delta_Sx[i]), key)
         known = None if statistics is None else [s[i] for s in statistics]
         _combined(method, deltas_MxSx[:, i], weight_SxM[i], base_Sx[i], known, out_Sx[i, ...])
     return out_Sx
@@ -397,7 +411,7 @@ def _combined(
     for some_Mx, own_base, known, into in parts:
         if method.consensus is not None:
             some_Mx = _compiled(method.consensus)(some_Mx, weight_M)
-        into[...] = _compiled(method.combine)(some_Mx, weight_M, own_base, known)
+        into[...] = _compiled(method.combine)(_there(some_Mx), weight_M, own_base, known)
     out *= method.factor(len(deltas_Mx))
 
 
