@@ -222,7 +222,7 @@ def task_moe(data: dict[str, Any]) -> str:
     head = ("off-target, % ↓", *tasks)
     lines = []
     for arm in arms:
-        cells = [(cell(arm, m, t, 1, 100) for m in ("off-target", "references off-target")) for t in tasks]
+        cells = [[cell(arm, m, t, 1, 100) for m in ("off-target", "references off-target")] for t in tasks]
         lines.append((arm, *(f"{mine} ({theirs})" for mine, theirs in cells)))
     out.append(aligned([head, ("---", "--:", "--:"), *lines]))
     out += ["Changes of the mean over directions, on the same lines, all seeds; test rows are drawn whole:\n"]

@@ -106,7 +106,7 @@ def test_translators_become_means_over_groups_and_a_table_of_a_new_language(tmp_
     def finish(arm: str, scores: dict[str, float]) -> Path:
         folder = tmp_path / f"{arm}-0"
         folder.mkdir()
-        rows = [{"task": d, "metric": m, "value": v} for d, v in scores.items() for m in ("chrf", "bleu")]
+        rows = [{"task": d, "metric": m, "value": v} for d, v in scores.items() for m in ("chrf", "bleu", "off-target")]
         (folder / "scores.json").write_text(json.dumps({"rows": rows}))
         translator(folder)
         return folder
@@ -139,6 +139,7 @@ def test_translators_become_means_over_groups_and_a_table_of_a_new_language(tmp_
     }
     text = results.task_moe({"experiment": "task_moe", "meta": meta, "rows": rows, "comparisons": [change]})
     assert "| new_static | 1 | 4 | 40.00 | 40.00 | 1 | 2 | 60.00 | 50.00 |" in text
+    assert "| top_k | 30.0 () | 10.0 () |" in text  # of the trained directions, and of the others
     assert "| top_k | dense | trained | chrF | +10.0 % | +0.0 to +20.0 | 0.0300 |" in text
     sizes = [r["value"] for r in rows if r["task"] == "all"]
     assert len(sizes) == 2 and sizes[0] > sizes[1] > 0  # experts that a token does not meet
