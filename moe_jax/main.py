@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_jax import launch
+from moe_jax import hosts, launch
 from moe_jax.partfile import Stopped
 
 PACKAGE = Path(__file__).resolve().parent
@@ -297,8 +297,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def start(args: argparse.Namespace) -> int:
     """Returns the exit code; every expected failure is one line on stderr. A host that fails ends all others."""
-    from moe_jax import hosts
-
     try:
         _start(args)
     except Stopped as stopped:  # at a step that all hosts agree on: each of them ends by itself
@@ -321,8 +319,6 @@ def _start(args: argparse.Namespace) -> None:
     if not args.coordinator and (args.processes is not None or args.process is not None):
         raise ConfigError("--process and --processes are read with --coordinator=HOST:PORT: give it")
     if args.distributed or args.coordinator:
-        from moe_jax import hosts
-
         hosts.join(args.coordinator, args.processes, args.process, args.heartbeat, args.join_timeout)
     buildable()
     gin.get_configurable(run)()
@@ -331,8 +327,6 @@ def _start(args: argparse.Namespace) -> None:
 def report(error: BaseException) -> int:
     """One line for what a user can mend (exit code 2) or what may pass by itself (75: the same command again); a
     traceback for what is a bug of ours."""
-    from moe_jax import hosts
-
     if isinstance(error, KeyboardInterrupt):
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

@@ -101,8 +101,8 @@ def initial(
     model = jax.eval_shape(make)
     table = tree.flatten(model)
     words = tree.axes(model)
-    where = lambda name, shape: sharding.placement(words.get(name, ()), shape, mesh)  # noqa: E731
     if sources:
+        where = lambda name, shape: sharding.placement(words[name], shape, mesh)  # noqa: E731
         table = checkpoint.transplant(table, sources, rules, where=where)
     fresh = {path: x for path, x in table.items() if isinstance(x, jax.ShapeDtypeStruct)}
 
@@ -110,9 +110,8 @@ def initial(
         whole = tree.flatten(make())  # once: a stack of layers takes long to trace
         return {path: whole[path] for path in fresh}
 
-    return tree.unflatten(
-        model, table | jax.jit(made, out_shardings={p: where(p, x.shape) for p, x in fresh.items()})()
-    )
+    laid_out = sharding.shardings(words, fresh, mesh)
+    return tree.unflatten(model, table | jax.jit(made, out_shardings=laid_out)())
 
 
 def _same_numbers(source: checkpoint.Source, families: Mapping[str, int]) -> None:

@@ -95,7 +95,7 @@ def computed(folder: Path) -> tuple[np.ndarray, list[int]]:
     import torch
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
     prompt = torch.tensor([PROMPT])
     with torch.no_grad():
         logits = model(prompt).logits[0].numpy()

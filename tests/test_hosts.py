@@ -274,15 +274,14 @@ from jax.experimental import multihost_utils
 from moe_jax import hosts
 
 def job(how):
+    if how == "late":  # the first fails while the other waits
+        if hosts.first():
+            raise ValueError("no disk")
+        hosts.wait("the first")
     multihost_utils.process_allgather(jax.numpy.ones(()))
     if how == "both" or not hosts.first():
         raise {"value": ValueError("a.jsonl:3: no text"), "both": ValueError("no text"), "bug": KeyError("x")}[how]
     multihost_utils.process_allgather(jax.numpy.ones(()))  # of which the other knows nothing
-
-def late():  # for the first to fail while the other waits
-    if hosts.first():
-        raise ValueError("no disk")
-    hosts.wait("the first")
 """
 
 
@@ -298,10 +297,9 @@ def late():  # for the first to fail while the other waits
 def test_a_host_that_fails_ends_all_with_its_code_in_seconds(how, code, says, tmp_path):
     """Though they wait for it within a step."""
     (tmp_path / "fails.py").write_text(FAILS)
-    job = "@fails.late" if how == "late" else "@fails.job"
     lines = ["from __gin__ import dynamic_registration", "from moe_jax import main", "import fails"]
-    lines += [f"main.run.jobs = [{job}]", f"fails.job.how = '{how}'"]
-    (tmp_path / "fails.gin").write_text("\n".join(lines[: None if job == "@fails.job" else -1]))
+    lines += ["main.run.jobs = [@fails.job]", f"fails.job.how = '{how}'"]
+    (tmp_path / "fails.gin").write_text("\n".join(lines))
     paths = os.pathsep.join(filter(None, [str(ROOT), str(tmp_path), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "moe_jax.main", f"--gin_file={tmp_path}/fails.gin", "--processes=2"]
     command += [f"--coordinator=localhost:{free_port()}"]

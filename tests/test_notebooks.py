@@ -1,7 +1,6 @@
 """The notebooks run from the first cell to the last, with few steps, in a folder of their own; and they are clean."""
 
 import ast
-import gzip
 import json
 import os
 import re
@@ -10,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 # What the cell of settings is followed by here.
@@ -77,13 +77,7 @@ def test_models_and_merges_of_other_settings_are_not_taken_for_these():
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    """The first lines of the embedded one: those of the small quickstart, so that its programs are theirs."""
-    folder = tmp_path_factory.mktemp("corpus")
-    for path in (NOTEBOOKS[0].parents[1] / "tasks" / "data").glob("*.jsonl.gz"):
-        lines = gzip.decompress(path.read_bytes()).splitlines(keepends=True)
-        few = lines[: 60 if ".train." in path.name else 8 if ".valid." in path.name else 6]
-        (folder / path.name).write_bytes(gzip.compress(b"".join(few)))
-    return folder
+    return tiny.corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

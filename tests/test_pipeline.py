@@ -2,7 +2,6 @@
 
 import base64
 import dataclasses
-import gzip
 import json
 import os
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 
 from moe_jax import checkpoint, cli, decode, describe, evaluate, formats, main, sharding, tree
 from moe_jax.data import write_prepared
@@ -379,11 +379,7 @@ def test_export_halves_a_checkpoint(shipped, tmp_path):
 @pytest.mark.parametrize("name", ["quickstart"])
 def test_the_quickstart_small(name, tmp_path):
     """The README's main job from the shipped files, on a handful of lines and two steps, in a process of its own."""
-    for family in ("asr", "ocr", "mt", "gec"):
-        for split, count in (("train", 60), ("valid", 8), ("test", 6)):
-            with gzip.open(main.shipped(f"{family}.{split}.jsonl.gz"), "rt", encoding="utf-8") as f:
-                lines = [next(f) for _ in range(count)]
-            (tmp_path / f"{family}.{split}.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode()))
+    tiny.corpus(tmp_path)
     run = tmp_path / "run"
     flags = {"RUN_DIR": run, "DATA": tmp_path / "train", "VALID_DATA": tmp_path / "valid", "STEPS": 2, "EVERY": 1}
     flags |= {"BATCH": 2, "EXAMPLES": 60}

@@ -409,9 +409,10 @@ def _combined(
         starts = range(0, out.size, BLOCK)
         parts = (jax.tree.map(lambda x, at=at: x[..., at : at + BLOCK], flat) for at in starts)
     for some_Mx, own_base, known, into in parts:
+        some_Mx = _there(some_Mx)
         if method.consensus is not None:
             some_Mx = _compiled(method.consensus)(some_Mx, weight_M)
-        into[...] = _compiled(method.combine)(_there(some_Mx), weight_M, own_base, known)
+        into[...] = _compiled(method.combine)(some_Mx, weight_M, own_base, known)
     out *= method.factor(len(deltas_Mx))
 
 
