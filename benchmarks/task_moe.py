@@ -36,7 +36,7 @@ from moe_jax.tasks.translation import NEW as NEW_DIRECTIONS
 from moe_jax.tasks.translation import ZERO_SHOT, languages, trained
 
 ROOT = Path(__file__).resolve().parents[1]
-ARMS = ("dense", "top_k", "task_gated", "task_level", "static_adapters", "dynamic_adapters")
+ARMS = ("dense", "top_k", "task_token", "task_gated", "task_level", "static_adapters", "dynamic_adapters")
 NEW = {"new_static": "static_adapters", "new_dynamic": "dynamic_adapters", "new_full": "static_adapters"}  # and of what
 # Group of directions -> (arms, what they are compared with).
 COMPARED = {
