@@ -179,10 +179,22 @@ def align(data: dict[str, Any]) -> str:
     return "\n".join([*out, aligned([head, ("---", *["--:"] * (len(head) - 1)), *lines])]) + "\n"
 
 
-TASK_MOE = """Our reading of the paper, of which the abstract alone is certain. chrF and BLEU (sacreBLEU; signatures in
-the runs' `scores.json`) are means over directions; low-resource is the half of the trained directions with the fewer
-sentences. Off-target is the share of outputs in another language than asked, by py3langid; in brackets that of the
-references.
+TASK_MOE = """An interpretation of the paper, of which the abstract alone is known to us. chrF ({chrf})
+and BLEU ({bleu}) are sacreBLEU's, means over directions.
+Low-resource directions have fewer than 1,000 sentences to learn from ({low}), high-resource ones
+more than 10,000 ({high}). Off-target is the share of outputs in another language than asked, by py3langid;
+in brackets that of the references.
+"""
+
+
+TASK_MOE_SHARED = """How much of their experts, and of their adapters, directions have in common that differ in one
+language: the mean of pairs whose two languages are related (Germanic, Romance, Slavic), and of pairs whose are not.
+"""
+
+
+TASK_MOE_LATER = """What comes later to a trained model, and what became of old directions: a new language (English and
+Swedish, both ways; nothing of it was seen before), and new directions between known languages (French to Catalan,
+German to Russian).
 """
 
 
@@ -201,9 +213,12 @@ def task_moe(data: dict[str, Any]) -> str:
     def seeds(arm: str) -> str:
         return str(len({r["seed"] for r in rows if r["arm"] == arm}))
 
-    new = [arm for arm in unique(r["arm"] for r in rows) if arm.startswith("new_")]
+    new = unique(r["arm"] for r in rows if r["task"] == "later")
     arms = [arm for arm in unique(r["arm"] for r in rows) if arm not in new]
-    out = [f"## {data['experiment']}\n", f"`{meta['command']}` · {meta['split']} · {meta['date']}\n", TASK_MOE]
+    signed = {name: f"`{meta['signatures'].get(name, '')}`" for name in SPELT}
+    ends = {name: ", ".join(meta[f"{name}-resource"]) for name in ("low", "high")}
+    head = TASK_MOE.format(**signed, **ends)
+    out = [f"## {data['experiment']}\n", f"`{meta['command']}` · {meta['split']} · {meta['date']}\n", head]
     for metric in ("chrf", "bleu"):
         tasks = ("trained", "en-xx", "xx-en", "xx-yy", "low-resource", "high-resource", "zero-shot")
         sizes = ("parameters", "active parameters")
@@ -225,6 +240,11 @@ def task_moe(data: dict[str, Any]) -> str:
         cells = [[cell(arm, m, t, 1, 100) for m in ("off-target", "references off-target")] for t in tasks]
         lines.append((arm, *(f"{mine} ({theirs})" for mine, theirs in cells)))
     out.append(aligned([head, ("---", "--:", "--:"), *lines]))
+    kinds = ("experts", "adapters")
+    head = ("in common, %", *(f"{kind}, {related}" for kind in kinds for related in ("related", "unrelated")))
+    cells = {a: [cell(a, f"{k} in common", r, 1, 100) for k in kinds for r in ("related", "unrelated")] for a in arms}
+    out += [TASK_MOE_SHARED]
+    out.append(aligned([head, ("---", *["--:"] * 4), *((a, *found) for a, found in cells.items() if any(found))]))
     out += ["Changes of the mean over directions, on the same lines, all seeds; test rows are drawn whole:\n"]
     lines = [
         (
@@ -240,18 +260,18 @@ def task_moe(data: dict[str, Any]) -> str:
     ]
     head = ("arm", "against", "directions", "metric", "change", "95 % interval", "p")
     out.append(aligned([head, (*["---"] * 4, *["--:"] * 3), *lines]))
-    out += [
-        "A new language (English and Swedish, both ways) for a model that never saw it, and what became of old ones:\n"
-    ]
+    out += [TASK_MOE_LATER]
     old = ("old lines that changed", "of", "old chrF before", "after")
-    head = ("arm", "seeds", "trained parameters", "chrF ↑", "BLEU ↑", *old)
+    head = ("arm", "seeds", "trained parameters", "chrF before", "after ↑", "BLEU ↑", "off-target, % ↓", *old)
     lines = []
     for arm in new:
-        scores = [cell(arm, metric, "new", 2, 100) for metric in ("chrf", "bleu")]
+        size = cell(arm, "trained parameters", "later", 0)
+        scores = [cell(arm, metric, "later", 2, 100) for metric in ("chrf before", "chrf", "bleu")]
+        scores.append(cell(arm, "off-target", "later", 1, 100))
         counts = [cell(arm, metric, "old", 0) for metric in ("lines changed", "lines")]
         both = [cell(arm, metric, "old", 2, 100) for metric in ("chrf before", "chrf")]
-        lines.append((arm, seeds(arm), cell(arm, "trained parameters", "new", 0), *scores, *counts, *both))
-    out.append(aligned([head, ("---", *["--:"] * 8), *lines]))
+        lines.append((arm, seeds(arm), size, *scores, *counts, *both))
+    out.append(aligned([head, ("---", *["--:"] * 10), *lines]))
     return "\n".join(out) + "\n"
 
 

@@ -27,7 +27,7 @@ from moe_jax.types import Array
 
 Table = dict[str, Array]
 A, B = "/lora_a", "/lora_b"
-BALANCE = re.compile(r"/router/bias$")  # moves by the router's own rule, not by gradients
+BALANCE = re.compile(r"/router/(router/)?bias$")  # moves by the router's own rule, not by gradients
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,8 @@ class Adapters:
             )
 
     def split(self, table: Mapping[str, Any], words: Mapping[str, Sequence], key: Array) -> tuple[Table, Table]:
-        """(what moves: leaves that train, new factors, balance state; what stands still) of a model's table.
+        """(what moves: leaves that train, new factors, the balance state of layers of which something trains; what
+        stands still) of a model's table.
 
         Args:
           words: path -> the names of its trailing dims (`tree.axes`).
@@ -64,7 +65,9 @@ class Adapters:
         Raises ValueError for a pattern that matches nothing, and for a target that is no matrix.
         """
         full, targets = _matching(self.full, table), _matching(self.targets, table)
-        moving = {p: x for p, x in table.items() if p in full or BALANCE.search(p)}
+        layers = {p: BALANCE.sub("/", p) for p in table if BALANCE.search(p)}
+        balanced = {p for p, layer in layers.items() if any(path.startswith(layer) for path in full | targets)}
+        moving = {p: x for p, x in table.items() if p in full or p in balanced}
         frozen = {p: self.kept(p, x) for p, x in table.items() if p not in moving}
         for i, path in enumerate(sorted(targets - set(moving))):
             if len(words[path]) < 2:

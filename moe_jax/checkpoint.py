@@ -490,6 +490,7 @@ class Rule:
     widen    the hidden dim repeated `count` times; with `down` scaled by 1 / count the function stays the same
     mix      one expert of each source, in their order, on a new expert axis (Sukhbaatar et al. 2024)
     average  the mean of all sources
+    grow     more experts after those that there are: copies of the experts `like`
 
     times `factor`. With `layers`, the rule takes those of a stack of layers alone, and the next rule that matches has
     the others; with `more`, the next rule that matches has all of it too.
@@ -504,6 +505,7 @@ class Rule:
     layers: tuple[int, ...] = ()
     factor: float = 1.0
     more: bool = False
+    like: tuple[int, ...] = ()
 
     def __call__(self, path: str, sources: Sequence[jax.Array]) -> jax.Array:
         changed = self._changed(path, sources)
@@ -532,7 +534,11 @@ class Rule:
         if self.op == "widen":
             down = path.endswith("down")
             return jnp.concatenate([x / self.count if down else x] * self.count, axis=-2 if down else -1)
-        raise CheckpointError(f"unknown rule {self.op!r}; known: copy, upcycle, widen, mix, average")
+        if self.op == "grow":
+            if not all(0 <= expert < x.shape[-3] for expert in self.like):
+                raise CheckpointError(f"{path} has experts 0..{x.shape[-3] - 1}, not all of {[*self.like]}")
+            return jnp.concatenate([x, x[..., list(self.like), :, :]], axis=-3)
+        raise CheckpointError(f"unknown rule {self.op!r}; known: copy, upcycle, widen, mix, average, grow")
 
 
 FFN, EXPERTS, SHARED = r"/ffn/(gate|up|down)$", r"/ffn/experts/\1", r"/ffn/shared/\1"
@@ -565,6 +571,12 @@ def upcycle(
 def widen(times: int) -> tuple[Rule, ...]:
     """Dense -> dense of `times` the hidden units: the control of equal active parameters for a top-`times` MoE."""
     return (Rule(r"(/ffn/(gate|up|down))$", r"\1", "widen", times), Rule(r"^", "", "copy"))
+
+
+def grow(like: Sequence[int], pattern: str = r"/adapter/experts/") -> tuple[Rule, ...]:
+    """Task adapters (or what else of experts `pattern` finds) for tasks that nobody thought of: after those that there
+    are, copies of the adapters `like`, of the tasks that the new ones are nearest to (ours)."""
+    return (Rule(f"({pattern})", r"\1", "grow", like=tuple(like)), Rule(r"^", "", "copy"))
 
 
 def branch_train_mix() -> tuple[Rule, ...]:

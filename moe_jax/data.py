@@ -279,15 +279,22 @@ def _write_columns(
     return count, max_targets
 
 
+def drawn(meta: Mapping[str, Any]) -> dict[str, float]:
+    """family -> how often what there is of it was drawn, of those of which that is known."""
+    sizes = meta.get("available") or {}
+    tallies = meta.get("tasks", {}).items()
+    return {name: (t["examples"] + t.get("skipped", 0)) / sizes[name] for name, t in tallies if sizes.get(name)}
+
+
 def summary(meta: Mapping[str, Any]) -> str:
     """A table of what was drawn by family, and how often ("?" where it is not known how much there is)."""
-    sizes = meta.get("available") or {}
+    often = drawn(meta)
     total = sum(tally["examples"] for tally in meta["tasks"].values())
     width = max(10, *map(len, meta["tasks"]))
     lines = [f"{'task':{width}} {'examples':>9} {'share':>6} {'epochs':>7} {'tokens':>10} {'too long':>9}"]
     for family, tally in meta["tasks"].items():
         skipped = tally.get("skipped", 0)
-        epochs = f"{(tally['examples'] + skipped) / sizes[family]:7.2f}" if sizes.get(family) else f"{'?':>7}"
+        epochs = f"{often[family]:7.2f}" if family in often else f"{'?':>7}"
         share = tally["examples"] / total
         lines.append(
             f"{family:{width}} {tally['examples']:9,} {share:6.1%} {epochs} {tally['tokens']:10,} {skipped:9,}"

@@ -39,6 +39,8 @@ def extract(
         raise CheckpointError(f"unknown task {task!r}; the model knows {', '.join(meta['families'])}")
     meta = copy.deepcopy(dict(meta))
     args = meta["model"]["args"]
+    if missing := tree.flatten(describe.abstract(meta["model"])).keys() - table.keys():
+        raise CheckpointError(f"{min(missing)} is missing: name a whole model (a run's model.safetensors)")
     out = {path: np.asarray(x) for path, x in table.items()}
     changed = {}
     for argument, prefixes in PLACES.get(meta["model"]["class"], {}).items():
@@ -81,9 +83,10 @@ def _cut(out: dict[str, np.ndarray], prefix: str, mixture: Mapping[str, Any], ta
         out[f"{prefix}/router/gate"] = gate_NxDxE[..., own]
         smaller = {"class": "Subset", "args": router["args"] | {"experts": [[]] * MAX_TASKS}}
     elif router["class"] == "ByTask":
-        order_NxK = np.array([router["args"]["experts"][task] or [0]] * layers)
-        experts = list(range(order_NxK.shape[1]))
-        smaller = {"class": "ByTask", "args": {"experts": [[], *[experts] * (MAX_TASKS - 1)]}}
+        own = router["args"]["experts"][task]
+        order_NxK = np.array([own or [0]] * layers)
+        experts = list(range(len(own))) if own or router["args"].get("others") == "none" else [0]
+        smaller = {"class": "ByTask", "args": router["args"] | {"experts": [[], *[experts] * (MAX_TASKS - 1)]}}
     else:
         return None
     for path in [path for path in out if path.startswith(f"{prefix}/experts/")]:

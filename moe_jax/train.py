@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from moe_jax import checkpoint, describe, hosts, losses, optim, profile, sharding, tree, xla
 from moe_jax.adapters import EVERYTHING, Adapters, differentiated, factor_words, fingerprint, summary, trained
-from moe_jax.data import Dataset, Prepared, misnumbered
+from moe_jax.data import Dataset, Prepared, drawn, misnumbered
 from moe_jax.goodput import Goodput
 from moe_jax.health import Health, Watchdog
 from moe_jax.layers.param import Rngs
@@ -101,6 +101,8 @@ def initial(
     model = jax.eval_shape(make)
     table = tree.flatten(model)
     words = tree.axes(model)
+    for source in sources:
+        _same_groups(source, describe.describe(model))
     if sources:
         where = lambda name, shape: sharding.placement(words[name], shape, mesh)  # noqa: E731
         table = checkpoint.transplant(table, sources, rules, where=where)
@@ -126,6 +128,35 @@ def _same_numbers(source: checkpoint.Source, families: Mapping[str, int]) -> Non
             f"{name} is task {number} in the data, but {was} in {source.path}: give tasks the numbers that they "
             "have there, and new ones new numbers (prepare.prepare.ids)"
         )
+
+
+def _same_groups(source: checkpoint.Source, model: Any) -> None:
+    """Raises ValueError where a task has another row of a gate (`Grouped`), or another adapter (`ByTask`), in the
+    source than in the model that takes them."""
+    here, there = _numbered(model), _numbered(source.meta.get("model"))
+    for place in here.keys() & there.keys():
+        for name, number in source.meta.get("families", {}).items():
+            was, now = (places.get(number) for places in (there[place], here[place]))
+            if was and was != now:
+                raise ValueError(
+                    f"{name} has {was} in {place} of {source.path}, and {now or 'nothing'} in this model: "
+                    "configure groups of tasks and maps as they were when it was trained"
+                )
+
+
+def _numbered(described: Any, place: str = "") -> dict[str, dict[int, Any]]:
+    """Where a described model has rows or experts that belong to tasks -> task id -> which."""
+    if not isinstance(described, Mapping):
+        return {}
+    args = described.get("args", {})
+    found: dict[str, dict[int, Any]] = {}
+    if described.get("class") == "Grouped":
+        found[place] = dict(map(tuple, args["groups"]))
+    if described.get("class") == "ByTask":
+        found[place] = {task: list(experts) for task, experts in enumerate(args["experts"])}
+    for name, inner in args.items():
+        found |= _numbered(inner, f"{place}.{name}".removeprefix("."))
+    return found
 
 
 def _split(model: Any, adapters: Adapters, seed: int) -> tuple[Table, Table]:
@@ -452,7 +483,7 @@ def train(
             evaluate = make_evaluation(network, dtype=dtype, max_targets=max_targets, adapters=adapters)
             logs = Logs(folder, state.step, enabled=hosts.first())
             if progress and hosts.first():
-                _announce(folder, network, state, steps, train_set)
+                _announce(folder, network, state, steps, train_set, batch_size)
             try:
                 _loop(
                     state,
@@ -685,7 +716,7 @@ def _abstract(arrays: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), arrays)
 
 
-def _announce(folder: Path, model: Any, state: State, steps: int, data: Dataset) -> None:
+def _announce(folder: Path, model: Any, state: State, steps: int, data: Dataset, batch_size: int) -> None:
     sizes = tree.count(tree.flatten(model)), active_params(model)
     print(f"{'resuming' if state.step else 'training'} in {folder}: step {state.step} of {steps}")
     print(f"  {sizes[0] / 1e6:.2f} M parameters, {sizes[1] / 1e6:.2f} M active a token; devices: {jax.device_count()}")
@@ -693,3 +724,8 @@ def _announce(folder: Path, model: Any, state: State, steps: int, data: Dataset)
         print(f"  {summary(state.params, state.frozen)}")
     terms = ", ".join(f"{n} x {w}" for n, w in model.auxiliary if w) or "none"
     print(f"  auxiliary losses: {terms}; {data.rows} rows of {data.meta['length']} tokens")
+    times = steps * batch_size / data.rows
+    if epochs := {name: times * number for name, number in drawn(data.meta).items()}:
+        least, most = min(epochs, key=epochs.__getitem__), max(epochs, key=epochs.__getitem__)
+        ends = f"{epochs[least]:.2f} ({least}) to {epochs[most]:.2f} ({most})"
+        print(f"  they are read {times:.2f} times: {ends} epochs of a task")

@@ -114,4 +114,6 @@ def _texts(line: bytes, place: str) -> dict[str, str]:
         raise ValueError(f"{place}: not JSON; write one JSON object a line") from None
     if not isinstance(row, dict) or not all(isinstance(text, str) for text in row.values()):
         raise ValueError(f'{place}: not an object of texts by language; write {{"en": "...", "de": "..."}}')
+    if blank := [language for language, text in row.items() if not text.strip()]:
+        raise ValueError(f"{place}: the text of {blank[0]} is empty; leave the language out of this row")
     return row

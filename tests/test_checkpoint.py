@@ -471,7 +471,7 @@ SOURCE = {"a": jnp.ones((2, 3)), "b": jnp.ones(4)}
         (
             {"a": (2, 3), "b": (4,)},
             (Rule("a", "a", "halve"),),
-            "unknown rule 'halve'; known: copy, upcycle, widen, mix, average",
+            "unknown rule 'halve'; known: copy, upcycle, widen, mix, average, grow",
         ),
     ],
 )

@@ -111,23 +111,30 @@ def test_translators_become_means_over_groups_and_a_table_of_a_new_language(tmp_
         translator(folder)
         return folder
 
-    rows = task_moe.rows_of("top_k", 0, finish("top_k", {"en-de": 0.2, "en-es": 0.4, "de-ru": 0.1}))
+    def measured(folder: Path, **about: Any) -> dict[str, Any]:
+        return {"scores": json.loads((folder / "scores.json").read_text())["rows"], "routing": {}, **about}
+
+    plain = finish("top_k", {"en-de": 0.2, "en-es": 0.4, "de-ru": 0.1})
+    rows = task_moe.rows_of("top_k", 0, measured(plain, sizes=task_moe.sizes_of(plain)))
     assert {r["task"]: r["value"] for r in rows if r["metric"] == "chrf" and r["task"] in ("en-xx", "zero-shot")} == {
         "en-xx": pytest.approx(0.3),
         "zero-shot": 0.1,
     }
     said = ["old", "new"]
-    base = finish("static_adapters", {"en-de": 0.6, "de-en": 0.4, "en-es": 0.1})
-    new = finish("new_static", {"en-sv": 0.3, "sv-en": 0.5, "en-de": 0.5, "de-en": 0.4})
+    base = finish("static_adapters", {"en-de": 0.6, "de-en": 0.4, "en-es": 0.1, "fr-ca": 0.1})
+    new = finish("direction_static", {"fr-ca": 0.3, "de-ru": 0.5, "en-de": 0.5, "de-en": 0.4})
     for folder, written in ((base, said), (new, ["old", "other"])):
-        lines = [["en-de", f"source {i}", text, "reference"] for i, text in enumerate(written)]
+        lines = [
+            [d, f"source {i}", text, "reference"] for d in ("en-de", "fr-ca", "de-ru") for i, text in enumerate(written)
+        ]
         (folder / "translations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     leaf, moved = np.zeros((3, 4), np.float32), np.zeros((3, 4), np.float32)
     moved[1] = 1.0  # the other rows are of other directions, and stood still
     checkpoint.write_safetensors(str(base / "model.safetensors"), {"a": leaf, "b": leaf}, {})
     checkpoint.write_safetensors(str(new / "adapters.safetensors"), {"a": moved}, {})
-    rows += task_moe.rows_of("new_static", 0, new)
-    meta = {"command": "c", "split": "test", "date": "2026-01-01"}
+    rows += task_moe.rows_of("direction_static", 0, measured(new, later=task_moe.later_of("direction_static", 0, new)))
+    meta = {"command": "c", "split": "test", "date": "2026-01-01", "signatures": {"chrf": "nc:6"}}
+    meta |= {"low-resource": ["it-en 512"], "high-resource": []}
     change = {
         "arm": "top_k",
         "against": "dense",
@@ -138,12 +145,28 @@ def test_translators_become_means_over_groups_and_a_table_of_a_new_language(tmp_
         "p_value": 0.03,
     }
     text = results.task_moe({"experiment": "task_moe", "meta": meta, "rows": rows, "comparisons": [change]})
-    assert "| new_static | 1 | 4 | 40.00 | 40.00 | 1 | 2 | 60.00 | 50.00 |" in text
+    assert "| direction_static | 1 | 4 | 10.00 | 40.00 | 40.00 | 40.0 | 1 | 2 | 60.00 | 50.00 |" in text
     assert "| top_k | 30.0 () | 10.0 () |" in text  # of the trained directions, and of the others
     assert "| top_k | dense | trained | chrF | +10.0 % | +0.0 to +20.0 | 0.0300 |" in text
+    assert "chrF (`nc:6`)" in text and "(it-en 512)" in text
     sizes = [r["value"] for r in rows if r["task"] == "all"]
     assert len(sizes) == 2 and sizes[0] > sizes[1] > 0  # experts that a token does not meet
     assert f"| top_k | 1 | {sizes[0] / 1e6:.2f} | {sizes[1] / 1e6:.2f} | 30.00 |" in text.replace("±", "")
+
+
+def test_directions_of_related_languages_are_told_from_others():
+    use = {"tasks": ["en-de", "en-es", "en-ca", "es-en"], "load": [[[1.0, 0.0], [0.2, 0.8], [0.4, 0.6], [0.0, 1.0]]]}
+    assert task_moe.shared({"adapters": use}) == [
+        ("related", "adapters in common", pytest.approx(0.8)),  # en-es and en-ca
+        ("unrelated", "adapters in common", pytest.approx((0.2 + 0.4) / 2)),  # German with each; es-en differs twice
+    ]
+
+
+def test_a_rate_that_no_direction_has_is_left_out(tmp_path):
+    rows = [{"task": d, "metric": "off-target", "value": v} for d, v in (("en-sv", None), ("sv-en", 0.5))]
+    (tmp_path / "scores.json").write_text(json.dumps({"rows": rows}))
+    assert task_moe.of_some(tmp_path, ["en-sv", "sv-en"], "off-target") == 0.5
+    assert task_moe.of_some(tmp_path, ["en-sv"], "off-target") is None
 
 
 def test_recognisers_are_compared_on_the_utterances_of_the_dense_arm(tmp_path):
@@ -250,22 +273,23 @@ def test_translators_are_compared_on_the_lines_of_all_seeds(tmp_path, monkeypatc
     task_moe.test_rows.cache_clear()
 
 
-def test_a_new_language_is_compared_with_training_everything(tmp_path, monkeypatch):
+def test_a_new_language_is_compared_with_what_was_before_and_with_training_everything(tmp_path, monkeypatch):
     rows = [{"en": f"source {i}", "sv": "ett tydligt svar"} for i in range(3)]
     monkeypatch.setattr(main, "multiparallel", lambda split: rows)
-    monkeypatch.setattr(task_moe, "rows_of", lambda *_: [])
+    monkeypatch.setattr(task_moe, "later_of", lambda *_: [])
     task_moe.test_rows.cache_clear()
-    said = {"new_static": "ett svar", "new_dynamic": "svar", "new_full": "ett tydligt svar"}
+    said = {"before_static": "svar", "static": "ett svar", "dynamic": "ett", "full": "ett tydligt svar"}
     runs = {
         (arm, 0): scored(tmp_path / f"{arm}-0", [["en-sv", row["en"], text, row["sv"]] for row in rows])
-        for arm, text in said.items()
+        for arm, text in ((f"language_{name}", text) for name, text in said.items())
     }
     found = [c for c in task_moe.comparisons(runs, [0]) if c["metric"] == "chrf"]
-    assert [(c["arm"], c["against"], c["task"]) for c in found] == [
-        ("new_static", "new_full", "new"),
-        ("new_dynamic", "new_full", "new"),
-    ]
-    assert all(c["relative_change"] < 0 for c in found)
+    assert {(c["arm"], c["against"], c["task"]): c["relative_change"] > 0 for c in found} == {
+        ("language_static", "language_before_static", "new"): True,
+        ("language_full", "language_before_static", "new"): True,
+        ("language_static", "language_full", "new"): False,
+        ("language_dynamic", "language_full", "new"): False,  # its own beginning is not there
+    }
     task_moe.test_rows.cache_clear()
 
 

@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import child
 import jax
@@ -18,9 +19,10 @@ import numpy as np
 import pytest
 import tiny
 
-from moe_jax import checkpoint, cli, logs, optim, sharding, train, tree
+from moe_jax import checkpoint, cli, describe, logs, optim, sharding, train, tree
 from moe_jax.adapters import EVERYTHING, Adapters
 from moe_jax.checkpoint import CheckpointError
+from moe_jax.moe import task_routers
 from moe_jax.moe.dispatch import gathered
 from moe_jax.partfile import Signals, Stopped
 
@@ -406,6 +408,24 @@ def test_a_base_that_numbers_tasks_otherwise_is_refused(data, tmp_path, there, s
         child.run(tmp_path / "new", data, steps=0, init_from=str(tmp_path / "other.safetensors"))
     assert "\n" not in str(error.value)
     child.run(tmp_path / "again", data, steps=0, init_from=str(tmp_path / "base"))
+
+
+def test_a_base_that_groups_tasks_otherwise_is_refused(tmp_path):
+    def gate(by: dict[int, int]) -> Any:
+        router = partial(task_routers.Grouped, router=task_routers.TaskLevel, groups=by)
+        return tiny.model(tiny.moe(router))
+
+    def of(base: Any, families: dict[str, int]) -> str:
+        meta = {"model": describe.describe(base), "families": families, "tokeniser": "t"}
+        checkpoint.write_safetensors(tmp_path / "base.safetensors", jax.device_get(tree.flatten(base)), meta)
+        return str(tmp_path / "base.safetensors")
+
+    base, mesh = gate({1: 1, 2: 1}), child.one_device()
+    more = train.initial(lambda: gate({1: 1, 2: 1, 3: 2}), of(base, {"asr": 1, "ocr": 2}), (), "t", mesh)
+    assert tree.flatten(more).keys() == tree.flatten(base).keys()
+    with pytest.raises(ValueError, match=r"ocr has 1 in ffn.router of .* and 2 in this model: configure") as error:
+        train.initial(lambda: gate({1: 1, 2: 2}), of(base, {"asr": 1, "ocr": 2}), (), "t", mesh)
+    assert "\n" not in str(error.value)
 
 
 def test_a_run_starts_from_several_models(data, dense, tmp_path):

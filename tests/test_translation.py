@@ -123,6 +123,8 @@ def test_the_builder_keeps_what_may_be_shipped(tmp_path):
     path = tmp_path / "x.train.jsonl.xz"
     path.write_bytes(lzma.compress("".join(json.dumps(line) + "\n" for line in lines).encode()))
     assert list(parallel.rows(path)) == [{"en": "a", "de": "c", "set": "asterisk"}]
+    verses = [{"es": "a", "ca": str(n), "set": "bible"} for n in range(3)]  # without English, too
+    assert len(parallel.drawn(verses, 2)) == 2
     path.write_bytes(lzma.compress(b'{"set": "bible", "en": "a", "es": "b"}\n[1]\n'))
     refused("train.jsonl.xz:2: not an object", list, parallel.rows(path))
     path.write_bytes(b"not xz")
@@ -210,6 +212,8 @@ def test_the_vocabulary_comes_from_the_train_split(tmp_path):
     assert small.symbols == tokeniser().symbols and small.vocab_size == 600
     path.write_text('{"en": 1}\n')
     refused("jsonl:1: not an object of texts", translation_tokeniser.tokeniser, path, 600)
+    path.write_text('{"en": "Stop.", "de": " "}\n')
+    refused("jsonl:1: the text of de is empty", translation_tokeniser.tokeniser, path, 600)
 
 
 def test_a_tagged_prompt_by_hand():

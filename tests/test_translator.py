@@ -28,6 +28,7 @@ GROUPED = partial(task_routers.Grouped, router=task_routers.TaskLevel, groups={1
 PARTS = partial(task_routers.Subset, experts={1: [0, 1], 2: [1, 3], 3: [0, 2, 3]})
 DENSE = partial(DenseFfn, hidden=24)
 STATIC = partial(MoeFfn, num_experts=4, hidden=4, router=task_routers.ByTask, experts=experts.Bottleneck)
+ALONE = {"experts": {1: [0], 2: [1]}, "others": "none"}
 DYNAMIC = partial(
     MoeFfn, num_experts=3, hidden=4, router=partial(task_routers.TaskLevel, k=2), experts=experts.Bottleneck
 )
@@ -278,6 +279,54 @@ def test_adapters_begin_as_nothing(name):
     np.testing.assert_allclose(network.loss(b)[0], without.loss(b)[0], rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("router", "said"),
+    [(tiny.routers.SentenceLevel, "a decoder would see its future"), (tiny.routers.BiasBalanced, "another router")],
+)
+def test_adapters_whose_router_does_not_fit_are_refused(router, said):
+    with pytest.raises(ValueError, match=said):
+        model("static adapters", adapter=partial(STATIC, router=router))
+
+
+def test_a_task_without_an_adapter_of_its_own_has_none():
+    network = model("static adapters", adapter=partial(STATIC, router=partial(task_routers.ByTask, **ALONE)))
+    table = tree.flatten(network)
+    changed = table | {p: x + 1.0 for p, x in table.items() if "/adapter/experts/" in p}
+    for task, same in ((1, False), (0, True), (3, True)):
+        mine = dataclasses.replace(
+            b := batch(),
+            info=of_task(b.info, task),
+            source=dataclasses.replace(b.source, info=of_task(b.source.info, task)),
+        )
+        told = [per_token(tree.unflatten(network, t), mine) for t in (table, changed)]
+        assert np.array_equal(*told) == same
+    meta = {"model": json.loads(json.dumps(describe.describe(network))), "families": {"translate/3": 3}}
+    part, about = subnetwork.extract(changed, meta, "translate/3")  # it has none in its part either
+    np.testing.assert_allclose(
+        per_token(tree.unflatten(describe.abstract(about["model"]), part), mine), told[0], atol=1e-5
+    )
+
+
+def test_adapters_that_nobody_reserved_begin_as_those_that_they_are_like():
+    source = tree.flatten(model("static adapters"))
+    target = tree.flatten(model("static adapters", adapter=partial(STATIC, num_experts=6)))
+    grown = checkpoint.transplant(target, [source], checkpoint.grow((2, 0)))
+    for name in ("encoder/blocks/feed/adapter/experts/down", "decoder/blocks/feed/adapter/experts/up"):
+        old = source[name]
+        np.testing.assert_array_equal(grown[name], jnp.concatenate([old, old[:, 2:3], old[:, :1]], axis=1))
+    assert all((grown[path] == x).all() for path, x in source.items() if "/adapter/experts/" not in path)
+    with pytest.raises(checkpoint.CheckpointError, match=r"has experts 0..3, not all of \[4\]"):
+        checkpoint.transplant(target, [source], checkpoint.grow((4,)))
+
+
+def test_the_balance_of_a_layer_that_stands_still_stands_still():
+    network = model("static adapters", ffn=moe(partial(tiny.routers.BiasBalanced, rate=0.1)))
+    split = lambda *full: Adapters(targets=(), full=full).split(tree.flatten(network), tree.axes(network), KEY)  # noqa: E731
+    assert not any("bias" in path for path in split("/adapter/experts/")[0])
+    moving = split("decoder/.*/ffn/experts/")[0]
+    assert {path for path in moving if "bias" in path} == {"decoder/blocks/feed/ffn/router/bias"}
+
+
 @pytest.mark.parametrize("optimizer", [optax.adam(1e-2), optim.muon_adam(lambda step: 0.02, weight_decay=0.0)])
 @pytest.mark.parametrize(
     ("name", "full"), [("static adapters", r"/adapter/experts/"), ("dynamic adapters", r"/adapter/router/gate$")]
@@ -354,6 +403,8 @@ def test_the_part_that_a_task_needs_computes_what_the_whole_does(name):
         np.testing.assert_allclose(per_token(part, mine), per_token(whole, mine), atol=1e-4)
     with pytest.raises(ValueError, match="unknown task"):
         subnetwork.extract(table, meta, "translate/9")
+    with pytest.raises(ValueError, match="decoder/blocks/attention/k is missing: name a whole model"):
+        subnetwork.extract({p: x for p, x in table.items() if "experts" in p}, meta, "translate/1")
 
 
 def test_a_task_that_chooses_among_all_experts_has_no_part():

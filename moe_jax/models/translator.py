@@ -21,7 +21,7 @@ from moe_jax.layers import vocab as vocabulary
 from moe_jax.layers.attention import Attention, CrossAttention, DecoderState
 from moe_jax.layers.ffn import DenseFfn
 from moe_jax.layers.param import Module, RMSNorm, Rngs, normal, param
-from moe_jax.moe.routers import MAX_TASKS
+from moe_jax.moe.routers import MAX_TASKS, BiasBalanced
 from moe_jax.types import Array, Batch, Metrics, RouterStats, Source, TokenInfo
 
 
@@ -188,10 +188,12 @@ class Translator(Module):
 
         self.encoder = side(EncoderBlock, encoder_layers, encoder_ffn or ffn)
         self.decoder = side(DecoderBlock, decoder_layers, ffn)
-        for part in (self.encoder, self.decoder):
-            router = getattr(part.ffn, "router", None)
-            if part is self.decoder and not getattr(router, "causal", True):
+        there = [blocks.feed for blocks in (self.decoder.blocks, self.decoder.dense_blocks) if blocks is not None]
+        for router in [getattr(part, "router", None) for feed in there for part in (feed.ffn, feed.adapter)]:
+            if not getattr(router, "causal", True):
                 raise ValueError(f"{type(router).__name__} looks at the whole row: a decoder would see its future")
+        if isinstance(getattr(self.adapter, "router", None), BiasBalanced):
+            raise ValueError("BiasBalanced moves with the load of feed-forward layers: give adapters another router")
         self.auxiliary = tuple(sorted(dict(auxiliary).items()))
         self.remat, self.unroll = remat, unroll
 

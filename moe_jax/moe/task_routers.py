@@ -179,19 +179,37 @@ class TaskLevel(Router):
 
 class ByTask(Module):
     """Static: every position of a task goes to the task's expert, with weight 1; with several to all of them, with
-    equal weights. Nothing is learnt; the task must be known (one that is unknown or without an expert goes to expert
-    0). A router without parameters is also how a task adapter is chosen."""
+    equal weights. Nothing is learnt. A router without parameters is also how a task adapter is chosen.
 
-    def __init__(self, d: int, num_experts: int, *, experts: TaskMap = None, rngs: Rngs | None = None):
-        self.experts = task_table(experts, num_experts)
-        self.num_experts, self.k = num_experts, max(map(len, self.experts))
+    Args:
+      experts: task id -> expert or experts; default (id - 1) mod E.
+      others: where the unknown task goes, and tasks of no expert: "first", to expert 0, as a feed-forward layer must;
+        or "none", where the layer adds nothing, as an adapter should: then tasks that the map does not name have none.
+    """
+
+    def __init__(
+        self,
+        d: int,
+        num_experts: int,
+        *,
+        experts: TaskMap = None,
+        others: str = "first",
+        rngs: Rngs | None = None,
+    ):
+        if others not in ("first", "none"):
+            raise ValueError(f"unknown others {others!r}; known: first, none")
+        nobody: dict[int, Any] = dict.fromkeys(range(1, MAX_TASKS), ())
+        named = nobody | dict(experts) if others == "none" and isinstance(experts, Mapping) else experts
+        self.experts, self.others = task_table(named, num_experts), others
+        self.num_experts, self.k = num_experts, max(1, *map(len, self.experts))
 
     def after_step(self, stats: RouterStats) -> ByTask:
         return self
 
     def __call__(self, x_BxLxD: Array, info: TokenInfo, key: Array | None = None) -> RoutingDecision:
         nobody = (self.num_experts,) * self.k
-        table_TxK = jnp.asarray([((experts or (0,)) + nobody)[: self.k] for experts in self.experts], jnp.int32)
+        other = (0,) if self.others == "first" else ()
+        table_TxK = jnp.asarray([((experts or other) + nobody)[: self.k] for experts in self.experts], jnp.int32)
         return fixed(table_TxK[info.task_BxL], info, self.num_experts)
 
 

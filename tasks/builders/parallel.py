@@ -63,7 +63,11 @@ def drawn(candidates: Sequence[Row], verses: int) -> list[Row]:
     """All rows but verses, and so many of these: in the order of a hash."""
     others = [row for row in candidates if row["set"] != "bible"]
     bible = [row for row in candidates if row["set"] == "bible"]
-    return others + sorted(bible, key=lambda row: hashlib.sha1(b"verse:" + row["en"].encode()).digest())[:verses]
+    return others + sorted(bible, key=_drawn)[:verses]
+
+
+def _drawn(row: Row) -> bytes:
+    return hashlib.sha1(b"verse:" + (row.get("en") or sentences(row)[0]).encode()).digest()
 
 
 def select(candidates: Mapping[str, Sequence[Row]], others: Mapping[str, Sequence[str]]) -> dict[str, list[Row]]:
