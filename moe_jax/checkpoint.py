@@ -537,7 +537,7 @@ class Rule:
         if self.op == "grow":
             if not all(0 <= expert < x.shape[-3] for expert in self.like):
                 raise CheckpointError(f"{path} has experts 0..{x.shape[-3] - 1}, not all of {[*self.like]}")
-            return jnp.concatenate([x, x[..., list(self.like), :, :]], axis=-3)
+            return jnp.concatenate([x, x[..., np.array(self.like, int), :, :]], axis=-3)
         raise CheckpointError(f"unknown rule {self.op!r}; known: copy, upcycle, widen, mix, average, grow")
 
 

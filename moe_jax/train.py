@@ -135,7 +135,9 @@ def _same_groups(source: checkpoint.Source, model: Any) -> None:
     source than in the model that takes them."""
     here, there = _numbered(model), _numbered(source.meta.get("model"))
     for place in here.keys() & there.keys():
-        for name, number in source.meta.get("families", {}).items():
+        families = source.meta.get("families", {})
+        for name in source.meta.get("trained") or families:
+            number = families.get(name)
             was, now = (places.get(number) for places in (there[place], here[place]))
             if was and was != now:
                 raise ValueError(
