@@ -5,9 +5,11 @@
 
 Rivals: "moe" has 8 experts of the dense layer's units, of which a frame takes 2 (as the paper's: twice the active
 feed-forward work) or 1; "dense x2" has twice the units, as much active work as top 2; "wide" is dense with as many
-parameters as the mixtures. All take turns in one process. "stream" is one chunk of 16 frames (640 ms) at batch 1 with
-its caches full, "batch" 8 recordings of 10 s at once; time is seconds of computing a second of audio, features and
-search not counted. Target: a mixture at most 1.15 times as slow as the dense model of as much active work.
+parameters as the mixtures. All take turns in one process. "stream" is the encoder on one chunk of 16 frames (640 ms) at
+batch 1, which looks back on 64 (its weights laid out as `Recogniser` has them for streams), "batch" on 8 recordings of
+10 s at once; "final" is the second pass, both decoders on 10 texts of 40 tokens of one recording of 10 s. Time is
+seconds of computing a second of audio, features and search not counted; M are millions of parameters of all of a model
+and of its rival. Target: a mixture at most 1.15 times as slow as the dense model of as much active work.
 
 "padding" shows what it changes that padded frames are not routed (WeNet routes them): 8 recordings of 1 to 10 s, all as
 long as the longest.
@@ -25,8 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.measure import interleaved, main, program, row
-from moe_jax import tree
-from moe_jax.layers import subsample
+from moe_jax import programs, tree
+from moe_jax.layers import stack, subsample
 from moe_jax.layers.ffn import PlainFfn
 from moe_jax.layers.param import Rngs
 from moe_jax.layers.relative import Chunks
@@ -38,7 +40,7 @@ from moe_jax.speech.recognise import FRAME
 from moe_jax.types import TokenInfo
 
 EXPERTS, CHUNK, LEFT = 8, 16, 4
-ROWS, SECONDS = 8, 10.0
+ROWS, SECONDS, TEXTS, TOKENS = 8, 10.0, 10, 40
 RIVALS = (("moe top 2", "dense x2", 1.15), ("moe top 1", "dense", 1.15), ("wide", "dense", None))
 FRONTEND = {"rate": 16_000, "mels": 80, "mean": [0.0] * 80, "scale": [1.0] * 80}
 # (width, blocks, units, vocabulary); the paper's own shape is not known, one of 227 M and 1,080 M parameters is.
@@ -77,17 +79,33 @@ def heard(d: int, layers: int, hidden: int, vocab: int) -> Iterator[dict[str, An
     sizes = {name: tree.count(tree.flatten(m)) / 1e6 for name, m in made.items()}
     rng = np.random.default_rng(0)
     window = subsample.RATE * (CHUNK - 1) + subsample.WINDOW
-    cases = {
-        "stream": (stream, (1, window), CHUNK * FRAME, lambda m: (m.state(1, CHUNK * LEFT),)),
-        "batch": (whole, (ROWS, round(SECONDS * 100)), ROWS * SECONDS, lambda m: ()),
+    tokens = jnp.asarray(rng.integers(3, vocab, (TEXTS, TOKENS)), jnp.int32)
+    memory = jnp.asarray(rng.normal(size=(TEXTS, subsample.length(round(SECONDS * 100)), d)), jnp.float32)
+
+    def features(*shape: int) -> tuple[jax.Array, jax.Array]:
+        return jnp.asarray(rng.normal(size=(*shape, 80)), jnp.float32), jnp.ones(shape, bool)
+
+    recordings, chunk = features(ROWS, round(SECONDS * 100)), features(1, window)
+    cases: dict[str, tuple[Callable, Callable, float]] = {
+        "batch": (whole, lambda m: recordings, ROWS * SECONDS),
+        "final": (Conformer.score, lambda m: (tokens, memory, jnp.ones(memory.shape[:2], bool)), SECONDS),
+        "stream": (stream, lambda m: (*chunk, stack.split(m.state(1, CHUNK * LEFT), layers)), CHUNK * FRAME),
     }
-    for name, (function, shape, seconds, more) in cases.items():
-        x, valid = jnp.asarray(rng.normal(size=(*shape, 80)), jnp.float32), jnp.ones(shape, bool)
-        ready = {n: program(function, m, x, valid, *more(m)) for n, m in made.items()}
+    for name, (function, of, seconds) in cases.items():
+        if name == "stream":
+            made = laid_out(made)
+        ready = {n: program(function, m, *of(m)) for n, m in made.items()}
         times = interleaved({n: p.run for n, p in ready.items()})
         for ours, rival, target in RIVALS:
             columns = {"unit": "RTF", "against": rival, "M": sizes[ours], "M rival": sizes[rival]}
             yield row(f"{name} {ours}", times[ours] / seconds, times[rival] / seconds, target, **columns)
+
+
+def laid_out(made: dict[str, Conformer]) -> dict[str, Conformer]:
+    """As a stream's weights lie. One after another, as there is no room for all of them twice; `made` is emptied."""
+    like = jax.tree.structure(jax.eval_shape(programs.apart, made.pop("moe top 1")))
+    out = {name: jax.jit(programs.apart)(made.pop(name)) for name in [*made]}
+    return out | {"moe top 1": jax.tree.unflatten(like, jax.tree.leaves(out["moe top 2"]))}
 
 
 class RoutesPadding(MoeFfn):

@@ -214,7 +214,7 @@ def test_few_positions_are_computed_otherwise_than_many(backend, monkeypatch):
 
 
 @pytest.mark.parametrize("apart", [False, True])
-@pytest.mark.parametrize("positions", [1, 2, 16, 17, 40])
+@pytest.mark.parametrize("positions", [1, 2, 12, 16, 17, 40])
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.0])
 def test_experts_side_by_side_are_sorted_experts(positions, share, apart):
     """In one turn or in several; `share` of all positions want one expert, and the last position is padding."""

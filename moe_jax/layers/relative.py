@@ -60,7 +60,7 @@ class RelativeAttention(Module):
     def __init__(self, d: int, *, heads: int = 4, rngs: Rngs):
         if d % (2 * heads):
             raise ValueError(f"d={d} must be a multiple of 2 x heads={heads}")
-        self.heads = heads
+        self.d, self.heads = d, heads
         self.q, self.k, self.v, self.p = (param(rngs, (d, d), ("embed", "heads"), fan_in()) for _ in range(4))
         self.o = param(rngs, (d, d), ("heads", "embed"), fan_in())
         self.o_bias = param(rngs, (d,), (None,), jax.nn.initializers.zeros)
@@ -69,7 +69,7 @@ class RelativeAttention(Module):
 
     def cache(self, batch: int, slots: int, dtype=jnp.float32) -> RelativeCache:
         """Empty, for `slots` positions: as many as the chunks to the left have."""
-        N, H = self.u_bias.shape[-2:]
+        N, H = self.heads, self.d // self.heads
         key, value = (jnp.zeros((batch, N, slots, H), dtype) for _ in range(2))
         bias, segment = jnp.zeros((batch, N, slots)), jnp.zeros((batch, slots), jnp.int32)
         return RelativeCache(key, value, bias, segment, jnp.zeros((), jnp.int32))

@@ -252,7 +252,8 @@ class Conformer(Module):
         """(x_BxLxD, their info, state, router statistics [2 x layers, ...]).
 
         With a state these are the windows of whole chunks that follow those of the last call, frames overlapping by
-        `subsample.WINDOW - subsample.RATE`; what comes out is what the whole gives under `chunks`.
+        `subsample.WINDOW - subsample.RATE`; what comes out is what the whole gives under `chunks`. The state comes back
+        as it is given: stacked over layers, or `stack.split`, as it must be where layers lie apart (`programs.apart`).
         """
         of, valid_BxT = dict(self.frontend), jnp.asarray(valid_BxT)
         x = (features_BxTxC - jnp.asarray(of["mean"])) * jnp.asarray(of["scale"])
@@ -261,11 +262,12 @@ class Conformer(Module):
             x = self.augment(x, valid_BxT.sum(1), keys[-1])
         x, valid = self.subsample(x.astype(self.subsample.o.dtype), valid_BxT)
         x = drop(constrain(x * self.d**0.5, "batch", None, None), None if keys is None else keys[-2], self.dropout)
-        start = 0 if state is None else state.attention.index[0]
+        split = isinstance(state, tuple)
+        start = 0 if state is None else state[0].attention.index if split else state.attention.index[0]
         position = start + jnp.arange(x.shape[1])
         info = _info(valid, task_B, jnp.broadcast_to(position, valid.shape))
         place = sinusoids(position[None], self.d)
-        x, (state, stats) = stack.run(
+        x, outs = stack.run(
             self.blocks,
             x,
             lambda block, x, state, key: block(x, info, state, key, chunks=chunks, place=place),
@@ -274,7 +276,12 @@ class Conformer(Module):
             remat=self.remat,
             unroll=self.unroll if state is None else 1,
         )
-        return self.norm(x), info, state, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), stats)
+        if split:
+            state = tuple(s for s, _ in outs)
+            stats = jax.tree.map(lambda *a: jnp.concatenate(a), *(one for _, one in outs))
+        else:
+            state, stats = outs[0], jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outs[1])
+        return self.norm(x), info, state, stats
 
     def ctc_logits(self, x_BxLxD: Array) -> Array:
         return constrain(linear(x_BxLxD, self.ctc[...], self.ctc_bias[...]), "batch", None, "vocab")

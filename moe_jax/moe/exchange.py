@@ -23,6 +23,7 @@ from moe_jax.moe.megablox import LANES
 from moe_jax.types import Array
 
 AT_ONCE = 16  # rows of an expert that take hardly longer than one: its matrices are read once (measured on CPU)
+LEAST = 8  # rows that a product is filled up to, where an expert computes its own alone
 
 
 def here(
@@ -37,13 +38,15 @@ def at_once(experts: Experts, x_TxD: Array, expert_TxK: Array, num_experts: int)
     """y_TxKxD of few rows: all experts side by side, each on C rows, in as many turns as the fullest one needs.
 
     XLA:CPU computes products that do not wait for each other on several cores, where it hardly divides one of few rows.
-    So nothing is sorted into blocks and no expert is skipped, unless most are.
+    So nothing is sorted into blocks and no expert is skipped, unless most are; or unless there are so many rows that
+    each would compute many that are not its own, and so few that it has few of its own (a chunk of a stream).
     """
     E, (T, K) = num_experts, expert_TxK.shape
     x_TxD = jnp.where((expert_TxK < E).any(1, keepdims=True), x_TxD, 0)
     C = max(AT_ONCE, -8 * (-3 * T * K // (16 * E)))  # half more than the mean load, in eights
-    if C >= T:
-        chosen = expert_TxK if 2 * T * K <= E else None
+    alone = 2 * T * K <= E or LEAST < T <= LEAST * E // K
+    if C >= T or alone:
+        chosen = expert_TxK if alone else None
         y_ExTxD = _side_by_side(experts, jnp.broadcast_to(x_TxD, (E, *x_TxD.shape)), chosen)
         return y_ExTxD.at[expert_TxK, jnp.arange(T)[:, None]].get(mode="fill", fill_value=0)
     order_R, size_E = _by_expert(expert_TxK, E)
@@ -63,14 +66,28 @@ def _slots(C: int, turn: Array | int, plan: Any, experts: Experts, x_TxD: Array)
 
 
 def _side_by_side(experts: Experts, rows_ExCxD: Array, chosen: Array | None = None) -> Array:
-    """y_ExCxD; given `chosen`, of these experts alone: the matrices of others are not read."""
+    """y_ExCxD; given `chosen`, of these experts alone, on the rows that chose them: the matrices of others are not
+    read. What an expert gives for other rows is anything finite."""
     if chosen is None and not stack.is_apart(experts):
         return apply(experts, rows_ExCxD, jnp.matmul)
     run = lambda e: lambda rows: apply(stack.part(experts, e), rows, jnp.matmul)  # noqa: E731
     if chosen is None:
         return jnp.stack([run(e)(rows) for e, rows in enumerate(rows_ExCxD)])
-    each = enumerate(rows_ExCxD)
-    return jnp.stack([jax.lax.cond((chosen == e).any(), run(e), jnp.zeros_like, rows) for e, rows in each])
+    C = rows_ExCxD.shape[1]
+    sizes = [n for n in (LEAST, 2 * LEAST, 4 * LEAST, 8 * LEAST) if n < C]
+
+    def some(e: int, size: int, own_C: Array, rows: Array) -> Array:
+        at = jnp.nonzero(own_C, size=size, fill_value=C)[0]
+        return jnp.zeros_like(rows).at[at].set(run(e)(rows.at[at].get(mode="fill", fill_value=0)), mode="drop")
+
+    def own(e: int, rows: Array) -> Array:
+        own_C = (chosen == e).any(1)
+        ways = [lambda _, rows: jnp.zeros_like(rows), *(partial(some, e, size) for size in sizes)]
+        number = own_C.sum()
+        enough = jnp.searchsorted(jnp.array([0, *sizes]), number)
+        return jax.lax.switch(enough, [*ways, lambda _, rows: run(e)(rows)], own_C, rows)
+
+    return jnp.stack([own(e, rows) for e, rows in enumerate(rows_ExCxD)])
 
 
 def over_devices(
