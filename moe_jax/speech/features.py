@@ -21,10 +21,6 @@ BLOCK = 4096  # frames whose spectra are held at once
 FLOOR = float(np.finfo(np.float32).eps)  # of a bin's energy, as in Kaldi
 
 
-class AudioError(ValueError):
-    """One line: which file, and what is wrong with it."""
-
-
 def sizes(rate: int) -> tuple[int, int]:
     """(samples in a frame, samples from one frame to the next)."""
     return int(rate * FRAME), int(rate * SHIFT)
