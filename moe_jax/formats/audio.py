@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
-import warnings
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -13,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 SCALE = 1 << 15  # of samples: floats in the range of 16-bit integers, as Kaldi and WeNet have them
-
+BEHIND = 0.1  # seconds that a part may end behind its file: lists round, and count an encoder's padding
 
 PAGE = 27 + 255 + 255 * 255  # bytes of Ogg's largest page
 CONTAINERS = {b"RIFF": "wav", b"fLaC": "flac", b"OggS": "ogg", b"ID3": "mp3"}  # what files of each begin with
@@ -37,20 +38,15 @@ def read(
     """Samples [S] of an audio file (what libsndfile reads: wav, flac, ogg, opus, mp3, ...), channels mixed to one.
 
     Args:
-      rate: samples a second that are wanted; a file of another rate is resampled, and a warning says so once.
+      rate: samples a second that are wanted; a file of another rate is resampled, and a line on standard error says so
+        once.
       start, length: a part of the file (default: to its end), in samples at its own rate if integers, else in seconds,
-        which may end a little behind it.
+        which may end up to `BEHIND` behind it.
 
     Raises AudioError for a file that is missing, empty, torn, not audio, or whose samples are not finite.
     """
     with _opened(path) as file:
-        first = round(start * file.samplerate) if isinstance(start, float) else start
-        wanted = left = int(file.frames - first)
-        if length is not None:
-            wanted = min(round(length * file.samplerate), left) if isinstance(length, float) else length
-        if not 0 <= first < first + wanted <= file.frames:
-            said = "no samples" if not file.frames else f"{file.frames} samples, not {first} to {first + wanted}"
-            raise AudioError(f"{path}: {said}")
+        first, wanted = _part(file, path, start, length)
         own_rate = file.samplerate
         found = _samples(file, path, first, wanted)
     if len(found) < wanted:
@@ -64,10 +60,10 @@ def rate(path: str | os.PathLike) -> int:
         return file.samplerate
 
 
-def seconds(path: str | os.PathLike) -> float:
-    """How long a file is. Raises AudioError as `read` does."""
+def seconds(path: str | os.PathLike, *, start: int | float = 0, length: int | float | None = None) -> float:
+    """How long a file, or a part of it, is: from its header alone. Raises AudioError as `read` does."""
     with _opened(path) as file:
-        return file.frames / file.samplerate
+        return _part(file, path, start, length)[1] / file.samplerate
 
 
 def blocks(path: str | os.PathLike, rate: int, seconds: float) -> Iterator[np.ndarray]:
@@ -77,8 +73,7 @@ def blocks(path: str | os.PathLike, rate: int, seconds: float) -> Iterator[np.nd
     """
     size = max(1, round(seconds * rate))
     with _opened(path) as file:
-        if not file.frames:
-            raise AudioError(f"{path}: no samples")
+        _part(file, path, 0, None)
         step = max(1, round(seconds * file.samplerate))
 
         def parts() -> Iterator[np.ndarray]:
@@ -92,8 +87,8 @@ def blocks(path: str | os.PathLike, rate: int, seconds: float) -> Iterator[np.nd
 
 
 def pcm(file: Bytes, own_rate: int, rate: int, seconds: float) -> Iterator[np.ndarray]:
-    """As `blocks`, of 16-bit little-endian samples of one channel as they come; of half a sample at the end a warning
-    says that it is left out.
+    """As `blocks`, of 16-bit little-endian samples of one channel as they come; of half a sample at the end a line on
+    standard error says that it is left out.
 
     Raises AudioError where nothing comes, or a file of audio does.
     """
@@ -115,7 +110,7 @@ def pcm(file: Bytes, own_rate: int, rate: int, seconds: float) -> Iterator[np.nd
             if not data:
                 break
         if held:
-            warnings.warn("standard input: half a sample of 16 bits at its end is left out", stacklevel=2)
+            say_once("warning: standard input: half a sample of 16 bits at its end is left out")
 
     yield from _portions(_resampled_parts(parts(), own_rate, rate), max(1, round(seconds * rate)))
 
@@ -156,12 +151,14 @@ def _opened(path: str | os.PathLike):
         import soundfile
     except ImportError as error:
         raise ModuleNotFoundError("reading audio needs soundfile: pip install 'moe_jax[speech]'") from error
-    if not Path(path).is_file():
-        raise AudioError(f"{path}: no such file")
     try:
+        if not Path(path).is_file():
+            raise AudioError(f"{path}: no such file")
         file = soundfile.SoundFile(os.fspath(path))
     except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: raw data want to be told their format
         raise AudioError(f"{path}: not audio that can be read ({_reason(error)})") from None
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise AudioError(f"{path}: cannot be read ({error.strerror})") from None
     if "(should be" in file.extra_info:  # its header promises more
         file.close()
         raise AudioError(f"{path}: torn: shorter than its header says")
@@ -169,6 +166,20 @@ def _opened(path: str | os.PathLike):
         file.close()
         raise AudioError(f"{path}: torn: its last page is missing")
     return file
+
+
+def _part(file, path: str | os.PathLike, start: int | float, length: int | float | None) -> tuple[int, int]:
+    """(first, number of samples) of a part as `read` takes it."""
+    first = round(start * file.samplerate) if isinstance(start, float) else start
+    wanted = left = int(file.frames - first)
+    if length is not None:
+        wanted = round(length * file.samplerate) if isinstance(length, float) else length
+        if isinstance(length, float) and left < wanted <= left + BEHIND * file.samplerate:
+            wanted = left
+    if not 0 <= first < first + wanted <= file.frames:
+        said = "no samples" if not file.frames else f"{file.frames} samples, not {first} to {first + wanted}"
+        raise AudioError(f"{path}: {said}")
+    return first, wanted
 
 
 def _ended(path: Path) -> bool:
@@ -198,13 +209,19 @@ def _reason(error: Exception) -> str:
 
 
 def resampled(samples_S: np.ndarray, own_rate: int, rate: int) -> np.ndarray:
-    """Samples of another rate; a warning says so once."""
+    """Samples of another rate; a line on standard error says so once."""
     if own_rate == rate:
         return samples_S
     from scipy.signal import resample_poly  # takes a second to import, which many commands have no use for
 
-    warnings.warn(f"audio of {own_rate} Hz is resampled to {rate} Hz")  # noqa: B028  said once: the place is always here
+    say_once(f"warning: audio of {own_rate} Hz is resampled to {rate} Hz")
     return resample_poly(samples_S, *_ratio(own_rate, rate)).astype(np.float32)
+
+
+@functools.cache
+def say_once(said: str) -> None:
+    """On standard error, in one line (`warnings` adds one of source code)."""
+    print(said, file=sys.stderr)
 
 
 def _ratio(own_rate: int, rate: int) -> tuple[int, int]:
