@@ -85,7 +85,28 @@ def test_kaldis_folders(tmp_path):
     bad = "no segment of a recording with two times in segments"
     assert [s.reason for s in found[1:]] == [manifest.PIPE, bad, bad]
     (tmp_path / "segments").unlink()
-    assert [s.reason for s in manifest.read(tmp_path)] == [f"u{i} is not in wav.scp" for i in (1, 2, 3, 4)]
+    without = [f"u{i} is not in wav.scp" for i in (1, 2, 3, 4)]
+    assert [s.reason for s in manifest.read(tmp_path)] == without + ["a recording without a text"] * 2
+
+
+def test_no_line_of_kaldis_folders_is_dropped_in_silence(tmp_path):
+    (tmp_path / "wav.scp").write_bytes(b"u1\tr1.wav\r\nu2  r2.wav\nu1 r3.wav\nu4 \xff.wav\nu5 r5.wav\n")
+    (tmp_path / "text").write_text("u1\tone\u2028two\x85three\nu1 two\n\nu2 two  three \n", "utf-8", newline="")
+    found = {one.where: one for one in manifest.read(tmp_path)}
+    heard = {where: (one.audio.name, one.text) for where, one in found.items() if isinstance(one, manifest.Utterance)}
+    said = {where: one.reason for where, one in found.items() if isinstance(one, manifest.Skipped)}
+    texts = {"u1": ("r1.wav", "one\u2028two\x85three"), "u2": ("r2.wav", "two  three")}
+    assert heard == {f"{tmp_path}/text: {key}": value for key, value in texts.items()}
+    assert said == {
+        f"{tmp_path}/wav.scp:3": "an id that is there already: u1",
+        f"{tmp_path}/wav.scp:4": "not UTF-8",
+        f"{tmp_path}/text:2": "an id that is there already: u1",
+        f"{tmp_path}/wav.scp: u5": "a recording without a text",
+    }
+    (tmp_path / "segments").write_text("u1 u1 0 1\nu2 u1 1 2\nu3\tu2\t0\t1\n")
+    said = {one.where: one.reason for one in manifest.read(tmp_path) if isinstance(one, manifest.Skipped)}
+    assert said[f"{tmp_path}/segments: u3"] == "a segment without a text"
+    assert said[f"{tmp_path}/wav.scp: u5"] == "a recording without a segment" and f"{tmp_path}/wav.scp: u2" not in said
 
 
 @pytest.mark.parametrize(
@@ -102,12 +123,18 @@ def test_kaldis_folders(tmp_path):
         ('{"audio": "a.wav", "text": "a", "offset": 1, "duration": -Infinity}', "are not finite"),
         ('{"audio": "a.wav", "text": "a", "offset": 1' + "0" * 400 + "}", "are not finite"),
         ("[" * 100_000, "not JSON"),
+        ('{"audio": "a.wav", "text": "tw\xff"}', "not UTF-8"),
+        ('{"audio": "a.wav", "text": "tw\\ud83d"}', "a lone surrogate escape"),
+        ('{"audio": "\\ud83d.wav", "text": "a"}', "a lone surrogate escape"),
+        ('{"audio": "a.wav", "text": "a", "lang": "\\ud83d"}', "a lone surrogate escape"),
     ],
 )
 def test_lines_that_cannot_be_used(tmp_path, line, reason):
-    (tmp_path / "m.jsonl").write_text(line)
-    (only,) = manifest.read(tmp_path / "m.jsonl")
-    assert isinstance(only, manifest.Skipped) and reason in only.reason
+    good = b'{"audio": "a.wav", "text": "a"}'
+    (tmp_path / "m.jsonl").write_bytes(b"\n".join([good, line.encode("latin-1"), good]))
+    before, bad, after = manifest.read(tmp_path / "m.jsonl")
+    assert isinstance(bad, manifest.Skipped) and reason in bad.reason and bad.where == f"{tmp_path}/m.jsonl:2"
+    assert isinstance(before, manifest.Utterance) and isinstance(after, manifest.Utterance)
 
 
 def test_a_list_that_is_not_there(tmp_path):
@@ -266,7 +293,7 @@ def test_validation_reads_every_utterance_once(prepared):
     assert len(prepared.sample(8, 4)) == 2
 
 
-def test_what_cannot_be_used_is_counted_and_listed(corpus, tmp_path, capsys):
+def test_what_cannot_be_used_is_counted_and_listed(corpus, prepared, tmp_path, capsys):
     (corpus / "torn.wav").write_bytes((corpus / "9.wav").read_bytes()[:600])
     write(corpus, "short.wav", 0.08)
     write(corpus, "enough.wav", 0.0851)
@@ -279,16 +306,17 @@ def test_what_cannot_be_used_is_counted_and_listed(corpus, tmp_path, capsys):
         {"audio": "1.wav", "text": "one!"},
         {"audio": "1.wav", "text": " "},
         {"audio": "1.wav", "text": "one", "start": 0, "frames": 10**9},
+        {"audio": f"{'a' * 300}.wav", "text": "one"},
+        {"audio": "\ud83d.wav", "text": "one"},
     ]
     (corpus / "some.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines) + "{\n")
     args = {"manifest": str(corpus / "some.jsonl"), "tokeniser": str(corpus / "prepared/tokeniser.model")}
-    assert (corpus / "prepared").exists()
     prepare(str(tmp_path / "p"), **args, rate=RATE, mels=20)
     made = Speech.open(tmp_path / "p")
-    assert made.rows == 2 and sum(made.meta["skipped"].values()) == 7
-    assert made.meta["skipped"]["audio that cannot be read"] == 3
+    assert made.rows == 2 and sum(made.meta["skipped"].values()) == 9
+    assert made.meta["skipped"]["audio that cannot be read"] == 4
     listed = [json.loads(line) for line in (tmp_path / "p/skipped.jsonl").read_text().splitlines()]
-    assert [s["where"].rpartition(":")[2] for s in listed] == list("3456789")
+    assert [s["where"].rpartition(":")[2] for s in listed] == list(map(str, range(3, 12)))
     assert "skipped 1: too short for one subsampled frame" in capsys.readouterr().out
     (corpus / "none.jsonl").write_text(json.dumps(lines[2]))
     with pytest.raises(ValueError, match=r"none of 1 utterances can be used: .*none.jsonl:1: .*no such file"):

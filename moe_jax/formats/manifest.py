@@ -13,15 +13,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moe_jax.formats import audio
+from moe_jax.formats.objects import encodable
 
 PIPE = "a command, which is not run: write its audio to a file"
+UNREADABLE = "not UTF-8"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +41,11 @@ class Utterance:
     length: int | float | None = None
     lang: str = ""
 
+    @property
+    def seconds(self) -> float:
+        """How long it is, without reading it. Raises AudioError."""
+        return audio.seconds(self.audio, start=self.start, length=self.length)
+
     def samples(self, rate: int) -> np.ndarray:
         """As `audio.read`. Raises AudioError."""
         return audio.read(self.audio, rate, start=self.start, length=self.length)
@@ -53,6 +60,10 @@ class Recorded:
     rate: int
     text: str
     lang: str = ""
+
+    @property
+    def seconds(self) -> float:
+        return len(self.samples_S) / self.rate
 
     def samples(self, rate: int) -> np.ndarray:
         """Raises AudioError for samples that are none, or not finite."""
@@ -85,21 +96,22 @@ def read(path: str | os.PathLike, split: str | None = None) -> Iterator[Utteranc
         if path.is_dir():
             yield from _kaldi(path)
         else:
-            with path.open(encoding="utf-8") as file:
+            with path.open("rb") as file:
                 yield from _json_lines(path, file, split)
     except OSError as error:
         raise ValueError(f"{error.filename or path}: cannot read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8 text") from None
 
 
-def _json_lines(path: Path, lines: Iterator[str], split: str | None) -> Iterator[Utterance | Skipped]:
+def _json_lines(path: Path, lines: Iterable[bytes], split: str | None) -> Iterator[Utterance | Skipped]:
     for number, line in enumerate(lines, 1):
         where = f"{path}:{number}"
         if not line.strip():
             continue
         try:
-            said = json.loads(line)
+            said = json.loads(line.decode())
+        except UnicodeDecodeError:
+            yield Skipped(where, UNREADABLE)
+            continue
         except (ValueError, RecursionError):
             yield Skipped(where, "not JSON")
             continue
@@ -125,14 +137,22 @@ def _of_object(path: Path, where: str, said: dict[str, Any]) -> Utterance | Skip
     lang = said.get("lang", "")
     if not isinstance(lang, str):
         return Skipped(where, 'its "lang" is not a string')
+    if not all(map(encodable, (audio, text, lang))):
+        return Skipped(where, "a lone surrogate escape such as \\ud800 is not text")
     return Utterance(where, path.parent / audio, text.strip(), start, length, lang)
 
 
 def _kaldi(folder: Path) -> Iterator[Utterance | Skipped]:
-    audio, texts = _table(folder / "wav.scp"), _table(folder / "text")
-    segments = _table(folder / "segments") if (folder / "segments").exists() else None
+    """Also what `text` does not ask for: it may be a text that was lost."""
+    paths = {name: folder / name for name in ("wav.scp", "text", "segments")}
+    tables: dict[str, dict[str, str]] = {}
+    for name, path in paths.items():
+        if name != "segments" or path.exists():
+            tables[name], bad = _table(path)
+            yield from bad
+    audio, texts, segments = tables["wav.scp"], tables["text"], tables.get("segments")
     for key, text in texts.items():
-        where, part = f"{folder}/text: {key}", (0, None)
+        where, part = f"{paths['text']}: {key}", (0, None)
         recording = key
         if segments is not None:
             try:
@@ -149,6 +169,13 @@ def _kaldi(folder: Path) -> Iterator[Utterance | Skipped]:
             yield Skipped(where, PIPE)
         else:
             yield Utterance(where, folder / audio[recording], text, *part)
+    used, unused = set(texts), "a recording without a text"
+    if segments is not None:
+        used = {word for line in segments.values() for word in line.split()[:1]}
+        unused = "a recording without a segment"
+        lost = [key for key in segments if key not in texts]
+        yield from (Skipped(f"{paths['segments']}: {key}", "a segment without a text") for key in lost)
+    yield from (Skipped(f"{paths['wav.scp']}: {key}", unused) for key in audio if key not in used)
 
 
 def _sane(*seconds: float) -> bool:
@@ -156,6 +183,19 @@ def _sane(*seconds: float) -> bool:
     return all(abs(x) < 1e12 for x in seconds)
 
 
-def _table(path: Path) -> dict[str, str]:
-    lines = path.read_text("utf-8").splitlines()
-    return {key: value.strip() for key, _, value in (line.strip().partition(" ") for line in lines) if key}
+def _table(path: Path) -> tuple[dict[str, str], list[Skipped]]:
+    """(id -> the rest of its line, lines that cannot be used). As in Kaldi, white space of ASCII alone separates, and a
+    line ends at "\\n"."""
+    table: dict[str, str] = {}
+    bad = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        try:
+            key, value, *_ = *(part.decode().strip() for part in line.split(None, 1)), "", ""
+        except UnicodeDecodeError:
+            bad.append(Skipped(f"{path}:{number}", UNREADABLE))
+            continue
+        if key in table:
+            bad.append(Skipped(f"{path}:{number}", f"an id that is there already: {key}"))
+        elif key:
+            table[key] = value
+    return table, bad

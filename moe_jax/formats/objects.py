@@ -98,7 +98,7 @@ def _record(value: dict, raw: str, place: Place) -> Record:
         raise place.error(f'"task" is {kind(task)}', "give the name of a task family, or leave it out")
     sources = _sources(value.get("sources"), place)
     for text in (*hypotheses, *sources, reference or ""):
-        if not _encodable(text):
+        if not encodable(text):
             raise place.error("a lone surrogate escape such as \\ud800 is not text", "write the character itself")
     return Record(place.line, tuple(hypotheses), sources, task, reference, raw, place.number or place.line)
 
@@ -134,5 +134,6 @@ def _sources(given: object, place: Place) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _encodable(text: str) -> bool:
+def encodable(text: str) -> bool:
+    """Whether it can be written: JSON's escapes may say half of a character, a lone surrogate."""
     return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
