@@ -102,10 +102,10 @@ def test_rescoring_is_a_weighted_sum():
 # --- a model at work ----------------------------------------------------------------------------------------
 
 
-def model() -> Conformer:
+def model(**more) -> Conformer:
     frontend = {"rate": RATE, "mels": MELS, "mean": [12.0] * MELS, "scale": [0.5] * MELS}
     args = {"d": 16, "layers": 2, "decoder_layers": 1, "heads": 2, "width": 4, "ffn": partial(PlainFfn, hidden=24)}
-    made = Conformer(**args, frontend=frontend, vocab=SYMBOLS.vocab_size, rngs=Rngs(params=0))
+    made = Conformer(**args, **more, frontend=frontend, vocab=SYMBOLS.vocab_size, rngs=Rngs(params=0))
     table = tree.flatten(made)
     table["ctc"] = 4 * table["ctc"]
     table["ctc_bias"] = table["ctc_bias"].at[:3].set(jnp.array([1.5, -30, -30]))
@@ -155,6 +155,19 @@ def test_two_passes_are_those_of_the_formula(made):
         left, right = score(jnp.asarray([ids + [0] * (9 - len(ids))]))
         ctc = next(t.score for t in first if t.text == text.text)
         np.testing.assert_allclose(text.score, 0.5 * left[0] + 0.5 * right[0] + 0.3 * ctc, rtol=1e-4)
+
+
+def test_a_decoder_that_never_learnt_has_no_say(made):
+    untaught = model(reverse_weight=0.0)
+    x = np.random.default_rng(0).normal(size=(9, 16)).astype(np.float32)
+    (left,), (right,) = untaught.score(jnp.array([[3, 4]]), x[None], jnp.ones((1, len(x)), bool))
+    for weights, reverse in ({}, 0.0), ({"reverse_weight": 0.2}, 0.2):
+        by = Recogniser(untaught, SYMBOLS, beam=4, **weights)
+        (found,) = by.rescored([Hypothesis((3, 4), -1.0, (0, 1))], x)
+        assert found.score == pytest.approx(float((1 - reverse) * left + reverse * right) - 0.3, abs=1e-4)
+    for weights in ({"ctc_weight": -1.0}, {"ctc_weight": np.nan}, {"reverse_weight": 1.5}):
+        with pytest.raises(ValueError, match=r"must be 0 or more, and .* from 0 to 1"):
+            Recogniser(made, SYMBOLS, **weights)
 
 
 def test_the_decoder_searches_for_what_it_scores_highest(made):
@@ -307,8 +320,23 @@ def test_what_cannot_be_written_shows_before_anything_is_read(run, tmp_path, cap
     given[2] = f"--checkpoint={run}"
     assert cli.entry([*given, str(tmp_path / "there.json"), "--overwrite"]) == 0
     assert json.loads((tmp_path / "there.json").read_text())
-    assert cli.entry([*given[:3], "--nbest=20"]) == 2
-    assert "--nbest 20 must be from 1 to --beam 10" in capsys.readouterr().err
+    for more, said in (
+        (["--nbest=20"], "--nbest 20 must be from 1 to --beam 10"),
+        (["--left=2"], "--left 2 is of chunks: give --chunk too, or --stream"),
+        (["--decode=ctc", "--ctc-weight=1"], "--ctc-weight and --reverse-weight are of --decode rescored, not of ctc"),
+        (["--reverse-weight=2"], "from 0 to 1"),
+    ):
+        assert cli.entry([*given[:3], *more]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_weights_of_rescoring_can_be_chosen(run, made, tmp_path):
+    given = ["transcribe", str(run / "0.wav"), f"--checkpoint={run}", "--beam=5", "--ctc-weight=1"]
+    assert cli.entry([*given, "--reverse-weight=0", f"--output={tmp_path}/hyps.json"]) == 0
+    (one,) = json.loads((tmp_path / "hyps.json").read_text())
+    expected = Recogniser(made, SYMBOLS, beam=5, ctc_weight=1.0, reverse_weight=0.0)(audio(1.0))
+    assert one["input"] == [t.text for t in expected]
+    np.testing.assert_allclose(one["scores"], [t.score for t in expected], atol=0.01)
 
 
 class Stdin(io.BytesIO):

@@ -71,7 +71,8 @@ class Recogniser:
       "attention", beam search with the decoder from left to right alone; "rescored", CTC's n-best scored again by both
       decoders (U2++). Streams are rescored at the end of each text, or by "ctc" are not.
     beam: prefixes that are kept, and the most texts that come out.
-    ctc_weight, reverse_weight: of rescoring (WeNet's for AISHELL).
+    ctc_weight, reverse_weight: of rescoring (default: WeNet's for AISHELL, 0.3 and 0.5, but for the latter 0 where the
+      model's own is 0, whose decoder from right to left never learnt).
     chunk: frames of 40 ms that are read at once: of a stream, and of whole recordings if it is not None.
     left: chunks before it that they see; all since the last final, if negative.
     pause, longest: a stream's text ends after so many seconds without a token behind one, or after so many in all.
@@ -82,7 +83,7 @@ class Recogniser:
     way: str = "rescored"
     beam: int = 10
     ctc_weight: float = 0.3
-    reverse_weight: float = 0.5
+    reverse_weight: float | None = None
     chunk: int | None = None
     left: int = -1
     pause: float = 1.0
@@ -91,6 +92,9 @@ class Recogniser:
     def __post_init__(self):
         if self.way not in WAYS:
             raise ValueError(f"unknown way to decode {self.way!r}; known: {', '.join(WAYS)}")
+        if not (0 <= self.ctc_weight < math.inf and 0 <= (self.reverse_weight or 0) <= 1):
+            ctc, reverse = f"ctc_weight {self.ctc_weight}", f"reverse_weight {self.reverse_weight}"
+            raise ValueError(f"{ctc} must be 0 or more, and {reverse} from 0 to 1")
 
     @classmethod
     def load(cls, path: str | Path, **options: Any) -> Recogniser:
@@ -173,7 +177,10 @@ class Recogniser:
             row[: len(h.tokens)] = h.tokens
         left, right = _program(_score)(self.model, tokens, *self._memory(x_LxD))
         number = len(hypotheses)
-        weights = dict(ctc_weight=self.ctc_weight, reverse_weight=self.reverse_weight)
+        reverse = self.reverse_weight
+        if reverse is None:
+            reverse = 0.5 if self.model.reverse_weight else 0.0
+        weights = dict(ctc_weight=self.ctc_weight, reverse_weight=reverse)
         return decode.rescored(hypotheses, left[:number].tolist(), right[:number].tolist(), **weights)
 
     def _memory(self, x_LxD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -34,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--beam", type=int, default=10, help="prefixes that the search keeps (default: 10)")
     what = "ctc and rescored have an n-best; attention reads whole recordings alone (default: rescored)"
     parser.add_argument("--decode", choices=WAYS, default="rescored", help=what)
+    parser.add_argument("--ctc-weight", type=float, help="of rescoring: CTC's beside the decoders' (default: 0.3)")
+    what = "of rescoring: the decoder from right to left (default: 0.5, or 0 if the model trained without it)"
+    parser.add_argument("--reverse-weight", type=float, help=what)
     parser.add_argument("--chunk", type=int, help="frames of 40 ms read at once (default: all; with --stream 16)")
     parser.add_argument("--left", type=int, default=-1, help="chunks seen before it (default: all)")
     parser.add_argument("--stream", action="store_true", help="read as if it were being spoken, and show partial texts")
@@ -48,9 +51,15 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"--nbest {args.nbest} must be from 1 to --beam {args.beam}, and --chunk 1 or more")
     if args.stream and args.decode not in STREAMED:
         raise ValueError(f"--stream reads by ctc or rescored, not by --decode {args.decode}")
+    if args.left >= 0 and args.chunk is None and not args.stream:
+        raise ValueError(f"--left {args.left} is of chunks: give --chunk too, or --stream")
+    weights = {name: x for name in ("ctc_weight", "reverse_weight") if (x := getattr(args, name)) is not None}
+    if weights and args.decode != "rescored":
+        raise ValueError(f"--ctc-weight and --reverse-weight are of --decode rescored, not of {args.decode}")
     if args.output and (said := partfile.unfit(Path(args.output), args.overwrite)):
         raise ValueError(said)
-    by = Recogniser.load(args.checkpoint, way=args.decode, beam=args.beam, chunk=args.chunk, left=args.left)
+    seen = dict(chunk=args.chunk, left=args.left)
+    by = Recogniser.load(args.checkpoint, way=args.decode, beam=args.beam, **seen, **weights)
     records: list[dict[str, Any]] = []
     failed = 0
     for path in args.audio:
