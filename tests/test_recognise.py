@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from moe_jax import cli, describe, formats, pipeline, tree
 from moe_jax.checkpoint import CheckpointError, write_safetensors
-from moe_jax.formats.audio import SCALE
+from moe_jax.formats.audio import SCALE, say_once
 from moe_jax.layers.ffn import PlainFfn
 from moe_jax.layers.param import Rngs
 from moe_jax.layers.subsample import length
@@ -200,6 +200,10 @@ def test_ways_to_decode(made):
         Recogniser(made, SYMBOLS, way="best")
     streamed = [list(by[way].stream([samples]))[-1].texts for way in ("ctc", "rescored")]
     assert {t.text for t in streamed[0]} == {t.text for t in streamed[1]} and streamed[0] != streamed[1]
+    greedy = dataclasses.replace(by["greedy"], chunk=4)
+    (whole,), *_, (streamed,) = greedy(samples), *(u.texts for u in greedy.stream(portions(samples, 800)))
+    assert streamed.text == whole.text and streamed.times == whole.times
+    assert streamed.score == pytest.approx(whole.score, abs=1e-3)
 
 
 def test_a_long_stream_is_cut_and_holds_no_more(made):
@@ -379,7 +383,8 @@ def hasty(monkeypatch):
     load = Recogniser.load
     monkeypatch.setattr(Recogniser, "load", lambda *a, **k: dataclasses.replace(load(*a, **k), longest=0.64, pause=9.0))
     monkeypatch.setattr(transcribe, "LONGEST", 2)
-    transcribe._say_once.cache_clear()
+    monkeypatch.setattr(evaluate, "LONGEST", 2)
+    say_once.cache_clear()
 
 
 def test_a_stream_has_a_record_a_text(run, hasty, tmp_path, capsys):
@@ -400,6 +405,42 @@ def test_a_stream_has_a_record_a_text(run, hasty, tmp_path, capsys):
     assert len(mine) > 2 and mine[0]["start"] == 0 and mine[-1]["end"] == 2.5
     for one, after in itertools.pairwise(mine):
         assert one["start"] <= one["times"][0] <= one["times"][-1] <= one["end"] <= after["start"]
+
+
+def test_ways_that_read_no_stream_refuse_long_recordings(run, hasty, tmp_path, monkeypatch, capsys):
+    """Their memory would grow with the square of its length; the other files go on."""
+    import soundfile as sf
+
+    sf.write(tmp_path / "long.wav", audio(2.5) / SCALE, RATE, subtype="FLOAT")
+    files, output = [str(tmp_path / "long.wav"), str(run / "0.wav")], tmp_path / "hyps.json"
+    given = [f"--checkpoint={run}", f"--output={output}", "--overwrite"]
+    assert cli.entry(["transcribe", *files, *given, "--decode=attention"]) == 1
+    said = f"{files[0]}: 2.5 s, and attention reads no more than 2 s at once: choose another --decode, or cut it\n"
+    assert said in capsys.readouterr().err
+    assert [one["audio"] for one in json.loads(output.read_text())] == files[1:]
+    monkeypatch.setattr("sys.stdin", Stdin(2.5))
+    assert cli.entry(["transcribe", "-", *given, "--decode=attention"]) == 1
+    assert "standard input: 2.5 s, and attention reads no more" in capsys.readouterr().err
+    assert cli.entry(["transcribe", *files, *given, "--decode=greedy"]) == 0
+    found = json.loads(output.read_text())
+    assert len(found) > 3 and found[-1]["audio"] == files[1] and found[-2]["end"] == 2.5
+
+
+@pytest.mark.parametrize(("error", "code"), [(ValueError("broken"), 2), (KeyboardInterrupt(), 130)])
+def test_what_came_before_a_failure_is_written(run, tmp_path, monkeypatch, capsys, error, code):
+    whole, heard = Recogniser.__call__, []
+
+    def fails(by, samples):
+        heard.append(samples)
+        if len(heard) > 1:
+            raise error
+        return whole(by, samples)
+
+    monkeypatch.setattr(Recogniser, "__call__", fails)
+    output, files = tmp_path / "hyps.json", [str(run / f"{i}.wav") for i in range(3)]
+    assert cli.entry(["transcribe", *files, f"--checkpoint={run}", f"--output={output}"]) == code
+    assert len(heard) == 2 and [one["audio"] for one in json.loads(output.read_text())] == files[:1]
+    assert "nothing was written" not in capsys.readouterr().err
 
 
 def test_a_reader_that_goes_away_does_not_cost_the_output(run, tmp_path, monkeypatch):
@@ -427,3 +468,16 @@ def test_a_run_is_scored(run):
     assert [r.reference for r in records] == ["abc", "abc"]
     with pytest.raises(ValueError, match="no utterance of the split 'valid'"):
         evaluate.error_rates(str(run), manifest=str(run / "list.jsonl"), split="valid")
+
+
+def test_a_run_is_scored_without_what_is_too_long(run, hasty, tmp_path):
+    import soundfile as sf
+
+    sf.write(tmp_path / "long.wav", audio(2.5) / SCALE, RATE, subtype="FLOAT")
+    lines = [{"audio": str(path), "text": "abc"} for path in (tmp_path / "long.wav", run / "0.wav")]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    long, (samples, short) = evaluate._read(str(tmp_path / "list.jsonl"), None, RATE)
+    assert (
+        long.where == f"{tmp_path}/list.jsonl:1" and long.reason == "longer than 2 s, too much to read at once: 2.5 s"
+    )
+    assert short.where == f"{tmp_path}/list.jsonl:2" and len(samples) == RATE

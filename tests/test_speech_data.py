@@ -344,10 +344,18 @@ def test_a_text_has_as_many_frames_as_ctc_needs(corpus, tmp_path):
     assert len(made.features_FxC) == slow[1] + own[1] + made.index_RxVx2[1, :, 1].sum()
 
 
-def test_what_is_too_long_is_listed(corpus, tmp_path):
+def test_what_is_too_long_is_listed_and_not_read(corpus, tmp_path, monkeypatch):
     lines = [{"audio": write(corpus, f"l{s}.wav", s), "text": "one"} for s in (0.9, 1.0, 1.1)]
     (corpus / "long.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    read, whole = [], audio._samples
+
+    def noted(file, path, *part):
+        read.append(path.name)
+        return whole(file, path, *part)
+
+    monkeypatch.setattr(audio, "_samples", noted)
     prepare(str(tmp_path / "p"), manifest=str(corpus / "long.jsonl"), rate=RATE, mels=20, longest=1)
+    assert read == ["l0.9.wav", "l1.0.wav"]
     made = Speech.open(tmp_path / "p")
     assert made.rows == 2 and made.meta["skipped"] == {"longer than 1 s": 1}
     assert '"reason": "longer than 1 s: 1.1 s"' in (tmp_path / "p/skipped.jsonl").read_text()

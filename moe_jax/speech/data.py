@@ -326,11 +326,11 @@ def _featured(
     if not ids:
         return Skipped(one.where, "no text")
     try:
+        if longest is not None and (seconds := one.seconds) > longest:
+            return Skipped(one.where, f"longer than {longest:g} s: {seconds:.1f} s")
         samples = one.samples(rate)
     except AudioError as error:
         return Skipped(one.where, f"audio that cannot be read: {error}")
-    if longest is not None and len(samples) > longest * rate:
-        return Skipped(one.where, f"longer than {longest:g} s: {len(samples) / rate:.1f} s")
     own = subsample.length(features.num_frames(len(samples), rate))
     if not own:
         return Skipped(one.where, f"too short for one subsampled frame: {len(samples)} samples")

@@ -40,6 +40,20 @@ def greedy(logp_LxV: np.ndarray) -> Hypothesis:
     return Hypothesis(tuple(tokens), float(best.sum()), tuple(frames))
 
 
+class BestPath:
+    """`greedy` as a search like `PrefixBeam`: frames may come in any portions."""
+
+    def __init__(self) -> None:
+        self.logp: list[np.ndarray] = []
+
+    def advance(self, logp_LxV: np.ndarray) -> None:
+        self.logp.append(logp_LxV)
+
+    def nbest(self, number: int | None = None) -> list[Hypothesis]:
+        """One, whatever the number."""
+        return [greedy(np.concatenate(self.logp)) if self.logp else Hypothesis((), 0.0, ())]
+
+
 @dataclasses.dataclass(slots=True)
 class _Paths:
     """All paths of one prefix: the sums of those that end with a blank and of those that do not, and the best of each

@@ -21,7 +21,7 @@ from moe_jax.metrics.errors import ErrorCounts
 from moe_jax.metrics.normalisers import family_normaliser
 from moe_jax.metrics.scoring import finite, markdown
 from moe_jax.speech.recognise import WAYS, Recogniser
-from moe_jax.speech.transcribe import record
+from moe_jax.speech.transcribe import LONGEST, record
 
 ALL, BEST = "all", "rescored"
 Row = dict[str, Any]
@@ -32,7 +32,8 @@ def error_rates(
     run_dir: str, *, manifest: str, split: str | None = "test", chunk: int = 16, beam: int = 10, nbest: int = 5
 ) -> None:
     """Word and character error rates of a run's best model on a list of utterances: whole recordings and chunks of
-    `chunk` frames, each decoded in every way, and the oracle of the n-best.
+    `chunk` frames, each decoded in every way, and the oracle of the n-best. What is longer than `LONGEST` seconds is
+    left out and listed, as what cannot be read is.
 
     Writes into `run_dir`: wer.md, the table; scores.json, its rows; transcripts.jsonl, every text; nbest.json, the
     n-best of whole recordings with their references, as HyPoradise has them.
@@ -127,12 +128,15 @@ def _table(found: Sequence[Row]) -> str:
 
 
 def _read(path: str, split: str | None, rate: int) -> Iterator[tuple[np.ndarray, Utterance] | Skipped]:
-    """The samples of each utterance, and it."""
+    """The samples of each utterance, and it; none of what is too long."""
     for one in list(manifests.read(path, split)):
         if isinstance(one, Skipped):
             yield one
             continue
         try:
-            yield one.samples(rate), one
+            if (seconds := one.seconds) > LONGEST:
+                yield Skipped(one.where, f"longer than {LONGEST} s, too much to read at once: {seconds:.1f} s")
+            else:
+                yield one.samples(rate), one
         except AudioError as error:
             yield Skipped(one.where, str(error))

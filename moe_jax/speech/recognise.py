@@ -21,7 +21,7 @@ from moe_jax.layers import subsample
 from moe_jax.layers.relative import Chunks
 from moe_jax.models.conformer import EOS
 from moe_jax.speech import decode, features
-from moe_jax.speech.decode import Hypothesis, PrefixBeam
+from moe_jax.speech.decode import BestPath, Hypothesis, PrefixBeam
 from moe_jax.text.tokeniser import Tokeniser
 from moe_jax.types import Array
 
@@ -69,7 +69,7 @@ class Recogniser:
     model, tokeniser: of a checkpoint (`load`).
     way: how whole recordings are read: "greedy", the tokens of CTC's likeliest path; "ctc", its prefix beam search;
       "attention", beam search with the decoder from left to right alone; "rescored", CTC's n-best scored again by both
-      decoders (U2++). Streams are rescored at the end of each text, or by "ctc" are not.
+      decoders (U2++). Streams are rescored at the end of each text, or by "greedy" and "ctc" are not.
     beam: prefixes that are kept, and the most texts that come out.
     ctc_weight, reverse_weight: of rescoring (default: WeNet's for AISHELL, 0.3 and 0.5, but for the latter 0 where the
       model's own is 0, whose decoder from right to left never learnt).
@@ -141,11 +141,13 @@ class Recogniser:
             return []
         if self.way == "attention":
             return self._texts(self._attended(x_LxD))
-        if self.way == "greedy":
-            return self._texts([decode.greedy(logp_LxV)])
-        search = PrefixBeam(self.beam)
+        search = self.search()
         search.advance(logp_LxV)
         return self._texts(self._second(search.nbest(), x_LxD))
+
+    def search(self) -> BestPath | PrefixBeam:
+        """A first pass."""
+        return BestPath() if self.way == "greedy" else PrefixBeam(self.beam)
 
     def _second(self, hypotheses: list[Hypothesis], x_LxD: np.ndarray) -> list[Hypothesis]:
         """The second pass, where there is one."""
@@ -238,7 +240,7 @@ class _Segment:
         self.most = max(1, round(by.longest / FRAME / chunk)) * chunk
         held = self.most if by.left < 0 else by.left * chunk
         self.state, self.chunks = by.model.state(1, held), Chunks(chunk, by.left)
-        self.search, self.outputs, self.silent = PrefixBeam(by.beam), [], 0
+        self.search, self.outputs, self.silent = by.search(), [], 0
 
     def read(self, frames_TxC: np.ndarray, window: int) -> None:
         valid = np.arange(window)[None] < len(frames_TxC)

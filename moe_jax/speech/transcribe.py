@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import io
 import json
 import signal
@@ -20,7 +19,7 @@ from moe_jax.speech.recognise import WAYS, Recogniser, Text
 
 PORTION = 0.16  # seconds of audio that a stream is given at once
 LONGEST = 60  # seconds of a recording that is read at once
-STREAMED = ("ctc", "rescored")  # ways that read a stream
+STREAMED = ("greedy", "ctc", "rescored")  # ways that read a stream
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,14 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """The exit code: 1 where some audio could not be read; what could is written.
+    """The exit code: 1 where some audio could not be read; what could is written, also of a command that fails later.
 
     Raises ValueError (also CheckpointError) in one line before anything is read.
     """
     if args.nbest > args.beam or args.nbest < 1 or (args.chunk is not None and args.chunk < 1):
         raise ValueError(f"--nbest {args.nbest} must be from 1 to --beam {args.beam}, and --chunk 1 or more")
     if args.stream and args.decode not in STREAMED:
-        raise ValueError(f"--stream reads by ctc or rescored, not by --decode {args.decode}")
+        raise ValueError(f"--stream reads by greedy, ctc or rescored, not by --decode {args.decode}")
     if args.left >= 0 and args.chunk is None and not args.stream:
         raise ValueError(f"--left {args.left} is of chunks: give --chunk too, or --stream")
     weights = {name: x for name in ("ctc_weight", "reverse_weight") if (x := getattr(args, name)) is not None}
@@ -62,17 +61,26 @@ def main(args: argparse.Namespace) -> int:
     by = Recogniser.load(args.checkpoint, way=args.decode, beam=args.beam, **seen, **weights)
     records: list[dict[str, Any]] = []
     failed = 0
-    for path in args.audio:
-        try:
-            for one in _records(by, path, args):
-                records.append(one)
-                if not _said(one["input"][0]) and not args.output:
-                    return 1
-        except audio.AudioError as error:
-            print(error, file=sys.stderr)
-            failed += 1
-    if args.output and records:
-        partfile.write_text(Path(args.output), json.dumps(records, indent=1, ensure_ascii=False) + "\n")
+    try:
+        for path in args.audio:
+            try:
+                for one in _records(by, path, args):
+                    records.append(one)
+                    if not _said(one["input"][0]) and not args.output:
+                        return 1
+            except audio.AudioError as error:
+                print(error, file=sys.stderr)
+                failed += 1
+    except KeyboardInterrupt:
+        if not args.output or not records:
+            raise
+        print(f"interrupted; {args.output} has what was recognised before", file=sys.stderr)
+        return 130
+    finally:
+        if args.output and records:
+            text = json.dumps(records, indent=1, ensure_ascii=False) + "\n"
+            # Bytes of a file's name that are not UTF-8 are lone surrogates in Python, and escapes in JSON.
+            partfile.write_bytes(Path(args.output), text.encode("utf-8", "backslashreplace"))
     if failed:
         print(f"{failed} of {len(args.audio)} could not be read", file=sys.stderr)
     return 1 if failed else 0
@@ -105,19 +113,18 @@ def _records(by: Recogniser, path: str, args: argparse.Namespace) -> Iterator[di
     else:
         seconds, samples = audio.seconds(path), None
         blocks = audio.blocks(path, by.rate, PORTION)
-    if args.stream or (seconds > LONGEST and by.way in STREAMED):
+    if seconds > LONGEST and by.way not in STREAMED:
+        where = "standard input" if path == "-" else path
+        said = f"{seconds:.1f} s, and {by.way} reads no more than {LONGEST} s at once"
+        raise audio.AudioError(f"{where}: {said}: choose another --decode, or cut it")
+    if args.stream or seconds > LONGEST:
         if not args.stream:
-            _say_once(f"what is longer than {LONGEST} s is read as with --stream, a record a text")
+            audio.say_once(f"what is longer than {LONGEST} s is read as with --stream, a record a text")
         _compile(by)
         yield from _streamed(by, path, blocks, args.nbest)
         return
     texts = by(audio.read(path, by.rate) if samples is None else samples)
     yield {**record(texts, args.nbest), "audio": path}
-
-
-@functools.cache
-def _say_once(said: str) -> None:
-    print(said, file=sys.stderr)
 
 
 class _Ended(Exception):
