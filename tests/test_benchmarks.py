@@ -25,6 +25,7 @@ from benchmarks import (
     results,
     rtf,
     scaling,
+    stream,
     tpu_aot,
 )
 from benchmarks.merging_settings import Corrector as Merged
@@ -34,7 +35,7 @@ from moe_jax.layers.ffn import DenseFfn
 from moe_jax.layers.param import Rngs
 from moe_jax.models.corrector import Corrector
 from moe_jax.moe import dispatch
-from moe_jax.speech.recognise import Text
+from moe_jax.speech.recognise import Text, Update
 
 
 def test_rivals_take_turns():
@@ -398,3 +399,20 @@ def test_a_chain_lists_what_every_reader_hears(tmp_path):
     path.write_text(json.dumps(line) + "\n")
     found = chain.lists([Reader("a", "b"), Reader()], str(path), "train")
     assert found == [{"hypotheses": h, "reference": line["text"]} for h in (["a", "b"], [""])]
+
+
+def test_a_stream_is_timed_where_the_encoder_runs_and_its_memory_all_along(monkeypatch):
+    """Ten seconds: a chunk fills at every fourth portion, and memory has a peak that passes before the end."""
+    number = round(10 / stream.PORTION)
+    updates = [
+        Update([], False, stream.PORTION * i, 0.02 if i % 4 == 0 else 0.001, 0.0, 0.64 * (i // 4))
+        for i in range(1, number + 1)
+    ]
+    updates.append(Update([], True, 10.0, 0.3, 0.0, 10.0))
+    held = iter([100.0, 110.0] + [105.0] * 20 + [220.0] + [105.0] * number)
+    monkeypatch.setattr(stream, "memory", lambda: next(held))
+    rows = {row["case"]: row for row in stream.timed(updates, 10 / 60)}
+    assert [rows[f"portion, p{p}"]["ours"] for p in (50, 95, 99, 100)] == [0.02] * 4
+    assert rows["portion, p50"]["number"] == number // 4 and rows["final, p50"]["ours"] == 0.3
+    assert (rows["memory"]["ours"], rows["memory"]["rival"]) == (220.0, 110.0)
+    assert rows["real-time factor"]["ours"] == pytest.approx(sum(u.took for u in updates) / 10)

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+import re
 import signal
 import time
 from functools import partial
@@ -226,6 +227,30 @@ def test_a_pause_ends_a_text(made):
     assert len(finals) > 3 and all(u.texts for u in finals[:-1])
 
 
+@pytest.mark.parametrize(("way", "other"), [("ctc", 5), ("rescored", 6)])
+def test_nobody_waits_for_a_compiler_while_it_streams(made, way, other):
+    by = Recogniser(made, SYMBOLS, way=way, chunk=4, pause=9.0, longest=1.6, beam=3)
+    by.compile()
+    compiled: list[str] = []
+
+    def note(event: str, duration: float, **_: object) -> None:
+        compiled.extend([event] if event.endswith("backend_compile_duration") else [])
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        assert sum(u.final for u in by.stream(portions(audio(4.0), 800))) == 3
+        rng = np.random.default_rng(0)
+        for frames in (1, 15, 33, 40):
+            x = rng.normal(size=(frames, 16)).astype(np.float32)
+            for tokens in (0, frames // 2, frames):
+                by._second([Hypothesis((3,) * tokens, 0.0, ())], x)
+        assert not compiled
+        list(dataclasses.replace(by, chunk=other).stream([audio(1.0)]))
+        assert compiled, "what was not compiled before shows here"
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+
+
 @pytest.mark.parametrize("samples", [0, 100, 679])
 def test_too_little_audio_says_nothing(made, samples):
     by = Recogniser(made, SYMBOLS, chunk=4)
@@ -282,8 +307,15 @@ def run(made, tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def brief(monkeypatch):
+    """A recogniser whose texts end after 1.28 s: a stream needs few programs."""
+    load = Recogniser.load
+    monkeypatch.setattr(Recogniser, "load", lambda *a, **k: dataclasses.replace(load(*a, **k), longest=1.28))
+
+
 @pytest.mark.parametrize("how", [[], ["--stream", "--chunk=16"]])
-def test_transcripts_are_what_correct_reads(run, tmp_path, capsys, how):
+def test_transcripts_are_what_correct_reads(run, brief, tmp_path, capsys, how):
     output = tmp_path / "hyps.json"
     files = [str(run / f"{i}.wav") for i in range(2)]
     assert cli.entry(["transcribe", *files, f"--checkpoint={run}", "--nbest=3", f"--output={output}", *how]) == 0
@@ -295,7 +327,29 @@ def test_transcripts_are_what_correct_reads(run, tmp_path, capsys, how):
         assert one["scores"] == sorted(one["scores"], reverse=True) and len(one["times"]) == len(one["input"][0])
     out = capsys.readouterr()
     assert out.out.splitlines() == [one["input"][0] for one in said]
-    assert ("real-time factor" in out.err) == bool(how)
+    times = re.findall(r"real-time factor \d\.\d+, a portion's p50 (\S+) s, p95 (\S+) s, max (\S+) s\n", out.err)
+    assert len(times) == (2 if how else 0)
+    for found in times:
+        assert 0 < float(found[0]) <= float(found[1]) <= float(found[2])
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_partial_texts_show_wherever_they_are_asked_for(run, brief, tmp_path, monkeypatch):
+    given = ["transcribe", str(run / "0.wav"), f"--checkpoint={run}", "--stream", "--chunk=4"]
+    said = []
+    for stderr in (io.StringIO(), Terminal()):
+        monkeypatch.setattr("sys.stderr", stderr)
+        assert cli.entry(given) == 0
+        said.append(stderr.getvalue())
+    piped = [line.split(" s  ")[1] for line in said[0].splitlines()[:-1]]
+    assert len(piped) > 2 and all(a != b for a, b in itertools.pairwise(piped[:-1])) and "\r" not in said[0]
+    shown = said[1].split("\r\033[K")[1:]
+    assert [line.split(" s  ")[1].split("\n")[0] for line in shown] == piped
+    assert [line.count("\n") for line in shown] == [0] * (len(shown) - 1) + [2]
 
 
 def test_what_cannot_be_read_is_one_line_and_the_rest_is_written(run, tmp_path, capsys):
@@ -359,7 +413,7 @@ class Stdin(io.BytesIO):
 
 
 @pytest.mark.parametrize("how", [[], ["--stream"]])
-def test_ctrl_c_ends_what_is_heard(run, tmp_path, monkeypatch, how):
+def test_ctrl_c_ends_what_is_heard(run, brief, tmp_path, monkeypatch, how):
     texts = []
     for interrupt in (False, True):
         monkeypatch.setattr("sys.stdin", Stdin(1.0, interrupt))

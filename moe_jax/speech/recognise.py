@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from moe_jax import checkpoint, describe, tree, xla
 from moe_jax import decode as searching
@@ -27,6 +28,7 @@ from moe_jax.types import Array
 
 FRAME = subsample.RATE * features.SHIFT  # seconds from one of the model's frames to the next
 WAYS = ("greedy", "ctc", "attention", "rescored")
+CHUNK = 16  # frames of 40 ms that a stream reads at once, unless it is told
 SHORTEST = 64  # frames of features: lengths that the encoder's programs are made for grow from here, by a quarter
 
 
@@ -169,7 +171,7 @@ class Recogniser:
         chunks = None if self.chunk is None else Chunks(self.chunk, self.left)
         x, logp = _program(_whole)(self.model, x_TxC[None], np.arange(len(x_TxC))[None] < len(frames_TxC), chunks)
         L = subsample.length(len(frames_TxC))
-        return np.asarray(x[0, :L]), np.asarray(logp[0, :L])
+        return np.asarray(x)[0, :L], np.asarray(logp)[0, :L]  # NumPy cuts: JAX would compile each length
 
     def rescored(self, hypotheses: Sequence[Hypothesis], x_LxD: np.ndarray) -> list[Hypothesis]:
         """By both decoders, all hypotheses at once."""
@@ -202,10 +204,23 @@ class Recogniser:
 
     # --- streams ----------------------------------------------------------------------------------------------------
 
+    def compile(self) -> None:
+        """Makes all programs that a stream needs, so that no speaker waits for one. The second pass has one for each
+        length of what was heard with each length of a text, which is no longer."""
+        list(self.stream([np.zeros(self.rate, np.float32)]))
+        if self.way != "rescored":
+            return
+        most = _Segment(self, self.chunk or CHUNK, 0.0).most
+        heard = _sizes(most, SHORTEST // subsample.RATE)
+        sizes = [(frames, tokens) for frames in heard for tokens in _sizes(min(frames, most), 8)]
+        for frames, tokens in tqdm(sizes, "compiling", disable=None, leave=False):
+            x_LxD = np.zeros((frames, self.model.d), self.model.subsample.o.dtype)
+            self.rescored([Hypothesis((EOS + 1,) * tokens, 0.0, ())], x_LxD)
+
     def stream(self, pcm: Iterable[np.ndarray]) -> Iterator[Update]:
         """What is known after each portion of audio (samples [S] at `rate`, of any size), however long it goes on: the
         memory that it takes does not grow."""
-        chunk = self.chunk or 16
+        chunk = self.chunk or CHUNK
         step, window = subsample.RATE * chunk, subsample.RATE * (chunk - 1) + subsample.WINDOW
         shift = features.sizes(self.rate)[1]
         samples, frames = np.zeros(0, np.float32), np.zeros((0, self.mels), np.float32)
@@ -248,8 +263,8 @@ class _Segment:
             self.by.model, _padded(frames_TxC, window)[None], valid, self.state, self.chunks
         )
         L = subsample.length(len(frames_TxC))
-        logp_LxV = np.asarray(logp[0, :L])
-        self.outputs.append(np.asarray(x[0, :L]))
+        logp_LxV = np.asarray(logp)[0, :L]  # NumPy cuts: JAX would compile each length
+        self.outputs.append(np.asarray(x)[0, :L])
         self.search.advance(logp_LxV)
         for token in logp_LxV.argmax(1):
             self.silent = self.silent + 1 if token == decode.BLANK else 0
@@ -308,6 +323,11 @@ def _bucket(length: int, shortest: int = SHORTEST, factor: float = 1.25) -> int:
     while size < length:
         size = math.ceil(size * factor)
     return size
+
+
+def _sizes(longest: int, shortest: int) -> list[int]:
+    """What `_bucket` gives by twos, up to `longest`."""
+    return list(dict.fromkeys(_bucket(length, shortest, 2) for length in range(longest + 1)))
 
 
 def _padded(x_LxD: np.ndarray, length: int) -> np.ndarray:

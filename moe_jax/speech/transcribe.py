@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import json
 import signal
@@ -59,12 +60,13 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(said)
     seen = dict(chunk=args.chunk, left=args.left)
     by = Recogniser.load(args.checkpoint, way=args.decode, beam=args.beam, **seen, **weights)
+    ready = functools.cache(by.compile)
     records: list[dict[str, Any]] = []
     failed = 0
     try:
         for path in args.audio:
             try:
-                for one in _records(by, path, args):
+                for one in _records(by, ready, path, args):
                     records.append(one)
                     if not _said(one["input"][0]) and not args.output:
                         return 1
@@ -96,16 +98,20 @@ def _said(text: str) -> bool:
     return True
 
 
-def _records(by: Recogniser, path: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One of a recording; one a text of what is streamed, with the seconds where it begins and ends, as it comes."""
+def _records(
+    by: Recogniser, ready: Callable[[], None], path: str, args: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """One of a recording; one a text of what is streamed, with the seconds where it begins and ends, as it comes.
+    `ready` comes before the first that is heard as if it were being spoken."""
     if path == "-":
         if args.stream:
-            _compile(by)
+            ready()
+            print("listening", file=sys.stderr)
         live = _Live(cast(io.BufferedReader, sys.stdin.buffer))
         with live:
             blocks = audio.pcm(live, args.pcm_rate or by.rate, by.rate, PORTION)
             if args.stream:
-                yield from _streamed(by, path, blocks, args.nbest)
+                yield from _streamed(by, path, blocks, args)
                 return
             samples = np.concatenate([*blocks, np.zeros(0, np.float32)])
         seconds = len(samples) / by.rate
@@ -118,10 +124,11 @@ def _records(by: Recogniser, path: str, args: argparse.Namespace) -> Iterator[di
         said = f"{seconds:.1f} s, and {by.way} reads no more than {LONGEST} s at once"
         raise audio.AudioError(f"{where}: {said}: choose another --decode, or cut it")
     if args.stream or seconds > LONGEST:
-        if not args.stream:
+        if args.stream:
+            ready()
+        else:
             audio.say_once(f"what is longer than {LONGEST} s is read as with --stream, a record a text")
-        _compile(by)
-        yield from _streamed(by, path, blocks, args.nbest)
+        yield from _streamed(by, path, blocks, args)
         return
     texts = by(audio.read(path, by.rate) if samples is None else samples)
     yield {**record(texts, args.nbest), "audio": path}
@@ -176,22 +183,31 @@ def record(texts: Sequence[Text], nbest: int) -> dict[str, Any]:
     }
 
 
-def _compile(by: Recogniser) -> None:
-    list(by.stream([np.zeros(by.rate, np.float32)]))
-
-
-def _streamed(by: Recogniser, path: str, blocks: Iterable[np.ndarray], nbest: int) -> Iterator[dict[str, Any]]:
-    """Shows what is understood while it is heard, and hands on what is final. Silence is no text, unless it is all."""
-    finals, took, end, slowest = 0, 0.0, 0.0, 0.0
+def _streamed(
+    by: Recogniser, path: str, blocks: Iterable[np.ndarray], args: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """Shows what is understood while it is heard, on a terminal in one line that changes, and hands on what is final.
+    Silence is no text, unless it is all."""
+    watched = sys.stderr.isatty()
+    begin, end = ("\r\033[K", "") if watched else ("", "\n")
+    finals, total, until, shown, took = 0, 0.0, 0.0, "", []
     for update in by.stream(blocks):
-        took, end, slowest = took + update.took, update.end, max(slowest, update.took)
-        if update.texts and (update.final or sys.stderr.isatty()):
-            print(f"\r{update.end:8.2f} s  {update.texts[0].text}", end="\n" if update.final else "", file=sys.stderr)
-        if update.final and update.texts and update.texts[0].text:
+        total += update.took
+        if update.final or update.until > until:  # the others wait for a chunk to fill
+            took.append(update.took)
+        until = update.until
+        best = update.texts[0].text if update.texts else ""
+        if update.texts and (update.final or (best != shown and (args.stream or watched))):
+            print(f"{begin}{update.end:8.2f} s  {best}", end="\n" if update.final else end, file=sys.stderr)
+        shown = "" if update.final else best
+        if update.final and best:
             finals += 1
             times = {"start": round(update.start, 2), "end": round(update.until, 2)}
-            yield {**record(update.texts, nbest), "audio": path, **times}
+            yield {**record(update.texts, args.nbest), "audio": path, **times}
     if not finals:
-        yield {**record([], nbest), "audio": path, "start": 0.0, "end": round(end, 2)}
-    speed = f"real-time factor {took / max(end, 1e-9):.3f}, slowest portion {slowest:.3f} s"
-    print(f"{path}: {end:.1f} s, {speed}", file=sys.stderr)
+        yield {**record([], args.nbest), "audio": path, "start": 0.0, "end": round(update.end, 2)}
+    p50, p95, most = np.percentile(took, (50, 95, 100))
+    times = f"a portion's p50 {p50:.3f} s, p95 {p95:.3f} s, max {most:.3f} s"
+    included = "" if args.stream else ", compiling included"
+    speed = f"real-time factor {total / max(update.end, 1e-9):.3f}"
+    print(f"{path}: {update.end:.1f} s, {speed}, {times}{included}", file=sys.stderr)
