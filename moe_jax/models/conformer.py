@@ -243,12 +243,12 @@ class Conformer(Module):
         self,
         features_BxTxC: Array,
         valid_BxT: Array,
-        state: BlockState | None = None,
+        state: BlockState | tuple[BlockState, ...] | None = None,
         *,
         chunks: Chunks | None = None,
         task_B: Array | None = None,
         key: Array | None = None,
-    ) -> tuple[Array, TokenInfo, BlockState | None, RouterStats | None]:
+    ) -> tuple[Array, TokenInfo, Any, RouterStats | None]:
         """(x_BxLxD, their info, state, router statistics [2 x layers, ...]).
 
         With a state these are the windows of whole chunks that follow those of the last call, frames overlapping by
@@ -262,8 +262,9 @@ class Conformer(Module):
             x = self.augment(x, valid_BxT.sum(1), keys[-1])
         x, valid = self.subsample(x.astype(self.subsample.o.dtype), valid_BxT)
         x = drop(constrain(x * self.d**0.5, "batch", None, None), None if keys is None else keys[-2], self.dropout)
-        split = isinstance(state, tuple)
-        start = 0 if state is None else state[0].attention.index if split else state.attention.index[0]
+        start = 0
+        if state is not None:
+            start = state[0].attention.index if isinstance(state, tuple) else state.attention.index[0]
         position = start + jnp.arange(x.shape[1])
         info = _info(valid, task_B, jnp.broadcast_to(position, valid.shape))
         place = sinusoids(position[None], self.d)
@@ -276,12 +277,11 @@ class Conformer(Module):
             remat=self.remat,
             unroll=self.unroll if state is None else 1,
         )
-        if split:
-            state = tuple(s for s, _ in outs)
-            stats = jax.tree.map(lambda *a: jnp.concatenate(a), *(one for _, one in outs))
-        else:
-            state, stats = outs[0], jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), outs[1])
-        return self.norm(x), info, state, stats
+        if isinstance(state, tuple):
+            states, stats = zip(*outs, strict=True)
+            return self.norm(x), info, states, jax.tree.map(lambda *a: jnp.concatenate(a), *stats)
+        states, stats = outs
+        return self.norm(x), info, states, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), stats)
 
     def ctc_logits(self, x_BxLxD: Array) -> Array:
         return constrain(linear(x_BxLxD, self.ctc[...], self.ctc_bias[...]), "batch", None, "vocab")

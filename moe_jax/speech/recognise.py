@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from moe_jax import checkpoint, describe, tree, xla
 from moe_jax import decode as searching
-from moe_jax.layers import subsample
+from moe_jax.layers import stack, subsample
 from moe_jax.layers.relative import Chunks
 from moe_jax.models.conformer import EOS
+from moe_jax.programs import apart
 from moe_jax.speech import decode, features
 from moe_jax.speech.decode import BestPath, Hypothesis, PrefixBeam
 from moe_jax.text.tokeniser import Tokeniser
@@ -204,6 +205,11 @@ class Recogniser:
 
     # --- streams ----------------------------------------------------------------------------------------------------
 
+    @functools.cached_property
+    def laid_out(self) -> Any:
+        """The model as streams read it: on a CPU each weight as an array of its own, of which a chunk makes no copy."""
+        return _program(apart)(self.model) if jax.default_backend() == "cpu" else self.model
+
     def compile(self) -> None:
         """Makes all programs that a stream needs, so that no speaker waits for one. The second pass has one for each
         length of what was heard with each length of a text, which is no longer."""
@@ -254,13 +260,14 @@ class _Segment:
         self.by, self.start = by, start
         self.most = max(1, round(by.longest / FRAME / chunk)) * chunk
         held = self.most if by.left < 0 else by.left * chunk
-        self.state, self.chunks = by.model.state(1, held), Chunks(chunk, by.left)
+        state, self.chunks = by.model.state(1, held), Chunks(chunk, by.left)
+        self.state = state if by.laid_out is by.model else stack.split(state, by.model.layers)
         self.search, self.outputs, self.silent = by.search(), [], 0
 
     def read(self, frames_TxC: np.ndarray, window: int) -> None:
         valid = np.arange(window)[None] < len(frames_TxC)
         x, logp, self.state = _program(_chunk)(
-            self.by.model, _padded(frames_TxC, window)[None], valid, self.state, self.chunks
+            self.by.laid_out, _padded(frames_TxC, window)[None], valid, self.state, self.chunks
         )
         L = subsample.length(len(frames_TxC))
         logp_LxV = np.asarray(logp)[0, :L]  # NumPy cuts: JAX would compile each length
