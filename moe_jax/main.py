@@ -73,11 +73,18 @@ def corpus(split: str, families: Sequence[str] = ("asr", "ocr", "mt", "gec")) ->
 
 
 def parallel(split: str, directions: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
-    """direction -> sentences and their references, of the embedded parallel text; MOE_JAX_DATA as in `corpus`."""
+    """direction -> sentences and their references, of the embedded parallel text (drafts to edit: of the family `mt`);
+    MOE_JAX_DATA as in `corpus`."""
     from moe_jax.tasks import translation
 
-    rows, ends = multiparallel(split), {direction: translation.languages(direction) for direction in directions}
-    return {d: [(row[a], row[b]) for row in rows if a in row and b in row] for d, (a, b) in ends.items()}
+    def pairs(direction: str) -> list[tuple[str, str]]:
+        if translation.edits(direction):
+            found = translation.drafts(Path(corpus(split, ["mt"])[0]), direction)
+            return [(draft, text) for _, draft, text in found]
+        a, b = translation.languages(direction)
+        return [(row[a], row[b]) for row in multiparallel(split) if a in row and b in row]
+
+    return {direction: pairs(direction) for direction in directions}
 
 
 def multiparallel(split: str) -> list[dict[str, str]]:

@@ -7,6 +7,7 @@ correct_base  generated noise (two thirds) and the families, to pretrain a base 
 translate_all          the directions that are trained on (`translation.TRAINED`), at temperature 2 too
 translate_from_en      of these the ones from English
 translate_and_denoise  the same with masked text in each of their languages
+translate_denoise_edit  and what a machine translated, to be edited
 
 In these every third example of speech, print and writers comes with a first pass that is right: recognisers
 are better on other text than on that from which a model learns, and what is right is to be left alone.
@@ -62,6 +63,12 @@ CORRECT_BASE = seqio.MixtureRegistry.add(
 TRANSLATE_AND_DENOISE = seqio.MixtureRegistry.add(
     "translate_and_denoise",
     [translate.TASKS[direction].name for direction in translation.TRAINED],
+    default_rate=by_size,
+)
+
+TRANSLATE_DENOISE_EDIT = seqio.MixtureRegistry.add(
+    "translate_denoise_edit",
+    [translate.TASKS[direction].name for direction in (*translation.TRAINED, *translation.POST_EDIT)],
     default_rate=by_size,
 )
 

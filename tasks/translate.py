@@ -1,7 +1,8 @@
-"""`translate_en_de` and its like, a task a direction, and `denoise_de`, which restores masked text, a task a language.
+"""`translate_en_de` and its like, a task a direction; `denoise_de`, which restores masked text, a task a language; and
+`postedit_es`, which edits what a machine translated, as far as the corpus has such drafts (`mt.train.jsonl.gz`).
 
-All read one file of sentences in many languages (`translation.read`): `translate.train.jsonl.gz` in the corpus, with
-valid and test, or those of `MOE_JAX_DATA`. A translation is an ordinary record: the source sentence is the one
+All others read one file of sentences in many languages (`translation.read`): `translate.train.jsonl.gz` in the corpus,
+with valid and test, or those of `MOE_JAX_DATA`. A translation is an ordinary record: the source sentence is the one
 hypothesis, the target the reference.
 
 Masking is text infilling as in mBART (arXiv 2001.08210): spans of words, their lengths drawn from Poisson(3.5), until
@@ -22,7 +23,7 @@ import numpy as np
 from moe_jax.formats.record import Record
 from moe_jax.tasks import correction
 from moe_jax.tasks.quiet import seqio, tf
-from moe_jax.tasks.translation import DIRECTIONS, FAMILY, denoises, languages, read
+from moe_jax.tasks.translation import DIRECTIONS, FAMILY, denoises, drafts, edits, languages, read
 
 MASKED, SPAN = 0.35, 3.5
 MARK = "_"
@@ -37,6 +38,18 @@ class Parallel(correction.JsonLines):
 
     def listed(self, path: Path) -> tuple[list[bytes], list[int]]:
         return _lines(path, path.stat().st_mtime_ns, self._direction)
+
+
+class Drafts(correction.JsonLines):
+    """What a machine translated into the language of a direction."""
+
+    def __init__(self, direction: str):
+        super().__init__(f"{FAMILY}/{direction}", correction.data_folder, "mt.")
+        self._direction = direction
+
+    def listed(self, path: Path) -> tuple[list[bytes], list[int]]:
+        found = drafts(path, self._direction)
+        return [_line(self._direction, draft, text) for _, draft, text in found], [number for number, *_ in found]
 
 
 @functools.lru_cache(maxsize=3 * len(DIRECTIONS))
@@ -87,6 +100,8 @@ def scores(targets: Sequence[Record], predictions: Sequence[str]) -> dict[str, f
 def _register(direction: str) -> seqio.Task:
     if denoises(direction):
         name, to_rows = f"denoise_{languages(direction)[0]}", [masked]
+    elif edits(direction):
+        return correction.add(f"postedit_{languages(direction)[1]}", FAMILY, Drafts(direction), [], metric_fn=scores)
     else:
         name, to_rows = f"translate_{direction.replace('-', '_')}", []
     return correction.add(name, FAMILY, Parallel(direction), to_rows, metric_fn=scores)

@@ -2,10 +2,12 @@
 
 The languages are English and eight others that share their text (see builders/parallel.py): German and Swedish;
 Spanish, Catalan, French and Italian; Russian and Czech. A direction is a task of its own, "translate/en-de"; one from a
-language into itself restores masked text. What is not trained on by default:
+language into itself restores masked text, one from "mt" edits what a machine translated, read beside what it was
+translated from (the family `mt` of the corpus). What is not trained on by default:
 
     ZERO_SHOT   related (fr-ca) and unrelated languages (de-ru) that were never seen together, each seen with others
     NEW         a language that comes later: the new task of an adapter
+    POST_EDIT   what a machine translated
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ import json
 import zlib
 from pathlib import Path
 
+from moe_jax import formats
+
 FAMILY = "translate"
 LANGUAGES = ("en", "de", "es", "ca", "fr", "it", "ru", "cs", "sv")  # append only
 FIRST_ID = 16
@@ -25,10 +29,13 @@ DIRECTIONS = (  # append only: the place is the id
     *("es-ca", "ca-es", "es-it", "it-es", "ru-cs", "cs-ru"),
     *("fr-ca", "de-ru", "en-sv", "sv-en"),
     *("en-en", "de-de", "es-es", "ca-ca", "fr-fr", "it-it", "ru-ru", "cs-cs", "sv-sv"),
+    *("mt-en", "mt-es"),
 )
+DRAFT, BETWEEN = "mt", " _ "  # who wrote what is edited; what stands between it and what it was translated from
 ZERO_SHOT = ("fr-ca", "de-ru")
 NEW = ("en-sv", "sv-en", "sv-sv")
-TRAINED = tuple(direction for direction in DIRECTIONS if direction not in (*ZERO_SHOT, *NEW))
+POST_EDIT = ("mt-en", "mt-es")
+TRAINED = tuple(direction for direction in DIRECTIONS if direction not in (*ZERO_SHOT, *NEW, *POST_EDIT))
 
 
 def tested() -> list[str]:
@@ -53,6 +60,11 @@ def denoises(direction: str) -> bool:
     return source == target
 
 
+def edits(direction: str) -> bool:
+    """Whether it edits what a machine translated."""
+    return languages(direction)[0] == DRAFT
+
+
 def direction_ids() -> dict[str, int]:
     """{"translate/en-de": 16, ...}: what `prepare.prepare.ids` takes."""
     return {f"{FAMILY}/{direction}": number for number, direction in enumerate(DIRECTIONS, FIRST_ID)}
@@ -64,16 +76,16 @@ def grouped(by: str) -> dict[int, int]:
     Args:
       by: "target", "source", "pair" or "type", or several: "target+type" has a group for each language written, and
         another for each that is restored. The first three are the granularities of "Beyond Distillation: Task-level
-        MoE" (arXiv 2110.03742), a pair is a direction; the types are 1, translates, and 2, denoises.
+        MoE" (arXiv 2110.03742), a pair is a direction; the types are 1, translates, 2, denoises, and 3, edits.
 
     Raises ValueError for another granularity.
     """
-    numbers = {language: number for number, language in enumerate(LANGUAGES, 1)}
+    numbers = {language: number for number, language in enumerate((*LANGUAGES, DRAFT), 1)}
     groups = {
         "target": [numbers[languages(direction)[1]] for direction in DIRECTIONS],
         "source": [numbers[languages(direction)[0]] for direction in DIRECTIONS],
         "pair": list(range(1, len(DIRECTIONS) + 1)),
-        "type": [1 + denoises(direction) for direction in DIRECTIONS],
+        "type": [3 if edits(direction) else 1 + denoises(direction) for direction in DIRECTIONS],
     }
     names = by.split("+")
     if not groups.keys() >= {*names}:
@@ -85,8 +97,26 @@ def grouped(by: str) -> dict[int, int]:
 
 
 def own_adapter() -> dict[int, int]:
-    """Task id -> the expert of its own: what `ByTask` takes for static adapters."""
-    return {number: place for place, number in enumerate(direction_ids().values())}
+    """Task id -> the expert of its own: what `ByTask` takes for static adapters. Who edits a language has that of who
+    restores it."""
+    own = {direction: place for place, direction in enumerate(DIRECTIONS)}
+    own |= {direction: own["{1}-{1}".format(*languages(direction))] for direction in POST_EDIT}
+    return {number: own[direction] for direction, number in zip(DIRECTIONS, direction_ids().values(), strict=True)}
+
+
+def drafts(path: Path, direction: str) -> list[tuple[int, str, str]]:
+    """Of a file of records of `mt` those whose reference is in the language of `direction`: (line; the draft,
+    `BETWEEN`, the first of the texts that it was translated from; reference).
+
+    Raises ValueError, in one line, for a file that cannot be read (`formats.read`).
+    """
+    return _drafts(path, path.stat().st_mtime_ns, languages(direction)[1])
+
+
+@functools.lru_cache(maxsize=12)
+def _drafts(path: Path, mtime: int, language: str) -> list[tuple[int, str, str]]:
+    found = [record for record in formats.read(path) if json.loads(record.raw).get("lang") == language]
+    return [(r.line, BETWEEN.join((r.hypotheses[0], *r.sources[:1])), r.reference) for r in found if r.reference]
 
 
 def read(path: Path) -> list[tuple[int, dict[str, str]]]:

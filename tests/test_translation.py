@@ -139,11 +139,23 @@ def test_ids_are_fixed_and_fit_the_tables():
     assert correction.task_ids(ids) == FAMILIES | ids
     assert max(ids.values()) < MAX_FAMILIES
     # Checkpoints hold these: append only.
-    fixed = {"en-de": 16, "cs-en": 29, "cs-ru": 35, "fr-ca": 36, "sv-en": 39, "en-en": 40, "sv-sv": 48}
+    fixed = {
+        "en-de": 16,
+        "cs-en": 29,
+        "cs-ru": 35,
+        "fr-ca": 36,
+        "sv-en": 39,
+        "en-en": 40,
+        "sv-sv": 48,
+        "mt-en": 49,
+        "mt-es": 50,
+    }
     assert all(ids[f"translate/{direction}"] == number for direction, number in fixed.items())
     assert {source for pair in translation.DIRECTIONS for source in translation.languages(pair)} == {
-        *translation.LANGUAGES
+        *translation.LANGUAGES,
+        "mt",
     }
+    assert {*translation.own_adapter().values()} == {*range(33)}  # as many as a model of static adapters has
 
 
 def test_what_is_held_back_is_otherwise_known():
@@ -168,7 +180,8 @@ def test_groups_are_what_directions_share():
     assert together("source", "en-de", "en-sv", "en-en") and not together("source", "en-de", "es-it")
     assert together("type", "en-de", "fr-ca") and together("type", "de-de", "sv-sv")
     assert not together("type", "en-de", "de-de")
-    for by, count in (("target", 9), ("source", 9), ("pair", len(ids)), ("type", 2)):
+    assert not {translation.grouped("type")[ids[d]] for d in translation.POST_EDIT} & {1, 2}
+    for by, count in (("target", 9), ("source", 10), ("pair", len(ids)), ("type", 3)):
         group = translation.grouped(by)
         assert list(group) == list(ids.values()) and {*group.values()} == {*range(1, count + 1)}
     refused("choose target, source, pair, type", translation.grouped, "script")
@@ -178,7 +191,7 @@ def test_groups_are_what_directions_share():
 def test_granularities_can_be_joined():
     ids, group = translation.direction_ids(), translation.grouped("target+type")
     of = {name.partition("/")[2]: group[number] for name, number in ids.items()}
-    assert {*of.values()} == {*range(1, 2 * len(translation.LANGUAGES) + 1)}
+    assert {*of.values()} == {*range(1, 2 * len(translation.LANGUAGES) + 3)}
     assert of["es-ca"] == of["en-ca"] != of["ca-ca"] and of["en-en"] != of["de-en"] == of["ru-en"]
 
 
@@ -289,6 +302,30 @@ def test_a_direction_reads_the_rows_that_have_both_languages(corpus):
     refused("translate.train.jsonl:2: not JSON", drawn, "translate_de_en", passes=1)
 
 
+def test_what_a_machine_translated_is_edited_beside_its_source(corpus):
+    rows = [
+        {"hypotheses": ["der Haus", "Haus"], "sources": {"en": "the house", "es": "la casa"}, "reference": "das Haus"},
+        {"hypotheses": ["la maison"], "sources": {"en": "the house"}, "reference": "la casa"},
+        {"hypotheses": ["a cat"], "sources": {}, "reference": "the cat"},
+    ]
+    lines = [json.dumps({"task": "mt", "lang": lang} | row) for lang, row in zip(("de", "es", "en"), rows, strict=True)]
+    (corpus / "mt.train.jsonl").write_text("\n".join(lines))
+    (found,) = drawn("postedit_es", passes=1)
+    assert texts(found) == ("la maison _ the house", "la casa") and found.tokens[0] == tokeniser().control("<2es>")
+    assert found.task == translation.direction_ids()["translate/mt-es"]
+    assert [texts(e) for e in drawn("postedit_en", passes=1)] == [("a cat", "the cat")]
+    (corpus / "mt.train.jsonl").write_text(lines[0] + "\n{")
+    refused("mt.train.jsonl", drawn, "postedit_es", passes=1)
+
+
+def test_shipped_drafts_are_scored_as_a_direction():
+    found = main.parallel("test", ["mt-es", "mt-en", "de-en"])
+    assert all(translation.BETWEEN in draft for draft, _ in found["mt-es"]) and len(found["mt-es"]) > 100 < len(
+        found["mt-en"]
+    )
+    assert found["de-en"] == main.parallel("test", ["de-en"])["de-en"]
+
+
 def test_a_mixture_weighs_directions_by_the_root_of_their_size(corpus):
     mixture = seqio_data.find("translate_and_denoise")
     assert mixture.get_rate(translate.TASKS["en-de"]) == pytest.approx(2**0.5)
@@ -303,6 +340,8 @@ def test_mixtures_train_on_what_is_not_held_back():
     held = {translate.TASKS[direction].name for direction in (*translation.ZERO_SHOT, *translation.NEW)}
     assert len(names) == 20 and not with_noise & held
     assert with_noise - names == {f"denoise_{name}" for name in translation.LANGUAGES if name != "sv"}
+    edited = {task.name for task in seqio_data.find("translate_denoise_edit").tasks}
+    assert edited - with_noise == {"postedit_en", "postedit_es"}
     assert all(task.num_input_examples(split) for task in translate.TASKS.values() for split in SPLITS)
 
 
