@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -311,13 +311,18 @@ def _options(step: Callable | None) -> dict[str, Any]:
 WHOLE = ("rank", "agree")  # options that are whole numbers
 
 
+def is_number(x: Any) -> bool:
+    """Whether it is one that a float can hold (`math.isfinite` raises for whole numbers that none can)."""
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) <= sys.float_info.max
+
+
 def _checked(name: str, value: Any) -> Any:
     """The value of an option, as the kind of number that its step takes."""
     if name == "svd_kind":
         if value not in ("exact", "randomised"):
             raise ValueError(f"svd_kind is {value!r}; known: exact, randomised")
         return value
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not is_number(value):
         raise ValueError(f"{name} is {value!r}, it must be a number")
     if name in ("density", "outliers", "spread", "off_diagonal") and not 0 <= value <= 1:
         raise ValueError(f"{name} is {value:g}, it must be between 0 and 1")

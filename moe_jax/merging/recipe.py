@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from moe_jax.merging.methods import METHODS, Method, method
+from moe_jax.merging.methods import METHODS, Method, is_number, method
 from moe_jax.merging.models import MergeError, Site
 
 BASE = "base"  # the method that leaves arrays as they are
@@ -209,8 +209,7 @@ def _weight(given: Any, where: str) -> Weight:
 
 def _numbers(given: Any, where: str) -> tuple[float, ...]:
     values = given if _is_list(given) else [given]
-    number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and np.isfinite(x)  # noqa: E731
-    if not values or not all(map(number, values)):
+    if not values or not all(map(is_number, values)):
         raise MergeError(
             f"{where}: weight is {given!r}, it must be a number, or a list from the first layer to the last"
         )
