@@ -181,6 +181,21 @@ def test_ties_by_hand():
     np.testing.assert_allclose(found, [[3.0, 5.0, 3.0]])  # -1 and -3 lose the vote, +1 is trimmed
 
 
+SIGNED = [name for name in METHODS if METHODS[name].combine is methods.disjoint_mean]
+
+
+@pytest.mark.parametrize("name", SIGNED)
+def test_a_negative_weight_takes_away(name):
+    """The delta of a model with a negative weight is voted on and averaged as its negation with the weight's size: no
+    entry is larger than the largest that was given."""
+    given, weights = deltas(), [1.0, -0.999, 0.5]
+    whole = {"density": 1.0, "spread": 0.0} if name == "della" else {"density": 1.0}
+    turned = [jnp.sign(w) * x for w, x in zip(weights, given, strict=True)]
+    found = merged(name, given, weights=weights, **whole)
+    np.testing.assert_allclose(found, merged(name, turned, weights=np.abs(weights), **whole), atol=1e-6)
+    assert np.abs(found).max() <= max(np.abs(x).max() for x in given) + 1e-6
+
+
 def test_consensus_drops_what_matters_to_one():
     given = [jnp.array([[1.0, 1.0]]), jnp.array([[1.0, 0.0]]), jnp.array([[1.0, 0.0]])]
     np.testing.assert_allclose(merged("consensus", given, scale=1.0), [[3.0, 0.0]])
@@ -419,6 +434,22 @@ def test_stages_rules_and_weights(tuned, tmp_path):
     by_method = {tuple(g["paths"]): g for g in card["stages"][0]["arrays"]}
     assert any(g["method"] == "base" and "embedding" in paths for paths, g in by_method.items())
     assert any(g["weights"] == [[1.0, 2.0], [0.0, 2.0]] for g in by_method.values())
+
+
+@pytest.mark.parametrize("name", ["average", "slerp", "fisher", "tsv"])
+def test_a_mean_of_negative_weights_is_refused(name, tuned, tmp_path):
+    """Also that of what a method is not for, as in tsv. What is summed may be taken away."""
+    models = [tuned["a"], {"path": tuned["b"], "weight": -0.999}]
+    if name == "fisher":
+        checkpoint.write_safetensors(tmp_path / "f", {}, {"statistics": "fisher"})
+        models = [{"path": tuned[n], "weight": w, "statistics": str(tmp_path / "f")} for n, w in (("a", 1), ("b", -2))]
+    with pytest.raises(MergeError, match=r"b.safetensors: its weight is -.* a mean, of weights >= 0"):
+        merge.merge(str(tmp_path / "m"), base=tuned["base"], models=models, method=name, progress=False)
+    base, a = tables(tuned, ("base", "a"))
+    away = {"models": [{"path": tuned["a"], "weight": -1.0}], "method": "task_arithmetic"}
+    merge.merge(str(tmp_path / "m"), base=tuned["base"], **away, progress=False)
+    made, _ = checkpoint.read_safetensors(tmp_path / "m")
+    np.testing.assert_allclose(made["embedding"], 2 * base["embedding"] - a["embedding"], atol=1e-6)
 
 
 def test_the_card_says_what_was_done(tuned, tmp_path):

@@ -122,6 +122,7 @@ class Merge:
                 model.order = orders(self.base, model)
         for stage in recipe.stage.stages():
             self._check_kinds(stage)
+            self._check_weights(stage)
         self._products: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3))  # for `_check_related`
 
     def _check(self, stage: Stage) -> None:
@@ -157,6 +158,21 @@ class Merge:
                 f"{label} is for matrices of attention and MLP, which no path of {self.base.path} speaks of "
                 f"(such as {_some(self.base)}); take another method"
             )
+
+    def _check_weights(self, stage: Stage) -> None:
+        """Raises MergeError where a mean has a negative weight: what divides by the sum of both signs is anything."""
+        negative = [part for part in stage.models if part.weight.has_negative()]
+        for name, part in itertools.product(self.base.shapes, negative):
+            for site in self.base.sites(name):
+                label, chosen = stage.rule(site)
+                weight = part.weight.at(site)
+                if chosen is None or weight >= 0 or not chosen.here(name, site.matrix).is_mean:
+                    continue
+                who = part.source if isinstance(part.source, str) else "a stage"
+                raise MergeError(
+                    f"{who}: its weight is {weight:g} for {name}, which is a mean, of weights >= 0, by {label}; "
+                    "take a method that sums, such as task_arithmetic"
+                )
 
     def parts(self, progress: bool = True) -> Iterator[np.ndarray]:
         """The merged arrays in the order of the base's, a matrix after another, in its dtypes."""
@@ -223,7 +239,7 @@ class Merge:
         weight_SxM = np.array([[part.weight.at(site) for part in stage.models] for site in sites], np.float32)
         keys_SxM = jnp.stack([jnp.stack([self._key(p.source, site, at) for p in stage.models]) for site in sites])
         known = statistics if len(statistics) == len(stage.models) else None
-        return _apply(chosen if fits else chosen.plain(), deltas_MxSx, weight_SxM, keys_SxM, base_Sx, known)
+        return _apply(chosen.here(sites[0].name, sites[0].matrix), deltas_MxSx, weight_SxM, keys_SxM, base_Sx, known)
 
     def _read(self, path: str, sites: Sequence[Site], base_Sx: np.ndarray, out_Sx: np.ndarray) -> None:
         """A model's deltas."""

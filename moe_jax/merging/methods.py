@@ -116,9 +116,10 @@ def low_rank_plus_sparse(delta_IxO: Array, key: Array, *, rank: int, density: fl
 
 
 def elect_sign(deltas_Mx: Array, weight_M: Array) -> Array:
-    """Keeps the entries whose sign is that of the weighted sum."""
+    """Keeps the entries whose sign, turned where the weight is negative, is that of the weighted sum."""
     elected = jnp.sign(jnp.tensordot(weight_M, deltas_Mx, 1))
-    return jnp.where(jnp.sign(deltas_Mx) == elected, deltas_Mx, 0)
+    turned_Mx = jnp.where(jnp.expand_dims(weight_M, range(1, deltas_Mx.ndim)) < 0, -deltas_Mx, deltas_Mx)
+    return jnp.where(jnp.sign(turned_Mx) == elected, deltas_Mx, 0)
 
 
 def agreed(deltas_Mx: Array, weight_M: Array, *, threshold: float, agree: int) -> Array:
@@ -137,13 +138,13 @@ def total(deltas_Mx: Array, weight_M: Array, base: Array, statistics: Statistics
 
 
 def mean(deltas_Mx: Array, weight_M: Array, base: Array, statistics: Statistics = None) -> Array:
-    """The weighted mean; where no model has a weight, nothing."""
+    """The mean weighted by numbers >= 0; where no model has a weight, nothing."""
     return total(deltas_Mx, jnp.where((weight_M == 0).all(), 0, weight_M / weight_M.sum()), base)
 
 
 def disjoint_mean(deltas_Mx: Array, weight_M: Array, base: Array, statistics: Statistics = None) -> Array:
-    """The weighted mean over the models that have something at an entry."""
-    there = jnp.tensordot(weight_M, (deltas_Mx != 0).astype(deltas_Mx.dtype), 1)
+    """The weighted mean over the models that have something at an entry; of negative weights that of the negations."""
+    there = jnp.tensordot(jnp.abs(weight_M), (deltas_Mx != 0).astype(deltas_Mx.dtype), 1)
     return total(deltas_Mx, weight_M, base) / jnp.where(there == 0, 1, there)
 
 
@@ -285,6 +286,11 @@ class Method:
         return self.factor(len(deltas_Mx)) * self.combine(deltas_Mx, weight_M, base, statistics)
 
     @property
+    def is_mean(self) -> bool:
+        """Whether weights are shares of a whole, which divides by their sum: then none may be negative."""
+        return getattr(self.combine, "func", self.combine) in (mean, slerp, fisher, regmean)
+
+    @property
     def pointwise(self) -> bool:
         """Whether what is after `sparsify` looks at each entry by itself: then an array can be combined in parts."""
         return getattr(self.combine, "func", self.combine) in (total, mean, disjoint_mean, fisher)
@@ -293,13 +299,13 @@ class Method:
         return 1 / models if self.scale is None else self.scale
 
     def fits(self, path: str, matrix: bool) -> bool:
-        """Whether the steps are for an array; else it is merged by `plain`. (Biases of experts are stacked as wide as
+        """Whether the steps are for an array; else it is merged by `rest`. (Biases of experts are stacked as wide as
         a matrix, and none.)"""
         return not self.matrices or (matrix and not path.endswith("bias") and bool(re.search(self.matrices, path)))
 
-    def plain(self) -> Method:
-        """What is done with arrays that the method is not for."""
-        return Method({"total": total, "mean": mean}[self.rest], scale=self.scale)
+    def here(self, path: str, matrix: bool) -> Method:
+        """What is done with an array: this, or the sum or mean of what the method is not for."""
+        return self if self.fits(path, matrix) else Method({"total": total, "mean": mean}[self.rest], scale=self.scale)
 
 
 def _options(step: Callable | None) -> dict[str, Any]:

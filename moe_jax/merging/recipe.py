@@ -48,6 +48,9 @@ class Weight:
                 return float(np.interp(site.depth * (len(values) - 1), range(len(values)), values))
         return 0.0
 
+    def has_negative(self) -> bool:
+        return any(value < 0 for _, values in self.by_path for value in values)
+
     def patterns(self) -> list[str]:
         return [pattern for pattern, _ in self.by_path]
 
