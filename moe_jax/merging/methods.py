@@ -218,6 +218,12 @@ def regmean(
 
 # What of a path is attention or MLP: ours, and Hugging Face's (Llama's kin, Whisper, BERT, T5).
 LAYERS = r"(?i)(attn|attention|cross|mlp|ffn|experts|fc[12]\b|feed_?forward|densereludense|intermediate|output\.dense)"
+# What lies there and is neither: routers (ours; of Switch, Granite, Llama 4; of Mixtral, Qwen, DeepSeek), which choose
+# experts, and tables of positions (T5, BERT, Swin, WavLM), which are read row by row.
+ASIDE = (
+    r"(?i)(\brouter\b|\b(mlp|moe|ffn|feed_forward|block_sparse_moe)\.gate\.|shared_expert_gate"
+    r"|relative_attention_bias|relative_position_bias|distance_embedding|rel_attn_embed)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +233,8 @@ class Method:
     Attributes:
       combine, sparsify, consensus: steps with their options bound (`functools.partial`).
       scale: times the combined delta; None: 1 / models.
-      matrices: the steps are for matrices whose paths match this alone, all else by `rest`; "": for every array.
+      matrices: the steps are for matrices whose paths match this, and not `ASIDE`; all else by `rest`. "": for every
+        array.
       rest: "total" or "mean", of the whole deltas, with the same scale.
       statistics: "fisher" or "gram", what `combine` needs to know of each model.
       paper: where it is from. `theirs`: names of the options whose values are the paper's (or its authors' code's).
@@ -301,7 +308,10 @@ class Method:
     def fits(self, path: str, matrix: bool) -> bool:
         """Whether the steps are for an array; else it is merged by `rest`. (Biases of experts are stacked as wide as
         a matrix, and none.)"""
-        return not self.matrices or (matrix and not path.endswith("bias") and bool(re.search(self.matrices, path)))
+        if not self.matrices:
+            return True
+        known = re.search(self.matrices, path) and not re.search(ASIDE, path)
+        return matrix and not path.endswith("bias") and bool(known)
 
     def here(self, path: str, matrix: bool) -> Method:
         """What is done with an array: this, or the sum or mean of what the method is not for."""
