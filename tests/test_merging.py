@@ -685,6 +685,36 @@ def test_folders_that_are_written_otherwise_and_mean_the_same_merge(tmp_path):
     merge.merge(str(tmp_path / "m"), **given, method="average", progress=False)
 
 
+@pytest.mark.parametrize(
+    ("name", "base", "tuned", "alike"),
+    [
+        ("forced_decoder_ids", [[1, 50259], [2, 50359]], None, True),
+        ("begin_suppress_tokens", [220, 50257], [], True),
+        ("pad_token_id", 50257, 50256, True),
+        ("max_length", 448, 225, True),
+        ("attention_dropout", 0.0, 0.1, True),
+        ("decoder_layerdrop", 0.0, 0.05, True),
+        ("mask_time_prob", 0.05, 0.0, True),
+        ("id2label", {"0": "A"}, {"0": "LABEL_0"}, True),
+        ("text_config", {"torch_dtype": "float16", "d": 4}, {"torch_dtype": "float32", "d": 4}, True),
+        ("text_config", {"d": 4}, {"d": 5}, False),
+        ("decoder_attention_heads", 4, 2, False),
+        ("max_target_positions", 448, 225, False),
+        ("activation_function", "gelu", "relu", False),
+    ],
+)
+def test_folders_of_unknown_architectures_are_compared_by_what_makes_their_numbers(name, base, tuned, alike, tmp_path):
+    """Not by how they write texts, name labels or were trained, which fine-tuning changes."""
+    given = folders(tmp_path, {}, {"all": lambda x: x + 1e-3})
+    for model, value in (("base", base), ("a", tuned)):
+        file = tmp_path / model / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "whisper", name: value}))
+    first, other = map(open_model, (given["base"], *given["models"]))
+    assert first.differs(other) == (None if alike else f"'{name}' (config.json)")
+    if alike:
+        merge.merge(str(tmp_path / "m"), **given, method="average", progress=False)
+
+
 def test_whole_numbers_of_other_values_are_refused(tmp_path):
     tables = [{"more": {"model.qweight": np.arange(5) + i}} for i in range(2)]
     with pytest.raises(MergeError, match="take the folders of the unquantised models"):

@@ -189,6 +189,21 @@ def _architecture(described: Any) -> Any:
     return [_architecture(value) for value in described] if isinstance(described, (list, tuple)) else described
 
 
+# Of a config.json what makes no number of the model that is merged: where it comes from and how it is run, how texts
+# are generated, the names of labels, and what acts in training alone. Tuning changes these. (Whisper, wav2vec 2, BERT,
+# T5 and Llama with their kin.)
+ASIDE = re.compile(
+    r"_name_or_path|transformers_version|(torch_)?dtype|_?attn_implementation\w*|use_cache|return_dict\w*"
+    r"|output_(attentions|hidden_states|scores|router_logits)"
+    r"|forced_\w+_ids?|(begin_)?suppress_tokens|\w+_token_ids?|bad_words_ids|(min|max)_length|(min|max)_new_tokens"
+    r"|num_beams|num_beam_groups|num_return_sequences|do_sample|temperature|top_[kp]|typical_p|early_stopping"
+    r"|\w+_penalty|(encoder_)?no_repeat_ngram_size|remove_invalid_values|task_specific_params"
+    r"|id2label|label2id|problem_type|finetuning_task"
+    r"|\w*dropout\w*|\w*layerdrop\w*|apply_spec_augment|mask_(time|feature)_\w+|gradient_checkpointing"
+    r"|initializer_\w+|init_std|ctc_(loss_reduction|zero_infinity)|router_(aux_loss_coef|jitter_noise)"
+)
+
+
 class HuggingFace(Model):
     """Its tensors keep their names; the files beside them come from the base."""
 
@@ -200,13 +215,11 @@ class HuggingFace(Model):
         config = huggingface.read_json(Path(path) / "config.json")
         if config.get("quantization_config"):
             raise MergeError(f"{path}: is quantised, which cannot be merged; take the folder of the unquantised model")
-        for name in ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"):
-            config.pop(name, None)
         try:  # by what it means, as each version of transformers writes it in its own way
             self.described: Any = huggingface.describe(config, path)
         except InteropError:
             self.described = None
-        self.about = {f"{name!r} (config.json)": value for name, value in config.items()}
+        self.about = {f"{name!r} (config.json)": value for name, value in _meant(config).items()}
         for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"):
             if (Path(path) / name).is_file():
                 self.about[f"tokenisers ({name})"] = _tokeniser(Path(path) / name)
@@ -256,6 +269,12 @@ class HuggingFace(Model):
             aside.rename(output)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def _meant(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration, and those within it, without what is `ASIDE`."""
+    kept = {name: value for name, value in config.items() if not ASIDE.fullmatch(name)}
+    return {name: _meant(value) if isinstance(value, Mapping) else value for name, value in kept.items()}
 
 
 def _tokeniser(path: Path) -> Any:
