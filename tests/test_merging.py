@@ -969,6 +969,31 @@ def test_a_search_goes_on_where_it_was_stopped(tuned, prepared, tmp_path):
         search.search(str(tmp_path / "s"), **given | {"space": {"scale": [0.2]}})
 
 
+@pytest.mark.parametrize("theirs", ["trial/mine.txt", "trials.jsonl"])
+def test_a_search_takes_no_folder_that_it_did_not_make(theirs, tuned, prepared, tmp_path):
+    mine = tmp_path / "s" / theirs
+    mine.parent.mkdir(parents=True)
+    mine.write_text('{"options": {"scale": 0.1}, "loss": -1}\n')
+    how = {"base": tuned["base"], "models": [tuned["a"]], "method": "task_arithmetic"}
+    given = dict(recipe=how, space={"scale": [0.1]}, valid=prepared, loss=lambda path: 1.0, progress=False)
+    with pytest.raises(MergeError, match=r"s: holds something other than a search"):
+        search.search(str(tmp_path / "s"), **given)
+    assert [p for p in (tmp_path / "s").rglob("*") if p.is_file()] == [mine]
+
+
+def test_a_search_whose_first_trial_failed_is_begun_again(tuned, prepared, tokeniser, tmp_path):
+    """With a model that was mended, or other values."""
+    bad = written(tmp_path / "bad.safetensors", tokeniser, shift=1, change=nan)
+    how = {"base": tuned["base"], "models": [bad], "method": "task_arithmetic"}
+    given = dict(recipe=how, space={"scale": [0.1]}, valid=prepared, loss=lambda path: 1.0, progress=False)
+    with pytest.raises(MergeError, match="not finite"):
+        search.search(str(tmp_path / "s"), **given)
+    written(tmp_path / "bad.safetensors", tokeniser, shift=1)
+    assert len(search.search(str(tmp_path / "s"), **given).rows) == 1
+    with pytest.raises(MergeError, match="holds another search"):
+        search.search(str(tmp_path / "s"), **given | {"space": {"scale": [0.2]}})
+
+
 def test_a_search_leaves_out_what_has_no_loss(tuned, prepared, tmp_path):
     how = {"base": tuned["base"], "models": [tuned["a"]], "method": "task_arithmetic"}
     losses = iter([float("nan"), 0.5, float("inf"), float("nan")])

@@ -57,7 +57,8 @@ def search(
       valid: prepared rows, of which `rows` are read.  loss: of a checkpoint, instead of `validation_loss` of these.
       trials: of a search over ranges (default: 20).
 
-    Raises MergeError for a space of both kinds, for a folder of another search, and where no trial has a finite loss.
+    Raises MergeError for a space of both kinds, for a folder of another search or of anything else, and where no trial
+    has a finite loss.
     """
     if trials is not None and trials < 1:
         raise MergeError(f"a search of {trials} trials finds nothing; give 1 or more")
@@ -83,7 +84,7 @@ def search(
     asked["statistics"] = {p: digest([checkpoint.Source(p).path]) for p in parsed.stage.statistics()}
     asked["models"] = {path: open_model(path).digest() for path in (parsed.base, *parsed.stage.paths())}
     about = json.loads(json.dumps(asked, default=dict))
-    _same_search(where / "search.json", about)
+    _same_search(where, about)
     done = [json.loads(line) for line in _lines(where / "trials.jsonl")]
     if all(ranges):
         proposals = _searched(space, done, trials or 20, seed)
@@ -184,12 +185,16 @@ def _program(model: str, max_targets: int) -> Callable[[dict[str, jax.Array], An
     return jax.jit(step, compiler_options=xla.options())
 
 
-def _same_search(path: Path, about: Mapping[str, Any]) -> None:
-    if path.exists():
-        if json.loads(path.read_text("utf-8")) != about:
-            raise MergeError(f"{path.parent}: holds another search; remove it, or give another output")
-    else:
-        write_text(path, json.dumps(about, indent=1))
+def _same_search(folder: Path, about: Mapping[str, Any]) -> None:
+    """Makes an empty folder, or one of a search without a trial, this search's. Raises MergeError for another's."""
+    path = folder / "search.json"
+    if not path.exists() and any(folder.iterdir()):
+        raise MergeError(f"{folder}: holds something other than a search; remove it, or give another output")
+    if path.exists() and json.loads(path.read_text("utf-8")) == about:
+        return
+    if _lines(folder / "trials.jsonl"):
+        raise MergeError(f"{folder}: holds another search; remove it, or give another output")
+    write_text(path, json.dumps(about, indent=1))
 
 
 def _lines(path: Path) -> list[str]:
