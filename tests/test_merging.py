@@ -1108,6 +1108,48 @@ def test_the_command_merges_by_a_recipe(tuned, prepared, tmp_path, capsys):
     assert "| lors | scale=0.2*, rank=7*, density=0.2*, svd_kind=exact |" in said
 
 
+@pytest.mark.parametrize("spelt", ["m/model.safetensors", "./m/../m/model.safetensors", "link", "f", "s", "r.yaml"])
+def test_an_output_that_is_an_input_is_refused(spelt, tuned, tokeniser, tmp_path, monkeypatch, capsys):
+    """However its path is written: a run folder's file, a link, the base, statistics, the recipe."""
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "m" / "model.safetensors", tokeniser, shift=1)
+    (tmp_path / "link").symlink_to(tmp_path / "m")
+    for name in "fs":
+        shutil.copyfile(tuned["base"], name)
+    before = Path("m/model.safetensors").read_bytes()
+    models = [{"path": "m", "statistics": "s"}]
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"base": "f", "method": "average", "models": models}))
+    output = {"link": "link/model.safetensors"}.get(spelt, spelt)
+    assert cli.entry(["merge", "--recipe", "r.yaml", "--overwrite", "--output", output]) == 2
+    assert f"{output}: is an input of this merge; give another output" in capsys.readouterr().err
+    made = ["merge", "--experts", f"asr={tuned['a']}", "ocr=m", "--overwrite", "--output", "m/model.safetensors"]
+    assert cli.entry(made) == 2
+    assert "is an input of this merge" in capsys.readouterr().err
+    assert Path("m/model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(("flag", "values"), [("--set", ("rank=4", "rank=2")), ("--search", ("rank=4", "rank=2,3"))])
+def test_an_option_is_given_once(flag, values, tuned, prepared, tmp_path, capsys):
+    command = ["merge", "--base", tuned["base"], "--models", tuned["a"], "--output", str(tmp_path / "m")]
+    command += ["--valid", prepared] if flag == "--search" else []
+    assert cli.entry([*command, flag, *values]) == 2
+    assert f"{flag}: rank is given twice" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_weights_by_path_leave_at_the_base_is_said(tuned, tmp_path, capsys):
+    weight = [{"match": "attention", "weight": 1.0}]
+    how = {"base": tuned["base"], "models": [tuned["a"], {"path": tuned["b"], "weight": weight}], "method": "average"}
+    merge.merge(str(tmp_path / "m"), **how)
+    table = tables(tuned, ["base"])[0]
+    left = [name for name in table if "attention" not in name]
+    said = f"{tuned['b']}: its weights match no path of {len(left)} of {len(table)} arrays, such as {left[0]}"
+    assert capsys.readouterr().err.count(said) == 1
+    weight.append({"match": "", "weight": 0.0})
+    merge.merge(str(tmp_path / "n"), **how)
+    assert "match no path" not in capsys.readouterr().err
+
+
 def nan(table, meta):
     return table | {"norm/scale": table["norm/scale"].at[0].set(jnp.nan)}, meta
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+from collections.abc import Iterable
 from typing import Any
 
 from moe_jax.merging import recipe as recipes
@@ -50,16 +51,17 @@ def main(args: argparse.Namespace) -> int:
         given.pop("options", None)
     given |= {"align": True} if args.align else {}
     recipes.parse(given, args.recipe or "merge")
-    options = dict(given.get("options") or {}) | dict(map(_option, args.set))
+    options = dict(given.get("options") or {}) | _once("--set", map(_option, args.set))
     given |= {"options": options} if options else {}
-    recipes.parse(given, args.recipe or "merge")
+    parsed = recipes.parse(given, args.recipe or "merge")
     if not args.output:
         raise MergeError("give --output, the file to write")
-    check_free(args.output, args.overwrite)  # before a search
+    inputs = [*parsed.inputs(), *([args.recipe] if args.recipe else [])]
+    check_free(args.output, args.overwrite, inputs)  # before a search
     if args.search:
         if not args.valid:
             raise MergeError("--search needs --valid, a folder of prepared validation data")
-        space = dict(map(_values, args.search))
+        space = _once("--search", map(_values, args.search))
         found = search.search(f"{args.output}.search", recipe=given, space=space, valid=args.valid, trials=args.trials)
         print(f"best of {len(found.rows)} trials: {_said(found.options)}, loss {found.loss:.4f}")
         given["options"] = options | found.options
@@ -87,7 +89,7 @@ def _experts(args: argparse.Namespace) -> int:
         raise MergeError("--experts: a family has one model; it was given two")
     if not args.output:
         raise MergeError("give --output, the file to write")
-    check_free(args.output, args.overwrite)
+    check_free(args.output, args.overwrite, list(models.values()))
     to_experts(args.output, models=models)
     print(f"{args.output}: {len(models)} models as the experts of one, {', '.join(models)}; correct with --task")
     return 0
@@ -107,6 +109,16 @@ def listed() -> str:
 
 def _said(options: dict[str, Any]) -> str:
     return ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in options.items())
+
+
+def _once(flag: str, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises MergeError for a name that is given twice."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise MergeError(f"{flag}: {name} is given twice; give it once")
+        found[name] = value
+    return found
 
 
 def _option(text: str) -> tuple[str, Any]:

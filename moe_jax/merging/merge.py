@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import re
+import sys
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -56,8 +57,10 @@ def merge(
     """
     given = {"base": base, "models": models, "method": method, "options": options, "rules": rules}
     parsed = recipes.parse({**given, "seed": seed, "align": align})
-    check_free(output, overwrite)
+    check_free(output, overwrite, parsed.inputs())
     run = Merge(parsed)
+    for said in run.unweighted() if progress else ():
+        print(said, file=sys.stderr)
     if Path(output).exists() and isinstance(run.base, HuggingFace):
         raise MergeError(f"{output}: is a file, and a folder is to be written; remove it")
     card = run.card(given | {"seed": seed, "align": align})
@@ -69,8 +72,11 @@ def merge(
     return card
 
 
-def check_free(output: str, overwrite: bool) -> None:
-    """Raises MergeError where something is that may not be replaced."""
+def check_free(output: str, overwrite: bool, inputs: Sequence[str] = ()) -> None:
+    """Raises MergeError where something is that may not be replaced; `inputs` (of run folders the model) never."""
+    read = [path for given in inputs for path in (Path(given), Path(given) / "model.safetensors") if path.exists()]
+    if Path(output).exists() and any(path.samefile(output) for path in read):
+        raise MergeError(f"{output}: is an input of this merge; give another output")
     if Path(output).exists() and not overwrite:
         raise MergeError(f"{output}: is there already; remove it, or give another output")
     if Path(card_path(output)).exists() and not overwrite:
@@ -173,6 +179,17 @@ class Merge:
                     f"{who}: its weight is {weight:g} for {name}, which is a mean, of weights >= 0, by {label}; "
                     "take a method that sums, such as task_arithmetic"
                 )
+
+    def unweighted(self) -> Iterator[str]:
+        """A line for each model whose weights by path leave arrays out."""
+        for stage in self.recipe.stage.stages():
+            for part in stage.models:
+                if left := [name for name in self.base.shapes if not part.weight.knows(name)]:
+                    who = part.source if isinstance(part.source, str) else "a stage"
+                    yield (
+                        f"{who}: its weights match no path of {len(left)} of {len(self.base.shapes)} arrays, such as "
+                        f'{left[0]}: it adds nothing to those; {{match: "", weight: ...}} at the end is for all others'
+                    )
 
     def parts(self, progress: bool = True) -> Iterator[np.ndarray]:
         """The merged arrays in the order of the base's, a matrix after another, in its dtypes."""

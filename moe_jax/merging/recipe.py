@@ -48,6 +48,10 @@ class Weight:
                 return float(np.interp(site.depth * (len(values) - 1), range(len(values)), values))
         return 0.0
 
+    def knows(self, name: str) -> bool:
+        """Whether a pattern matches a path."""
+        return any(re.search(pattern, name) for pattern in self.patterns())
+
     def has_negative(self) -> bool:
         return any(value < 0 for _, values in self.by_path for value in values)
 
@@ -107,6 +111,10 @@ class Recipe:
     stage: Stage
     seed: int = 0
     align: bool = False
+
+    def inputs(self) -> list[str]:
+        """Every path that is read."""
+        return [self.base, *self.stage.paths(), *self.stage.statistics()]
 
 
 def read(path: str) -> dict[str, Any]:
