@@ -591,28 +591,32 @@ def average() -> tuple[Rule, ...]:
     return (Rule(r"^", "", "average"),)
 
 
-def transplant(
+@dataclasses.dataclass(frozen=True, eq=False)
+class Move:
+    """How a leaf is made: of leaf `path` of each source (of its `layers` alone, if not None), by a rule."""
+
+    path: str
+    rule: Rule
+    layers: np.ndarray | None
+    dtype: Any
+
+    def __call__(self, sources: Sequence[jax.Array]) -> jax.Array:
+        parts = sources if self.layers is None else [x[self.layers] for x in sources]
+        return self.rule(self.path, parts).astype(self.dtype)
+
+
+def planned(
     target: Mapping[str, Any],
     sources: Sequence[Mapping[str, jax.Array]],
     rules: Sequence[Rule],
     fresh: Sequence[str] = (r"/router/",),
-    where: Callable[[str, tuple[int, ...]], Any] | None = None,
-) -> Table:
-    """`target` with its arrays taken from one source or several, by the first rule that matches each of their paths.
-
-    Every leaf is accounted for: raises CheckpointError for a source leaf that has no place of its own, a shape that
-    differs, sources that differ from each other, or a target leaf that nothing filled and that does not match `fresh`
-    (those keep their initial values; of the others only shape and dtype are looked at). All that is said before the
-    arrays that it is about are read.
-
-    Args:
-      where: how an array of such a shape lies for a leaf of `target`. Then sources are files (`Source`), no device and
-        no host reads more of them than its part, and what comes back is laid out so.
-    """
+) -> dict[str, Move]:
+    """How each leaf of `target` is made of the sources, of which no array is read: the work of `transplant`, that a
+    caller can do a leaf at a time. Those that stay fresh have none. Raises CheckpointError as `transplant` does."""
     for i, other in enumerate(sources[1:], 2):
         if odd := sorted(set(other) ^ set(sources[0])):
             raise CheckpointError(f"source {i} and source 1 do not share {odd[0]}: they must be of one configuration")
-    out: Table = {}
+    out: dict[str, Move] = {}
     origin: dict[str, str] = {}
     for path in sources[0]:
         if len(shapes := dict.fromkeys(map(functools.partial(_shape, path), sources))) > 1:
@@ -630,29 +634,49 @@ def transplant(
                 )
             if name in out:
                 raise CheckpointError(f"two rules make {name} of {path}; mend the rules")
-            made = functools.partial(_made, rule, path, layers, target[name].dtype)
-            y = jax.eval_shape(made, [jax.ShapeDtypeStruct(shape, jnp.float32)] * len(sources))
+            out[name] = Move(path, rule, layers, target[name].dtype)
+            y = jax.eval_shape(out[name], [jax.ShapeDtypeStruct(shape, jnp.float32)] * len(sources))
             if y.shape != target[name].shape:
                 raise CheckpointError(
                     f"{name}: the source gives {tuple(y.shape)}, this model needs {tuple(target[name].shape)}"
                 )
-            if where is None:
-                out[name] = made([source[path] for source in sources])
-            else:
-                parts = [s.placed(path, where(name, shape)) for s in sources if isinstance(s, Source)]
-                out[name] = jax.jit(made, out_shardings=where(name, y.shape))(parts)
     unfilled = [p for p in target if p not in out and not any(re.search(f, p) for f in fresh)]
     if unfilled:
         raise CheckpointError(f"nothing fills {unfilled[:5]}: add a rule, or name them in `fresh`")
+    return {p: out[p] for p in target if p in out}
+
+
+def transplant(
+    target: Mapping[str, Any],
+    sources: Sequence[Mapping[str, jax.Array]],
+    rules: Sequence[Rule],
+    fresh: Sequence[str] = (r"/router/",),
+    where: Callable[[str, tuple[int, ...]], Any] | None = None,
+) -> Table:
+    """`target` with its arrays taken from one source or several, by the first rule that matches each of their paths.
+
+    Every leaf is accounted for: raises CheckpointError for a source leaf that has no place of its own, a shape that
+    differs, sources that differ from each other, or a target leaf that nothing filled and that does not match `fresh`
+    (those keep their initial values; of the others only shape and dtype are looked at). All that is said before an
+    array is read.
+
+    Args:
+      where: how an array of such a shape lies for a leaf of `target`. Then sources are files (`Source`), no device and
+        no host reads more of them than its part, and what comes back is laid out so.
+    """
+    out: Table = {}
+    for name, move in planned(target, sources, rules, fresh).items():
+        if where is None:
+            out[name] = move([source[move.path] for source in sources])
+        else:
+            shape = _shape(move.path, sources[0])
+            parts = [s.placed(move.path, where(name, shape)) for s in sources if isinstance(s, Source)]
+            out[name] = jax.jit(move, out_shardings=where(name, tuple(target[name].shape)))(parts)
     return {p: out.get(p, x) for p, x in target.items()}
 
 
 def _shape(path: str, source: Mapping[str, Any]) -> tuple[int, ...]:
     return source.shapes[path] if isinstance(source, Source) else source[path].shape
-
-
-def _made(rule: Rule, path: str, layers: np.ndarray | None, dtype: Any, xs: Sequence[jax.Array]) -> jax.Array:
-    return rule(path, xs if layers is None else [x[layers] for x in xs]).astype(dtype)
 
 
 def _shares(path: str, shape: tuple[int, ...], rules: Sequence[Rule]) -> Iterator[tuple[Rule, np.ndarray | None]]:

@@ -773,6 +773,58 @@ def test_dense_models_become_experts(tuned, tmp_path):
     Pipeline.load(tmp_path / "moe.safetensors", task="ocr")
 
 
+def test_the_card_of_experts_says_what_became_of_which_arrays(tuned, tmp_path):
+    output, models = tmp_path / "moe.safetensors", {"asr": tuned["a"], "ocr": tuned["b"]}
+    merge.card_path(str(output)).write_text("of a merge before")
+    with pytest.raises(MergeError, match="is there already"):
+        experts.to_experts(str(output), models=models)
+    experts.to_experts(str(output), models=models, router="TaskMapped", k=2, overwrite=True)
+    card = json.loads(merge.card_path(str(output)).read_text())
+    assert card["recipe"] == {"experts": models, "router": "TaskMapped", "k": 2}
+    hashes = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in models.values()]
+    assert [m["sha256"] for m in card["models"]] == hashes
+    assert card["output"] == hashlib.sha256(output.read_bytes()).hexdigest()
+    assert card["router"]["args"] == {"experts": [[], [0], [1], [0], [0]], "k": 2}
+    arrays = {group["method"]: group["paths"] for group in card["arrays"]}
+    assert arrays["an expert of each model"] == [f"blocks/ffn/experts/{n}" for n in ("down", "gate", "up")]
+    assert arrays["fresh, to be trained"] == ["blocks/ffn/router/gate"]
+    made, meta = checkpoint.read_safetensors(output)
+    assert sorted(path for paths in arrays.values() for path in paths) == sorted(made)
+    whole = tree.flatten(describe.configured(meta["model"])(rngs=Rngs(params=0)))
+    np.testing.assert_allclose(made["blocks/ffn/router/gate"], whole["blocks/ffn/router/gate"], rtol=1e-6)
+
+
+def test_experts_of_unrelated_models_are_refused(tuned, tokeniser, tmp_path):
+    """What is averaged of them would be of no model."""
+    for change, said in (
+        (unrelated, r"a cosine of -?0\.\d+ to those of .* take models tuned from one"),
+        (nan, "not finite"),
+    ):
+        bad = written(tmp_path / "bad.safetensors", tokeniser, change=change)
+        with pytest.raises(MergeError, match=said):
+            experts.to_experts(str(tmp_path / "moe"), models={"asr": tuned["a"], "ocr": bad})
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.safetensors"]
+
+
+def test_experts_are_written_an_array_at_a_time(tokeniser, tmp_path, monkeypatch):
+    paths = [written(tmp_path / f"{i}", tokeniser, shift=i, ffn=partial(tiny.dense, hidden=4096)) for i in (1, 2)]
+    stream, held = checkpoint.stream_safetensors, []
+
+    def watched(path, shapes, dtypes, parts, metadata):
+        def counted():
+            for part in parts:
+                held.append(sum(x.nbytes for x in jax.live_arrays()))
+                yield part
+
+        return stream(path, shapes, dtypes, counted(), metadata)
+
+    monkeypatch.setattr(checkpoint, "stream_safetensors", watched)
+    before = sum(x.nbytes for x in jax.live_arrays())
+    experts.to_experts(str(tmp_path / "moe"), models=dict(zip(("asr", "ocr"), paths, strict=True)))
+    sizes = sorted(x.nbytes for x in checkpoint.read_safetensors(tmp_path / "moe")[0].values())
+    assert max(held) - before <= 2.1 * sizes[-1] < sum(sizes) * 0.7
+
+
 def test_the_command_makes_experts(tuned, tmp_path, capsys):
     output = str(tmp_path / "moe.safetensors")
     command = ["merge", "--experts", f"asr={tuned['a']}", f"ocr={tuned['b']}", "--output", output]

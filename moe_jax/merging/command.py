@@ -76,7 +76,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _experts(args: argparse.Namespace) -> int:
     from moe_jax.merging.experts import to_experts
-    from moe_jax.merging.merge import check_free
+    from moe_jax.merging.merge import card_path
 
     others = ("recipe", "base", "models", "method", "set", "align", "search", "valid", "trials")
     if odd := [name for name in others if getattr(args, name)]:
@@ -89,9 +89,9 @@ def _experts(args: argparse.Namespace) -> int:
         raise MergeError("--experts: a family has one model; it was given two")
     if not args.output:
         raise MergeError("give --output, the file to write")
-    check_free(args.output, args.overwrite, list(models.values()))
-    to_experts(args.output, models=models)
-    print(f"{args.output}: {len(models)} models as the experts of one, {', '.join(models)}; correct with --task")
+    to_experts(args.output, models=models, overwrite=args.overwrite)
+    said = f"{len(models)} models as the experts of one, {', '.join(models)}; correct with --task"
+    print(f"{args.output}: {said}; {card_path(args.output)}")
     return 0
 
 

@@ -4,25 +4,40 @@ feed-forward layer for each."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from moe_jax import checkpoint, describe, tree
+from moe_jax.layers.param import Rngs
+from moe_jax.merging.merge import Cosines, check_free, write_card
 from moe_jax.merging.models import MergeError, Ours, check_alike
 
+PAPER = "Sukhbaatar et al. 2024, Branch-Train-MiX, before its training"
+EXPERT, MEAN, FRESH = "an expert of each model", "mean", "fresh, to be trained"  # what becomes of an array
 
-def to_experts(output: str, *, models: Mapping[str, str], router: str = "ByTask", k: int = 1) -> dict[str, Any]:
-    """Writes a checkpoint in which the feed-forward layers of each model are an expert; all else is averaged
-    (Sukhbaatar et al. 2024, before their training). Returns its metadata.
+
+def to_experts(
+    output: str, *, models: Mapping[str, str], router: str = "ByTask", k: int = 1, overwrite: bool = False
+) -> dict[str, Any]:
+    """Writes a checkpoint in which the feed-forward layers of each model are an expert, all else is averaged
+    (Sukhbaatar et al. 2024, before their training), and a card beside it. An array at a time is in memory, of each
+    model and of the mixture. Returns the metadata of the checkpoint.
 
     Args:
       models: family -> its dense checkpoint; their order is that of the experts.
       router: "ByTask", which sends each family to its own expert alone, so the task must be known; or "TaskMapped",
         whose gate is fresh and has to be trained: NeKo's, of `k` choices.
 
-    Raises MergeError for models that are not dense, not alike, or of families that they do not know.
+    Raises MergeError, and writes nothing, for models that are not dense, not alike, not tuned from one base, or of
+    families that they do not know, and for an output that may not be replaced.
     """
+    check_free(output, overwrite, list(models.values()))
     if router not in ("ByTask", "TaskMapped"):
         raise MergeError(f"unknown router {router!r}; known: ByTask, TaskMapped")
     if not models:
@@ -50,24 +65,51 @@ def to_experts(output: str, *, models: Mapping[str, str], router: str = "ByTask"
             "experts": {"class": "Gated", "args": activation},
         },
     }
-    empty = describe.abstract(described)
+    target = tree.flatten(describe.abstract(described))
     sources = [checkpoint.Source(path) for path in models.values()]
-    for model in opened.values():
-        for name in model.shapes:
-            for site in model.sites(name):
-                model.read(site)  # that it is finite
-    table = checkpoint.transplant(tree.flatten(empty), sources, checkpoint.branch_train_mix())
-    if router == "TaskMapped":
-        gates = [p for p in table if tree.is_router(p)]
-        made = tree.flatten(describe.configured(described)(rngs=_rngs()))
-        table |= {p: made[p] for p in gates}
+    moves = checkpoint.planned(target, sources, checkpoint.branch_train_mix())
+    fresh = [name for name in target if name not in moves]
+    # What of it is not asked for is never made.
+    made = jax.jit(lambda: _some(tree.flatten(describe.configured(described)(rngs=Rngs(params=0))), fresh))()
+    cosines = Cosines(first.path)
+
+    def arrays() -> Iterator[np.ndarray]:
+        for name in target:
+            if name in fresh:
+                yield np.asarray(made[name])
+                continue
+            path = moves[name].path
+            parts = [_leaf(model, path) for model in opened.values()]
+            for model, x in zip(opened.values(), parts, strict=True):
+                if next(first.sites(path)).matrix:
+                    cosines.add(model.path, x, parts[0])
+            yield np.asarray(moves[name]([jnp.asarray(x) for x in parts]))
+        cosines.check("take models tuned from one")
+
+    inputs = [{"path": model.path, "sha256": model.digest()} for model in opened.values()]
     meta = {k: v for k, v in first.meta.items() if k not in ("guard", "step")} | {
         "model": described,
         "families": families,
+        "merged": {"method": "experts", "models": inputs},
     }
-    meta["merged"] = {"method": "experts", "models": [{"path": m.path, "sha256": m.digest()} for m in opened.values()]}
-    checkpoint.write_safetensors(Path(output), table, meta)
+    shapes, dtypes = ({name: getattr(x, of) for name, x in target.items()} for of in ("shape", "dtype"))
+    checkpoint.stream_safetensors(Path(output), shapes, dtypes, arrays(), {"moe_jax": json.dumps(meta)})
+    groups = defaultdict(list)
+    for name in target:
+        groups[FRESH if name in fresh else EXPERT if moves[name].rule.op == "mix" else MEAN].append(name)
+    card = {"recipe": {"experts": dict(models), "router": router, "k": k}, "paper": PAPER, "models": inputs}
+    card |= {"router": described["args"]["ffn"]["args"]["router"]}
+    write_card(output, card | {"arrays": [{"method": how, "paths": paths} for how, paths in groups.items()]})
     return meta
+
+
+def _some(table: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: table[name] for name in names}
+
+
+def _leaf(model: Ours, name: str) -> np.ndarray:
+    """A whole array, float32. Raises MergeError for what is not finite."""
+    return np.stack([model.read(site) for site in model.sites(name)]).reshape(model.shapes[name])
 
 
 def _table(families: Mapping[str, int], order: Sequence[str]) -> list[list[int]]:
@@ -75,9 +117,3 @@ def _table(families: Mapping[str, int], order: Sequence[str]) -> list[list[int]]
     names = {number: name for name, number in families.items()}
     last = max(families.values())
     return [[order.index(names[i])] if names.get(i) in order else [0] for i in range(1, last + 1)]
-
-
-def _rngs():
-    from moe_jax.layers.param import Rngs
-
-    return Rngs(params=0)

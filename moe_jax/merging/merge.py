@@ -67,9 +67,7 @@ def merge(
     run.base.write(
         Path(output), run.dtypes, run.parts(progress), {"method": method, "seed": seed, "models": card["models"]}
     )
-    card["output"] = open_model(output).digest()
-    write_text(card_path(output), json.dumps(card, indent=1) + "\n")
-    return card
+    return write_card(output, card)
 
 
 def check_free(output: str, overwrite: bool, inputs: Sequence[str] = ()) -> None:
@@ -89,10 +87,39 @@ def card_path(output: str) -> Path:
     return Path(f"{output.rstrip('/')}.card.json")
 
 
+def write_card(output: str, card: Card) -> Card:
+    """Beside a model that is written; returned with the model's hash, this version and the date."""
+    date = datetime.date.today().isoformat()
+    card = card | {"moe_jax": __version__, "date": date, "output": open_model(output).digest()}
+    write_text(card_path(output), json.dumps(card, indent=1) + "\n")
+    return card
+
+
 def batched(things: Iterable[Any], size: int) -> Iterator[list[Any]]:
     things = iter(things)
     while some := list(itertools.islice(things, size)):
         yield some
+
+
+class Cosines:
+    """Of models' matrices to those of `base`, added up as they are read."""
+
+    def __init__(self, base: str):
+        self._base = base
+        self._products: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3))
+
+    def add(self, path: str, x: np.ndarray, base: np.ndarray) -> None:
+        self._products[path] += [float(np.vdot(a, b)) for a, b in ((x, base), (x, x), (base, base))]
+
+    def check(self, mend: str) -> None:
+        """Raises MergeError, saying how to `mend` it, for a model that is hardly tuned from the base."""
+        for path, (both, own, bases) in self._products.items():
+            cosine = both / max(np.sqrt(own * bases), 1e-30)
+            if own and cosine < UNRELATED:
+                raise MergeError(
+                    f"{path}: its matrices have a cosine of {cosine:.2f} to those of {self._base}: "
+                    f"it was not tuned from that base; {mend}"
+                )
 
 
 class Merge:
@@ -129,7 +156,7 @@ class Merge:
         for stage in recipe.stage.stages():
             self._check_kinds(stage)
             self._check_weights(stage)
-        self._products: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3))  # for `_check_related`
+        self._cosines = Cosines(self.base.path)
 
     def _check(self, stage: Stage) -> None:
         patterns = [rule.match for rule in stage.rules] + [p for part in stage.models for p in part.weight.patterns()]
@@ -204,7 +231,7 @@ class Merge:
                     else:
                         yield from (self._kept(site) for site in some)
                     bar.update(len(some))
-        self._check_related()
+        self._cosines.check("name the base that it was tuned from")
 
     def _kind(self, site: Site) -> tuple[np.dtype, Any, Any, Any]:
         """What neighbours have in common that are merged side by side: parts of one leaf, or leaves of one shape that
@@ -263,17 +290,8 @@ class Merge:
         for i, site in enumerate(sites):
             x, base = self.models[path].read(site), base_Sx[i]
             if site.matrix:
-                self._products[path] += [float(np.vdot(a, b)) for a, b in ((x, base), (x, x), (base, base))]
+                self._cosines.add(path, x, base)
             np.subtract(x, base, out=out_Sx[i, ...])
-
-    def _check_related(self) -> None:
-        for path, (both, own, bases) in self._products.items():
-            cosine = both / max(np.sqrt(own * bases), 1e-30)
-            if own and cosine < UNRELATED:
-                raise MergeError(
-                    f"{path}: its matrices have a cosine of {cosine:.2f} to those of {self.base.path}: "
-                    "it was not tuned from that base; name the base that it was tuned from"
-                )
 
     def _statistic(self, part: Part, sites: Sequence[Site]) -> np.ndarray | None:
         if part.statistics is None or sites[0].name not in self.statistics[part.statistics].shapes:
@@ -338,8 +356,6 @@ class Merge:
                 }
                 for stage in stages
             ],
-            "moe_jax": __version__,
-            "date": datetime.date.today().isoformat(),
         }
 
 
