@@ -38,7 +38,20 @@ from moe_jax.speech import data as speech_data
 from moe_jax.text.tokeniser import Tokeniser
 
 TWO = {"slerp"}  # methods for two models
-SAME = {"isotropic", "tsv", "dare", "dare_ties", "della", "stitch", "ties", "breadcrumbs"}  # not the identity on equals
+WHOLE = {  # options with which a method drops nothing of a delta
+    "ties": {"density": 1.0},
+    "dare": {"density": 1.0},
+    "dare_ties": {"density": 1.0},
+    "della": {"density": 1.0, "spread": 0.0},
+    "breadcrumbs": {"density": 1.0, "outliers": 0.0},
+    "stitch": {"density": 1.0},
+    "magnitude": {"density": 1.0},
+    "singular_values": {"rank": 12},
+    "lors": {"rank": 3, "density": 1.0},
+}
+# Not the identity on equals: isotropic levels the singular values whatever the models are, and tsv has of each model
+# but its share of the triplets, which it makes orthogonal to the same ones of the others.
+NOT_SAME = {"isotropic", "tsv"}
 ROWS, COLUMNS = 12, 20
 
 
@@ -87,13 +100,38 @@ def test_the_order_of_models_does_not_matter(name):
     np.testing.assert_allclose(turned, merged(name, given, seeds=seeds), atol=2e-5)
 
 
-@pytest.mark.parametrize("name", sorted(set(METHODS) - SAME - {"magnitude", "singular_values", "lors"}))
+@pytest.mark.parametrize("name", sorted(set(METHODS) - NOT_SAME))
 def test_equal_models_merge_to_themselves(name):
+    """With nothing dropped, and a sum's scale 1 / models; of a mean, by statistics or not, whatever the weights."""
     one = deltas(1)[0]
     given = [one] * len(taken(name))
-    np.testing.assert_allclose(
-        merged(name, given, **({} if METHODS[name].scale else {"scale": 1 / len(given)})), one, atol=1e-5
+    mean = METHODS[name].is_mean or METHODS[name].combine is methods.disjoint_mean
+    options = WHOLE.get(name, {}) | {"scale": 1.0 if mean else 1 / len(given)}
+    np.testing.assert_allclose(merged(name, given, **options), one, atol=1e-5)
+    if mean:
+        np.testing.assert_allclose(merged(name, given, [0.2, 0.7, 3.0][: len(given)], **options), one, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["fisher", "regmean"])
+def test_equal_models_merge_to_themselves_whatever_their_statistics(name):
+    one, rng = deltas(1)[0], np.random.default_rng(0)
+    about = [rng.random((ROWS, COLUMNS)) for _ in range(3)]
+    about = [x @ x.T for x in about] if name == "regmean" else about
+    found = METHODS[name](
+        [one] * 3, jnp.array([0.2, 0.7, 3.0]), keys(3), one, [jnp.asarray(x, jnp.float32) for x in about]
     )
+    np.testing.assert_allclose(found, one, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", sorted(NOT_SAME))
+def test_equal_models_merge_to_something_else(name):
+    """But isotropic leaves what is level already, and tsv what is alone."""
+    one = deltas(1)[0]
+    scale = 1 / 3 if name == "isotropic" else 1.0
+    assert np.abs(merged(name, [one] * 3, scale=scale) - one).max() > 0.1
+    level = jnp.linalg.qr(one.T)[0].T if name == "isotropic" else one
+    count = 3 if name == "isotropic" else 1
+    np.testing.assert_allclose(merged(name, [level] * count, scale=scale), level, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +198,24 @@ def test_dropping_at_random_keeps_the_expectation():
     big = jnp.where(jnp.arange(500) < 250, 3.0, 1.0) * jnp.ones((200, 1))
     kept = np.asarray(methods.della(big, keys(1)[0], density=0.3, spread=0.2)) != 0
     assert kept[:, :250].mean() > kept[:, 250:].mean() + 0.05
+
+
+@pytest.mark.parametrize(("name", "options"), [("dare", {"density": 0.3}), ("della", {"density": 0.5, "spread": 0.4})])
+def test_over_many_seeds_what_is_dropped_is_made_up_for(name, options):
+    """Each entry's mean is the plain delta, within five standard errors: delta^2 (1 / chance - 1) is its variance."""
+    (delta,), number = deltas(1), 4000
+    step = METHODS[name].having(**options).sparsify
+    found = np.asarray(jax.vmap(lambda key: step(delta, key))(jax.random.split(jax.random.key(0), number))).mean(0)
+    least = options["density"] - options.get("spread", 0) / 2
+    assert np.all(np.abs(found - delta) <= 5 * np.abs(delta) * np.sqrt((1 / least - 1) / number))
+
+
+def test_della_ranks_along_the_last_dim():
+    """Of each row of an IxO matrix the outputs; of a Hugging Face folder's OxI the inputs."""
+    big = jnp.where(jnp.arange(400) < 200, 3.0, 1.0)
+    for x, side in ((jnp.ones((300, 1)) * big, np.s_[:, :200]), ((jnp.ones((300, 1)) * big).T, np.s_[:200])):
+        kept = np.asarray(methods.della(x, keys(1)[0], density=0.5, spread=0.8)) != 0
+        assert (kept[side].mean() > 0.65) == (x.shape[-1] == 400), side
 
 
 def test_the_randomised_svd_is_within_its_bound():
@@ -272,6 +328,18 @@ KITS = {  # method -> how many models, our options, and what the kit calls both
     "average": (3, {}, {"merge_method": "linear"}),
     "task_arithmetic": (3, {"scale": 0.5}, {"merge_method": "task_arithmetic", "parameters": {"lambda": 0.5}}),
     "ties": (3, {"density": 0.2}, {"merge_method": "ties", "parameters": {"density": 0.2, "normalize": True}}),
+    # Of what drops at random all: what is kept is by other numbers in each.
+    "dare": (3, {"density": 1.0, "scale": 1.0}, {"merge_method": "dare_linear", "parameters": {"density": 1.0}}),
+    "dare_ties": (
+        3,
+        {"density": 1.0},
+        {"merge_method": "dare_ties", "parameters": {"density": 1.0, "normalize": True}},
+    ),
+    "della": (
+        3,
+        {"density": 1.0, "spread": 0.0},
+        {"merge_method": "della", "parameters": {"density": 1.0, "epsilon": 1e-6, "normalize": True}},
+    ),
     "breadcrumbs": (
         3,
         {"scale": 0.25},

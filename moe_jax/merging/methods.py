@@ -64,7 +64,8 @@ def dare(delta: Array, key: Array, *, density: float) -> Array:
 
 def della(delta: Array, key: Array, *, density: float, spread: float) -> Array:
     """As `dare`, but of each row the larger entries stay likelier: the chance rises over `spread` around `density` with
-    the rank of the magnitude."""
+    the rank of the magnitude. A row is along the last dim: all outputs of an input unit in our checkpoints (IxO), all
+    inputs of an output unit in Hugging Face folders (OxI)."""
 
     def likely(row: Array) -> Array:
         number = jnp.arange(row.size)
