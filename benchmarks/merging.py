@@ -37,6 +37,7 @@ from benchmarks.merging_settings import ROOT, Corrector, Nll, Setting, Speech, T
 from moe_jax import branches, launch, partfile
 from moe_jax.merging import experts, merge, search, statistics
 from moe_jax.merging.methods import METHODS
+from moe_jax.merging.models import open_model
 from moe_jax.metrics import significance
 
 FIXED = ("average", "fisher", "regmean")  # means of weights: there is nothing to scale
@@ -147,11 +148,16 @@ class Bench:
             "nll": {task: x for task, x in test(str(path)).items() if task in tasks},
             "lines": {task: self.setting.lines(path, task, told=arm == EXPERTS) for task in tasks},
             "date": datetime.date.today().isoformat(),
+            "base": open_model(str(self.setting.base())).digest(),
         }
 
 
 def table(setting: Setting, found: dict[tuple[str, int], dict[str, Any]], command: str) -> dict[str, Any]:
-    """The evidence table. `found`: (arm, seed) -> what `scored` returns."""
+    """The evidence table. `found`: (arm, seed) -> what `scored` returns.
+
+    Raises ValueError for runs that began with different bases."""
+    if len(bases := {run["base"] for run in found.values() if "base" in run}) > 1:
+        raise ValueError(f"{setting.name}: runs began with {len(bases)} different bases: remove those of the older one")
     nothing = {"ci95": None, "p_value": None}
     seeds = sorted({seed for _, seed in found})
 

@@ -358,6 +358,9 @@ def test_a_merge_is_measured_from_the_base_to_the_tasks_own_models():
         found[arm, seed + 1] = run(1.5, 1.0, 2) if arm == "lors" else one  # as `joint`: no change, and it counts
     line = next(x for x in results.merging(merging.table(Two(), found, "c")).splitlines() if x.startswith("| lors"))
     assert line == "| lors | 2 | 25.00 (+25.0 %) | 25.00 (+25.0 %) | 0.67 ± 0.24 | +0.750, +0.250 |"
+    found["base", 0]["base"], found["lors", 0]["base"] = "a", "b"
+    with pytest.raises(ValueError, match="2 different bases"):
+        merging.table(Two(), found, "c")
 
 
 def test_the_table_of_aligned_merges():

@@ -203,7 +203,7 @@ def regmean(
     """The matrix whose outputs are nearest, in least squares, to each model's on its own inputs, known by their Gram
     matrices G_IxI, whose entries off the diagonal are multiplied by `off_diagonal`. Each G is scaled to a trace of 1:
     models count alike however large their inputs (ours). Without statistics the mean, as in the paper for what is no
-    linear layer."""
+    linear layer; of ours those outside of attention and MLP, too."""
     if statistics is None:
         return mean(deltas_MxIxO, weight_M, base)
     eye = jnp.eye(deltas_MxIxO.shape[1])

@@ -117,7 +117,8 @@ class _Same:
 
 
 def _grams(empty: Any, params: dict[str, Array], batches) -> dict[str, Array]:
-    """Padding is no input: layers make it 0, and `methods.regmean` does not look at the scale of a Gram matrix."""
+    """Padding that layers make 0 adds nothing, and `methods.regmean` does not look at the scale of a Gram matrix. What
+    is behind a bias, or of positions, is not 0 there, and counts."""
     words = tree.axes(empty)
     total: dict[str, Any] = defaultdict(float)
     for batch in batches:
