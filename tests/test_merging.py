@@ -1180,6 +1180,7 @@ def test_a_search_of_models_that_were_tuned_again_is_another(prepared, tmp_path,
     ("change", "said"),
     [
         (["--valid", "nowhere"], "nowhere/meta.json: cannot read"),
+        (["--score", "nowhere"], "nowhere/meta.json: cannot read"),
         (["--search", "rank=1"], "no option 'rank'"),
         (["--search", "scale=.5,"], "is written OPTION=V1,V2"),
         (["--search", "scale=a..1"], "is written OPTION=V1,V2"),
@@ -1222,6 +1223,14 @@ def test_the_command_merges_by_a_recipe(tuned, prepared, tmp_path, capsys):
     searching = ["--search", "scale=0,0.2", "--valid", prepared, "--output", str(tmp_path / "s.safetensors")]
     assert cli.entry(["merge", "--base", tuned["base"], "--models", tuned["a"], tuned["b"], *searching]) == 0
     assert "best of 2 trials: scale=0" in capsys.readouterr().out
+    scoring = ["--score", prepared, "--method", "average", "--output", str(tmp_path / "t.safetensors")]
+    assert cli.entry(["merge", "--base", tuned["base"], "--models", tuned["a"], tuned["b"], *scoring]) == 0
+    *_, base, a, _, merged = capsys.readouterr().out.splitlines()
+    families = search.Loss(prepared).by_family(tuned["a"])
+    assert (
+        a == f"| {tuned['a']} | {' | '.join(f'{x:.4f}' for x in (*families.values(), np.mean([*families.values()])))} |"
+    )
+    assert base.startswith(f"| {tuned['base']} |") and merged.startswith(f"| {tmp_path / 't.safetensors'} |")
     assert cli.entry(["merge", "--list"]) == 0
     said = capsys.readouterr().out
     assert all(f"| {name} |" in said for name in METHODS)

@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", help="a safetensors file (of Hugging Face folders a folder); a card goes beside it")
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT")
     parser.add_argument("--list", action="store_true", help="print the methods with their options, and stop")
+    parser.add_argument("--score", metavar="FOLDER", help="print the loss of base, models and merge on prepared data")
     search = parser.add_argument_group("search", "choose options by the loss on prepared validation data")
     search.add_argument("--search", nargs="+", metavar="OPTION=V1,V2,...", help="values to try, or OPTION=LOW..HIGH")
     search.add_argument("--valid", metavar="FOLDER", help="prepared validation data (never test data)")
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    from moe_jax import checkpoint
     from moe_jax.merging import search
     from moe_jax.merging.merge import card_path, check_free, merge
 
@@ -58,6 +60,9 @@ def main(args: argparse.Namespace) -> int:
         raise MergeError("give --output, the file to write")
     inputs = [*parsed.inputs(), *([args.recipe] if args.recipe else [])]
     check_free(args.output, args.overwrite, inputs)  # before a search
+    if args.score:  # what cannot be read, before the work
+        loss = search.Loss(args.score)
+        loss.opened(parsed.base, checkpoint.Source(parsed.base).meta)
     if args.search:
         if not args.valid:
             raise MergeError("--search needs --valid, a folder of prepared validation data")
@@ -71,14 +76,26 @@ def main(args: argparse.Namespace) -> int:
     stage = card["stages"][0]
     how = f"{len(stage['models'])} models merged by {', '.join(stage['methods'])}"
     print(f"{args.output}: {how}; {card_path(args.output)}")
+    if args.score:
+        paths = (parsed.base, *parsed.stage.paths(), args.output)
+        print(_scores({path: loss.by_family(str(checkpoint.Source(path).path)) for path in paths}))
     return 0
+
+
+def _scores(found: dict[str, dict[str, float]]) -> str:
+    """checkpoint -> family -> loss a token, and the mean of families, as a table."""
+    families = list(next(iter(found.values())))
+    rows = [["", *families, "mean"], ["---", *["--:"] * (len(families) + 1)]]
+    for path, losses in found.items():
+        rows.append([path, *(f"{x:.4f}" for x in (*losses.values(), sum(losses.values()) / len(losses)))])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _experts(args: argparse.Namespace) -> int:
     from moe_jax.merging.experts import to_experts
     from moe_jax.merging.merge import card_path
 
-    others = ("recipe", "base", "models", "method", "set", "align", "search", "valid", "trials")
+    others = ("recipe", "base", "models", "method", "set", "align", "search", "valid", "trials", "score")
     if odd := [name for name in others if getattr(args, name)]:
         raise MergeError(f"--experts keeps models apart: there is no --{odd[0]} to it")
     pairs = [text.partition("=") for text in args.experts]
