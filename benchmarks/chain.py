@@ -59,6 +59,8 @@ def heard(folder: Path, run: Path, path: str) -> None:
 def made(path: str, seed: int) -> dict[str, Any]:
     """What the table needs (`arms.of_run`) of a corrector of a recogniser, both trained where they are not."""
     folder, run = ROOT / "prepared" / f"chain-{seed}", Path("runs/chain") / f"{CORPUS}-{seed}"
+    for at in (folder, ROOT / run):
+        kept.claim(at, kept.digest(path))
     heard(folder, u2pp.made(CORPUS, path, ARM, seed), path)
     about: dict[str, Any] = {"RUN_DIR": run, "SEED": seed, "FOLDER": folder, "FAMILY": "asr"}
     about |= {"DATA": f"prepared/chain-{seed}.rows", "VALID_DATA": f"prepared/chain-{seed}.valid"}
@@ -86,9 +88,9 @@ def run() -> None:
     names = {seed: f"{CORPUS}-{seed}" for seed in args.seeds}
     if not args.collect:
         for seed, name in names.items():
-            kept.once(EXPERIMENT, name, lambda seed=seed: made(path, seed))
+            kept.once(EXPERIMENT, name, lambda seed=seed: made(path, seed), kept.digest(path))
     runs = {seed: found for seed, name in names.items() if (found := kept.read(EXPERIMENT, name))}
-    seeds, listed = " ".join(map(str, args.seeds)), " --list LIST" if args.list else ""
+    seeds, listed = " ".join(map(str, args.seeds)), f" --list {Path(args.list).name}" if args.list else ""
     command = f"python -m benchmarks.chain{listed} --seeds {seeds}"
     out = ROOT / "results" / EXPERIMENT / "table.json"
     partfile.write_text(out, json.dumps(table(runs, command), indent=1) + "\n")

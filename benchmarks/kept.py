@@ -5,6 +5,7 @@ make it again without training."""
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -33,10 +34,33 @@ def read(experiment: str, run: str) -> Any | None:
     return json.loads(gzip.decompress(at.read_bytes())) if at.exists() else None
 
 
-def once(experiment: str, run: str, make: Callable[[], Any]) -> Any:
-    """What is kept of the run, made and kept where it is not."""
+def once(experiment: str, run: str, make: Callable[[], dict[str, Any]], of: str | None = None) -> Any:
+    """What is kept of the run, made and kept where it is not. `of`: what it is made of (`digest`), kept with it.
+
+    Raises ValueError for one that is kept of something else."""
     found = read(experiment, run)
     if found is None:
-        found = make()
+        found = make() | ({} if of is None else {"of": of})
         write(experiment, run, found)
+    _same(of, found.get("of"), path(experiment, run))
     return found
+
+
+def digest(file: str | Path, *settings: str) -> str:
+    """Of what a run is made: a file's bytes, and settings."""
+    return hashlib.sha256(
+        "\n".join([hashlib.sha256(Path(file).read_bytes()).hexdigest(), *settings]).encode()
+    ).hexdigest()
+
+
+def claim(folder: Path, of: str) -> None:
+    """Marks a folder as made of that. Raises ValueError where it was made of something else."""
+    mark = folder / "of.txt"
+    _same(of, mark.read_text() if mark.exists() else None, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    partfile.write_text(mark, of)
+
+
+def _same(of: str | None, was: str | None, where: Path) -> None:
+    if of and was and of != was:
+        raise ValueError(f"{where}: is of another list or other settings; remove it, or call this one otherwise")

@@ -276,9 +276,9 @@ def task_moe(data: dict[str, Any]) -> str:
 
 
 U2PP = """Word and character error rates of held-out utterances, the mean over seeds ± their standard deviation; in
-brackets the 95 % bootstrap interval over utterances of the first seed. `moe` has 8 experts of which a frame takes 2 and
-`dense` as many active parameters, `wide` is dense with as many in all. Chunks are of 640 ms, all before them seen. The
-change is that of the first seed against `dense` on the same utterances, p its paired randomisation test.
+brackets the 95 % bootstrap interval over utterances, whose errors are summed over seeds. `moe` has 8 experts of which a
+frame takes 2 and `dense` as many active parameters, `wide` is dense with as many in all. Chunks are of 640 ms, all
+before them seen. The change is against `dense` on the same utterances and seeds, p its paired randomisation test.
 """
 
 

@@ -38,12 +38,14 @@ NO_CHANGE: dict[str, Any] = {"relative_change": None, "ci95": None, "p_value": N
 
 def run(corpus: str, path: str, arm: str, seed: int, extra: list[str]) -> None:
     """Trains and scores the arm if it is not kept."""
-    kept.once("u2pp", f"{corpus}-{arm}-{seed}", lambda: of_run(made(corpus, path, arm, seed, extra)))
+    make = lambda: of_run(made(corpus, path, arm, seed, extra))  # noqa: E731
+    kept.once("u2pp", f"{corpus}-{arm}-{seed}", make, kept.digest(path, *extra))
 
 
 def made(corpus: str, path: str, arm: str, seed: int, extra: Sequence[str] = ()) -> Path:
     """The arm's run folder, trained and scored where it is not."""
     folder = Path("runs/u2pp") / f"{corpus}-{arm}-{seed}"
+    kept.claim(ROOT / folder, kept.digest(path, *extra))
     if not (ROOT / folder / "scores.json").exists():
         print(f"--- {corpus}, {arm}, seed {seed} -> {folder}", flush=True)
         sizes = [] if corpus in DIGITS else ["data/prompts.gin"]

@@ -310,3 +310,19 @@ def test_the_table_says_which_arms_were_asked_for_and_has_its_pictures(tmp_path,
     assert {c["arm"] for c in table["comparisons"]} == {"dense", "top_k"}
     assert ">top_k, experts<" in (tmp_path / "results" / "task_moe" / "routing.svg").read_text()
     task_moe.test_rows.cache_clear()
+
+
+def test_what_is_kept_of_another_list_is_not_taken_for_this_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(kept, "ROOT", tmp_path)
+    for name in "ab":
+        (tmp_path / name).write_text(name)
+    a, b = (kept.digest(tmp_path / name) for name in "ab")
+    assert a != b != kept.digest(tmp_path / "b", "--gin.STEPS=1")
+    kept.claim(tmp_path / "run", a)
+    kept.claim(tmp_path / "run", a)
+    with pytest.raises(ValueError, match="run: is of another list"):
+        kept.claim(tmp_path / "run", b)
+    assert kept.once("e", "r", lambda: {"x": 1}, a) == kept.once("e", "r", lambda: {"x": 2}, a) == {"x": 1, "of": a}
+    with pytest.raises(ValueError, match="is of another list"):
+        kept.once("e", "r", lambda: {"x": 2}, b)
+    assert kept.once("e", "old", lambda: {"x": 3}) == kept.once("e", "old", lambda: {}, a) == {"x": 3}
