@@ -217,8 +217,8 @@ def task_moe(data: dict[str, Any]) -> str:
     arms = [arm for arm in unique(r["arm"] for r in rows) if arm not in new]
     signed = {name: f"`{meta['signatures'].get(name, '')}`" for name in SPELT}
     ends = {name: ", ".join(meta[f"{name}-resource"]) for name in ("low", "high")}
-    head = TASK_MOE.format(**signed, **ends)
-    out = [f"## {data['experiment']}\n", f"`{meta['command']}` · {meta['split']} · {meta['date']}\n", head]
+    out = [f"## {data['experiment']}\n", f"`{meta['command']}` · {meta['split']} · {meta['date']}\n"]
+    out.append(TASK_MOE.format(**signed, **ends))
     for metric in ("chrf", "bleu"):
         tasks = ("trained", "en-xx", "xx-en", "xx-yy", "low-resource", "high-resource", "zero-shot")
         sizes = ("parameters", "active parameters")

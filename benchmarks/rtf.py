@@ -104,7 +104,7 @@ def heard(d: int, layers: int, hidden: int, vocab: int) -> Iterator[dict[str, An
 def laid_out(made: dict[str, Conformer]) -> dict[str, Conformer]:
     """As a stream's weights lie. One after another, as there is no room for all of them twice; `made` is emptied."""
     like = jax.tree.structure(jax.eval_shape(programs.apart, made.pop("moe top 1")))
-    out = {name: jax.jit(programs.apart)(made.pop(name)) for name in [*made]}
+    out = {name: programs.laid_out(made.pop(name)) for name in [*made]}
     return out | {"moe top 1": jax.tree.unflatten(like, jax.tree.leaves(out["moe top 2"]))}
 
 

@@ -71,7 +71,7 @@ COMPARED = [
         ("new" if arm.startswith("language") else "zero-shot", against, arm)
         for arm, later in NEW.items()
         for against in (later.before, f"{arm.partition('_')[0]}_full")
-        if later.about.get("STEPS") != 0
+        if later.before != arm
     ),
 ]
 LOW, HIGH = 1000, 10_000  # sentences, of directions of low and high resource

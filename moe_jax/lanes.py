@@ -25,7 +25,7 @@ import numpy as np
 from moe_jax import tree
 from moe_jax.decode import EOS, Decoded, Prefill, allowed, is_end, step
 from moe_jax.layers import stack
-from moe_jax.programs import Structure, apart, compiled, of_rows
+from moe_jax.programs import Structure, compiled, laid_out, of_rows
 from moe_jax.sampling import Sampling, draw, keys
 from moe_jax.types import Array, value
 
@@ -90,8 +90,7 @@ def run(
       batches: whose caches all have equally many slots.
       room: no text is longer.
     """
-    if jax.default_backend() == "cpu":  # once for all blocks; elsewhere it would be a copy for nothing
-        model = _apart()(Structure(model), tree.flatten(model))
+    model = laid_out(model)  # once for all blocks
     structure, params = Structure(model), tree.flatten(model)
     queue, begun, now = iter(batches), deque[Waiting](), None
     holder: list[tuple[Waiting, int] | None] = [None] * lanes
@@ -128,11 +127,6 @@ def run(
         while begun and all(begun[0].texts):
             batch = begun.popleft()
             yield batch, [text for text in batch.texts if text]
-
-
-@compiled()
-def _apart(structure: Structure, params: dict[str, Array]) -> Any:
-    return apart(structure.filled(params))
 
 
 @compiled(static_argnames=("lanes", "room"))

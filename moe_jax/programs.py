@@ -58,6 +58,16 @@ def apart(model: Any) -> Any:
     return jax.lax.optimization_barrier(tree.unflatten(model, table))
 
 
+def laid_out(model: Any) -> Any:
+    """`model` for many steps: `apart` once on CPU; elsewhere as it is, of which that would be a copy for nothing."""
+    return _apart()(Structure(model), tree.flatten(model)) if jax.default_backend() == "cpu" else model
+
+
+@compiled()
+def _apart(structure: Structure, params: dict[str, Array]) -> Any:
+    return apart(structure.filled(params))
+
+
 def of_rows(state: Any, row_R: Array) -> Any:
     """The state of some rows, stacked over layers; leaves without rows count slots."""
     return jax.tree.map(lambda s: s if s.ndim < 2 else s.take(row_R, axis=1), state)

@@ -101,9 +101,10 @@ def initial(
     model = jax.eval_shape(make)
     table = tree.flatten(model)
     words = tree.axes(model)
-    for source in sources:
-        _same_groups(source, describe.describe(model))
     if sources:
+        described = describe.describe(model)
+        for source in sources:
+            _same_groups(source, described)
         where = lambda name, shape: sharding.placement(words[name], shape, mesh)  # noqa: E731
         table = checkpoint.transplant(table, sources, rules, where=where)
     fresh = {path: x for path, x in table.items() if isinstance(x, jax.ShapeDtypeStruct)}
@@ -134,8 +135,8 @@ def _same_groups(source: checkpoint.Source, model: Any) -> None:
     """Raises ValueError where a task has another row of a gate (`Grouped`), or another adapter (`ByTask`), in the
     source than in the model that takes them."""
     here, there = _numbered(model), _numbered(source.meta.get("model"))
+    families = source.meta.get("families", {})
     for place in here.keys() & there.keys():
-        families = source.meta.get("families", {})
         for name in source.meta.get("trained") or families:
             number = families.get(name)
             was, now = (places.get(number) for places in (there[place], here[place]))

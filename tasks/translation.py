@@ -110,7 +110,8 @@ def drafts(path: Path, direction: str) -> list[tuple[int, str, str]]:
 
     Raises ValueError, in one line, for a file that cannot be read (`formats.read`).
     """
-    return _drafts(path, path.stat().st_mtime_ns, languages(direction)[1])
+    mtime = path.stat().st_mtime_ns if path.exists() else 0  # `formats.read` says what is wrong with a file
+    return _drafts(path, mtime, languages(direction)[1])
 
 
 @functools.lru_cache(maxsize=12)

@@ -318,6 +318,11 @@ def test_what_a_machine_translated_is_edited_beside_its_source(corpus):
     refused("mt.train.jsonl", drawn, "postedit_es", passes=1)
 
 
+def test_missing_drafts_are_said_in_a_line(tmp_path):
+    with pytest.raises(ValueError, match="absent.jsonl"):
+        translation.drafts(tmp_path / "absent.jsonl", "mt-es")
+
+
 def test_shipped_drafts_are_scored_as_a_direction():
     found = main.parallel("test", ["mt-es", "mt-en", "de-en"])
     assert all(translation.BETWEEN in draft for draft, _ in found["mt-es"]) and len(found["mt-es"]) > 100 < len(

@@ -105,6 +105,14 @@ def run(
     return jax.lax.scan(body, x, (layers, inputs), unroll=unroll)
 
 
+def paired(outs: Any) -> tuple[Any, Any]:
+    """(states, split or stacked as `run` has them; the rest, stacked) of layers each of which gives a pair."""
+    if not isinstance(outs[0], tuple):
+        return outs
+    states, others = zip(*outs, strict=True)
+    return states, jax.tree.map(lambda *a: jnp.stack(a), *others)
+
+
 def repeated(one: Any, layers: int) -> Any:
     """The state of one layer, stacked for so many that begin alike."""
     return jax.tree.map(lambda a: jnp.broadcast_to(a, (layers, *a.shape)), one)

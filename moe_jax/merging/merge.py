@@ -157,6 +157,7 @@ class Merge:
             self._check_kinds(stage)
             self._check_weights(stage)
         self._cosines = Cosines(self.base.path)
+        self._rooms: dict[int, np.ndarray] = {}
 
     def _check(self, stage: Stage) -> None:
         patterns = [rule.match for rule in stage.rules] + [p for part in stage.models for p in part.weight.patterns()]
@@ -170,9 +171,8 @@ class Merge:
                 continue
             for part in stage.models:
                 if part.statistics is None:
-                    said = part.source if isinstance(part.source, str) else "a stage"
                     raise MergeError(
-                        f"{name} weighs by statistics, and {said} has none: make them with moe-jax statistics"
+                        f"{name} weighs by statistics, and {part.said} has none: make them with moe-jax statistics"
                     )
                 kind = self.statistics[part.statistics].meta.get("statistics")
                 if kind != chosen.statistics:
@@ -201,9 +201,8 @@ class Merge:
                 weight = part.weight.at(site)
                 if chosen is None or weight >= 0 or not chosen.here(name, site.matrix).is_mean:
                     continue
-                who = part.source if isinstance(part.source, str) else "a stage"
                 raise MergeError(
-                    f"{who}: its weight is {weight:g} for {name}, which is a mean, of weights >= 0, by {label}; "
+                    f"{part.said}: its weight is {weight:g} for {name}, which is a mean, of weights >= 0, by {label}; "
                     "take a method that sums, such as task_arithmetic"
                 )
 
@@ -212,10 +211,10 @@ class Merge:
         for stage in self.recipe.stage.stages():
             for part in stage.models:
                 if left := [name for name in self.base.shapes if not part.weight.knows(name)]:
-                    who = part.source if isinstance(part.source, str) else "a stage"
                     yield (
-                        f"{who}: its weights match no path of {len(left)} of {len(self.base.shapes)} arrays, such as "
-                        f'{left[0]}: it adds nothing to those; {{match: "", weight: ...}} at the end is for all others'
+                        f"{part.said}: its weights match no path of {len(left)} of {len(self.base.shapes)} arrays, "
+                        f"such as {left[0]}: it adds nothing to those; "
+                        '{match: "", weight: ...} at the end is for all others'
                     )
 
     def parts(self, progress: bool = True) -> Iterator[np.ndarray]:
@@ -270,7 +269,7 @@ class Merge:
         if chosen is None:  # a rule of an inner stage
             return np.zeros_like(base_Sx)
         fits = chosen.fits(sites[0].name, sites[0].matrix)
-        deltas_MxSx = _aligned((len(stage.models), *base_Sx.shape))
+        deltas_MxSx = self._room(len(at), (len(stage.models), *base_Sx.shape))
         statistics: list[np.ndarray] = []
         for i, part in enumerate(stage.models):
             delta_Sx = deltas_MxSx[i]
@@ -284,6 +283,14 @@ class Merge:
         keys_SxM = jnp.stack([jnp.stack([self._key(p.source, site, at) for p in stage.models]) for site in sites])
         known = statistics if len(statistics) == len(stage.models) else None
         return _apply(chosen.here(sites[0].name, sites[0].matrix), deltas_MxSx, weight_SxM, keys_SxM, base_Sx, known)
+
+    def _room(self, depth: int, shape: tuple[int, ...]) -> np.ndarray:
+        """Where a stage's deltas lie: where those of the site before it lay, if they were as many. XLA lets go of an
+        array that it took as it is (`_there`) a moment after it has computed: new ones would lie beside those."""
+        if depth not in self._rooms or self._rooms[depth].shape != shape:
+            self._rooms.pop(depth, None)
+            self._rooms[depth] = _aligned(shape)
+        return self._rooms[depth]
 
     def _read(self, path: str, sites: Sequence[Site], base_Sx: np.ndarray, out_Sx: np.ndarray) -> None:
         """A model's deltas."""

@@ -76,6 +76,11 @@ class Part:
     weight: Weight
     statistics: str | None = None
 
+    @property
+    def said(self) -> str:
+        """What messages call it."""
+        return self.source if isinstance(self.source, str) else "a stage"
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:

@@ -134,10 +134,7 @@ class Decoder(Module):
         x = drop(x, None if keys is None else keys[-1], self.dropout)
         call = lambda block, x, state, key: block(x, info, heard, state, key)  # noqa: E731
         x, outs = stack.run(self.blocks, x, call, state, None if keys is None else keys[:-1], remat=self.remat)
-        if isinstance(state, tuple):  # a pair from each layer
-            return self.norm(x), tuple(s for s, _ in outs), None
-        state, stats = outs
-        return self.norm(x), state, stats
+        return self.norm(x), *stack.paired(outs)
 
     def __call__(self, tokens_BxU: Array, info: TokenInfo, state: Any) -> tuple[Array, Any, Any]:
         """A step: (x_BxUxD before the output, state, statistics)."""
@@ -277,10 +274,7 @@ class Conformer(Module):
             remat=self.remat,
             unroll=self.unroll if state is None else 1,
         )
-        if isinstance(state, tuple):
-            states, stats = zip(*outs, strict=True)
-            return self.norm(x), info, states, jax.tree.map(lambda *a: jnp.concatenate(a), *stats)
-        states, stats = outs
+        states, stats = stack.paired(outs)
         return self.norm(x), info, states, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), stats)
 
     def ctc_logits(self, x_BxLxD: Array) -> Array:

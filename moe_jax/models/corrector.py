@@ -172,10 +172,9 @@ class Corrector(Module):
                 remat=self.remat,
                 unroll=self.unroll if state is None else 1,
             )
-            if isinstance(own_state, tuple):  # a pair from each layer
-                outs = tuple(s for s, _ in outs), jax.tree.map(lambda *a: jnp.stack(a), *(s for _, s in outs))
-            states.append(outs[0])
-            stats += [outs[1]] if outs[1] is not None else []
+            own_states, own_stats = stack.paired(outs)
+            states.append(own_states)
+            stats += [own_stats] if own_stats is not None else []
         return self.norm(x), stack.joined(states), stack.joined(stats)
 
     def after_step(self, stats: RouterStats) -> Corrector:

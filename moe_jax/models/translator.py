@@ -125,10 +125,9 @@ class Side(Module):
             x, outs = stack.run(
                 blocks, x, call, own_state, own_keys, remat=remat, unroll=unroll if state is None else 1
             )
-            if isinstance(own_state, tuple):  # a pair from each layer
-                outs = tuple(s for s, _ in outs), jax.tree.map(lambda *a: jnp.stack(a), *(s for _, s in outs))
-            states.append(outs[0])
-            for found, into in zip(outs[1], (stats, adapted), strict=True):
+            own_states, own_stats = stack.paired(outs)
+            states.append(own_states)
+            for found, into in zip(own_stats, (stats, adapted), strict=True):
                 into += [found] if found is not None else []
         return self.norm(x), stack.joined(states), stack.joined(stats), stack.joined(adapted)
 

@@ -27,13 +27,13 @@ FAR = -1e9  # a logit that is never chosen, and weighs nothing
 TaskMap = Mapping[int, int | Sequence[int]] | Sequence[int | Sequence[int]] | None
 
 
-def task_table(experts: TaskMap, num_experts: int) -> tuple[tuple[int, ...], ...]:
+def task_table(experts: TaskMap, num_experts: int, fill: bool = True) -> tuple[tuple[int, ...], ...]:
     """The experts of each task id: one or several, or none if the map says []. Tasks without an entry have
-    (id - 1) mod E, id 0 (unknown) has none.
+    (id - 1) mod E, or none if they are not to be filled in; id 0 (unknown) has none.
 
     Raises ValueError for a task id or an expert out of range.
     """
-    table = [(), *((task % num_experts,) for task in range(MAX_TASKS - 1))]
+    table = [(), *((task % num_experts,) if fill else () for task in range(MAX_TASKS - 1))]
     items = experts.items() if isinstance(experts, Mapping) else list(enumerate(experts or ()))[1:]
     for task, given in items:
         if type(task) is not int or not 1 <= task < MAX_TASKS:
@@ -198,9 +198,8 @@ class ByTask(Module):
     ):
         if others not in ("first", "none"):
             raise ValueError(f"unknown others {others!r}; known: first, none")
-        nobody: dict[int, Any] = dict.fromkeys(range(1, MAX_TASKS), ())
-        named = nobody | dict(experts) if others == "none" and isinstance(experts, Mapping) else experts
-        self.experts, self.others = task_table(named, num_experts), others
+        fill = others == "first" or not isinstance(experts, Mapping)
+        self.experts, self.others = task_table(experts, num_experts, fill), others
         self.num_experts, self.k = num_experts, max(1, *map(len, self.experts))
 
     def after_step(self, stats: RouterStats) -> ByTask:
@@ -235,8 +234,7 @@ class Subset(Router):
         rngs: Rngs,
     ):
         super().__init__(d, num_experts, k=k, weights=weights, jitter=jitter, rngs=rngs)
-        named = experts if isinstance(experts, Mapping) else dict(list(enumerate(experts or ()))[1:])
-        self.experts = task_table(dict.fromkeys(range(1, MAX_TASKS), ()) | dict(named), num_experts)
+        self.experts = task_table(experts, num_experts, fill=False)
         if few := [task for task, found in enumerate(self.experts) if 0 < len(found) < k]:
             raise ValueError(f"task {few[0]} has experts {self.experts[few[0]]}, and k={k} are to be chosen")
 

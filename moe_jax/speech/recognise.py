@@ -16,12 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from moe_jax import checkpoint, describe, tree, xla
+from moe_jax import checkpoint, describe, programs, tree, xla
 from moe_jax import decode as searching
 from moe_jax.layers import stack, subsample
 from moe_jax.layers.relative import Chunks
 from moe_jax.models.conformer import EOS
-from moe_jax.programs import apart
 from moe_jax.speech import decode, features
 from moe_jax.speech.decode import BestPath, Hypothesis, PrefixBeam
 from moe_jax.text.tokeniser import Tokeniser
@@ -208,7 +207,7 @@ class Recogniser:
     @functools.cached_property
     def laid_out(self) -> Any:
         """The model as streams read it: on a CPU each weight as an array of its own, of which a chunk makes no copy."""
-        return _program(apart)(self.model) if jax.default_backend() == "cpu" else self.model
+        return programs.laid_out(self.model)
 
     def compile(self) -> None:
         """Makes all programs that a stream needs, so that no speaker waits for one. The second pass has one for each
