@@ -461,6 +461,18 @@ def test_a_stream_has_a_record_a_text(run, hasty, tmp_path, capsys):
         assert one["start"] <= one["times"][0] <= one["times"][-1] <= one["end"] <= after["start"]
 
 
+def test_long_standard_input_is_read_as_it_comes(run, hasty, monkeypatch, tmp_path):
+    """Of what nobody ends, no more is held than of a recording that is not long."""
+    held = []
+    monkeypatch.setattr(transcribe, "_ahead", lambda *a, do=transcribe._ahead: held.append(do(*a)) or held[0])
+    monkeypatch.setattr("sys.stdin", Stdin(4.5))
+    output = tmp_path / "hyps.json"
+    assert cli.entry(["transcribe", "-", f"--checkpoint={run}", f"--output={output}"]) == 0
+    found = json.loads(output.read_text())
+    assert len(found) > 2 and found[0]["start"] == 0 and found[-1]["end"] == 4.5
+    assert 2 < sum(map(len, held[0])) / RATE < 2.2
+
+
 def test_ways_that_read_no_stream_refuse_long_recordings(run, hasty, tmp_path, monkeypatch, capsys):
     """Their memory would grow with the square of its length; the other files go on."""
     import soundfile as sf
@@ -469,12 +481,12 @@ def test_ways_that_read_no_stream_refuse_long_recordings(run, hasty, tmp_path, m
     files, output = [str(tmp_path / "long.wav"), str(run / "0.wav")], tmp_path / "hyps.json"
     given = [f"--checkpoint={run}", f"--output={output}", "--overwrite"]
     assert cli.entry(["transcribe", *files, *given, "--decode=attention"]) == 1
-    said = f"{files[0]}: 2.5 s, and attention reads no more than 2 s at once: choose another --decode, or cut it\n"
+    said = f"{files[0]}: longer than 2 s, and attention reads no more at once: choose another --decode, or cut it\n"
     assert said in capsys.readouterr().err
     assert [one["audio"] for one in json.loads(output.read_text())] == files[1:]
     monkeypatch.setattr("sys.stdin", Stdin(2.5))
     assert cli.entry(["transcribe", "-", *given, "--decode=attention"]) == 1
-    assert "standard input: 2.5 s, and attention reads no more" in capsys.readouterr().err
+    assert "standard input: longer than 2 s, and attention reads no more" in capsys.readouterr().err
     assert cli.entry(["transcribe", *files, *given, "--decode=greedy"]) == 0
     found = json.loads(output.read_text())
     assert len(found) > 3 and found[-1]["audio"] == files[1] and found[-2]["end"] == 2.5

@@ -319,7 +319,7 @@ def test_what_a_machine_translated_is_edited_beside_its_source(corpus):
 
 
 def test_missing_drafts_are_said_in_a_line(tmp_path):
-    with pytest.raises(ValueError, match="absent.jsonl"):
+    with pytest.raises(ValueError, match=r"absent\.jsonl"):
         translation.drafts(tmp_path / "absent.jsonl", "mt-es")
 
 

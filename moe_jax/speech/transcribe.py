@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import io
+import itertools
 import json
 import signal
 import sys
@@ -103,35 +104,48 @@ def _records(
 ) -> Iterator[dict[str, Any]]:
     """One of a recording; one a text of what is streamed, with the seconds where it begins and ends, as it comes.
     `ready` comes before the first that is heard as if it were being spoken."""
-    if path == "-":
+    if path != "-":
+        if args.stream or audio.seconds(path) > LONGEST:
+            yield from _in_turn(by, ready, path, audio.blocks(path, by.rate, PORTION), args)
+            return
+        samples = audio.read(path, by.rate)
+    else:
         if args.stream:
             ready()
             print("listening", file=sys.stderr)
         live = _Live(cast(io.BufferedReader, sys.stdin.buffer))
         with live:
             blocks = audio.pcm(live, args.pcm_rate or by.rate, by.rate, PORTION)
-            if args.stream:
-                yield from _streamed(by, path, blocks, args)
+            held = [] if args.stream else _ahead(blocks, LONGEST * by.rate)
+            if args.stream or sum(map(len, held)) > LONGEST * by.rate:
+                yield from _in_turn(by, ready, path, itertools.chain(held, blocks), args)
                 return
-            samples = np.concatenate([*blocks, np.zeros(0, np.float32)])
-        seconds = len(samples) / by.rate
-        blocks = iter(np.array_split(samples, max(1, round(seconds / PORTION))))
-    else:
-        seconds, samples = audio.seconds(path), None
-        blocks = audio.blocks(path, by.rate, PORTION)
-    if seconds > LONGEST and by.way not in STREAMED:
+        samples = np.concatenate([*held, np.zeros(0, np.float32)])
+    yield {**record(by(samples), args.nbest), "audio": path}
+
+
+def _ahead(blocks: Iterator[np.ndarray], samples: int) -> list[np.ndarray]:
+    """Those with more samples than that, or all there are."""
+    out, found = [], 0
+    while found <= samples and (block := next(blocks, None)) is not None:
+        out.append(block)
+        found += len(block)
+    return out
+
+
+def _in_turn(
+    by: Recogniser, ready: Callable[[], None], path: str, blocks: Iterator[np.ndarray], args: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """What is long, or as if it were being spoken."""
+    if by.way not in STREAMED:
         where = "standard input" if path == "-" else path
-        said = f"{seconds:.1f} s, and {by.way} reads no more than {LONGEST} s at once"
+        said = f"longer than {LONGEST} s, and {by.way} reads no more at once"
         raise audio.AudioError(f"{where}: {said}: choose another --decode, or cut it")
-    if args.stream or seconds > LONGEST:
-        if args.stream:
-            ready()
-        else:
-            audio.say_once(f"what is longer than {LONGEST} s is read as with --stream, a record a text")
-        yield from _streamed(by, path, blocks, args)
-        return
-    texts = by(audio.read(path, by.rate) if samples is None else samples)
-    yield {**record(texts, args.nbest), "audio": path}
+    if args.stream:
+        ready()
+    else:
+        audio.say_once(f"what is longer than {LONGEST} s is read as with --stream, a record a text")
+    yield from _streamed(by, path, blocks, args)
 
 
 class _Ended(Exception):
