@@ -432,13 +432,29 @@ def results() -> str:
     return "\n".join([*parts, SPEED, *speed()])
 
 
+# What the README shows of results/neko, and what it calls it.
+FRONT_ARMS = {
+    "first pass": "first pass",
+    "oracle n-best": "the best text of each list, by an oracle",
+    "oracle compositional": "the best words of each list, by an oracle",
+    "quickstart": "**`make quickstart`**: an expert a task (`neko`), from the shipped base",
+    "neko": "`neko`: an expert a task, from a base that knows no recogniser",
+    "top2": "`top2`: the same, routed freely",
+    "random": "`random`: the same, a random task map",
+    "dense": "`dense`: no experts, as many active parameters",
+    "single": "`single`: a dense model a task, which is told the task",
+}
+FRONT_TASKS = {"asr": "speech", "ocr": "print", "mt": "translation", "gec": "writers' errors"}
+
+
 def front_table() -> str:
-    """The README's table: every arm of the experiment that the quickstart is one of, the main error of each family."""
+    """The README's table: arms of the experiment that the quickstart is one of, the main error of each family."""
     data = json.loads((ROOT / "results" / "neko" / "table.json").read_text("utf-8"))
     rows = [r for r in data["rows"] if r["set"] == "all" and r["metric"] == "wer"]
-    tasks, arms = unique(r["task"] for r in rows), unique(r["arm"] for r in rows)
-    out = ["| word error rate, % | " + " | ".join(tasks) + " |", "|---|" + "--:|" * len(tasks)]
-    for arm in arms:
+    tasks, arms = unique(r["task"] for r in rows), {r["arm"] for r in rows}
+    said = [f"{FRONT_TASKS[task]} (`{task}`)" for task in tasks]
+    out = ["| word error rate, % | " + " | ".join(said) + " |", "|---|" + "--:|" * len(tasks)]
+    for arm in (arm for arm in FRONT_ARMS if arm in arms):
         cells = []
         for task in tasks:
             mine = [r for r in rows if (r["arm"], r["task"]) == (arm, task)]
@@ -447,12 +463,12 @@ def front_table() -> str:
             change = f" ({100 * np.mean(changes):+.1f} %{'*' if sure else ''})" if changes else ""
             cells.append(f"{100 * np.mean([r['value'] for r in mine]):.2f}{change}")
         seeds = len({r["seed"] for r in rows if r["arm"] == arm} - {None})
-        name = f"{arm} ({seeds} seed{'s' if seeds > 1 else ''})" if seeds else arm
-        out.append(f"| {name} | " + " | ".join(cells) + " |")
+        drawn = f" ({seeds} seed{'s' if seeds > 1 else ''})" if seeds else ""
+        out.append(f"| {FRONT_ARMS[arm]}{drawn} | " + " | ".join(cells) + " |")
     meta = data["meta"]
     out.append(
         f"\nHeld-out test lines, relative change against the first pass; * p < 0.05 with every seed. {meta['date']}, "
-        f"`{meta['command']}`. [RESULTS.md](RESULTS.md) has every metric, set and interval."
+        f"`{meta['command']}`. [RESULTS.md](RESULTS.md#neko) has all arms, metrics, sets and intervals."
     )
     return "\n".join(out)
 
