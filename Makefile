@@ -12,7 +12,7 @@ quickstart: $(VENV)/.installed
 
 # Workers must agree on the order of sets.
 test: $(VENV)/.installed-test lint
-	PYTHONHASHSEED=0 $(BIN)/python -m pytest tests -n 2 $(ARGS)
+	PYTHONHASHSEED=0 $(BIN)/python -m pytest tests -n 2 --durations=40 --durations-min=5 $(ARGS)
 
 # What CI has no room for: ours against transformers, PEFT, mergekit (in an environment of its own) and a real SmolLM2,
 # each live; some GB of packages.
