@@ -24,6 +24,7 @@ from benchmarks import arms, kept, u2pp
 from benchmarks.launch import ROOT, launch
 from moe_jax import main, partfile
 from moe_jax.formats import manifest
+from moe_jax.formats.audio import AudioError
 from moe_jax.speech.recognise import Recogniser
 
 EXPERIMENT, CORPUS, ARM = "chain", "prompts", "moe"
@@ -31,16 +32,22 @@ CHUNK, NBEST = 16, 5
 
 
 def lists(readers: Sequence[Recogniser], path: str, split: str) -> list[dict[str, Any]]:
-    """The n-best of every utterance by every reader, with its reference.
-
-    Raises ValueError for an utterance that cannot be read."""
-    out = []
+    """The n-best of every utterance by every reader, with its reference. What cannot be used is listed and counted."""
+    out, skipped = [], []
     for one in tqdm(list(manifest.read(Path(path), split)), f"hearing {split}", disable=None):
         if isinstance(one, manifest.Skipped):
-            raise ValueError(f"{one.where}: {one.reason}")
-        for by in readers:
-            found = [t.text for t in by(one.samples(by.rate))[:NBEST]]
+            skipped.append(f"  {one.where}: {one.reason}")
+            continue
+        try:
+            heard_by = [(by, one.samples(by.rate)) for by in readers]
+        except AudioError as error:
+            skipped.append(f"  {one.where}: {error}")
+            continue
+        for by, samples in heard_by:
+            found = [t.text for t in by(samples)[:NBEST]]
             out.append({"hypotheses": found or [""], "reference": one.text})
+    if skipped:
+        print(f"{split}: {len(skipped)} utterances are left out:", *skipped, sep="\n")
     return out
 
 

@@ -385,7 +385,7 @@ def test_the_table_of_a_chain_has_a_first_pass_a_seed():
     assert "| asr | wer ↓ | corrected | 20.00 ± 0.00 | 2 | -33.0 % |" in results.table(made)
 
 
-def test_a_chain_lists_what_every_reader_hears(tmp_path):
+def test_a_chain_lists_what_every_reader_hears(tmp_path, capsys):
     class Reader:
         rate = 16000
 
@@ -399,9 +399,13 @@ def test_a_chain_lists_what_every_reader_hears(tmp_path):
     wav = main.shipped("prompts/prompts.jsonl")
     line = json.loads(Path(wav).read_text("utf-8").splitlines()[0])
     line |= {"audio": str(Path(wav).parent / line["audio"]), "split": "train"}
-    path.write_text(json.dumps(line) + "\n")
+    (tmp_path / "torn.wav").write_bytes(b"RIFF")
+    unfit = [line | {"audio": audio, "duration": 1.0} for audio in ("torn.wav", "none.wav")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*unfit, line]))
     found = chain.lists([Reader("a", "b"), Reader()], str(path), "train")
     assert found == [{"hypotheses": h, "reference": line["text"]} for h in (["a", "b"], [""])]
+    said = capsys.readouterr().out
+    assert "train: 2 utterances are left out:" in said and "torn.wav" in said and f"{path}:2" in said
 
 
 def test_a_stream_is_timed_where_the_encoder_runs_and_its_memory_all_along(monkeypatch):
