@@ -23,8 +23,8 @@ from tqdm import tqdm
 from benchmarks import arms, kept, u2pp
 from benchmarks.launch import ROOT, launch
 from moe_jax import main, partfile
-from moe_jax.formats import manifest
-from moe_jax.formats.audio import AudioError
+from moe_jax.formats.manifest import Skipped
+from moe_jax.speech import evaluate
 from moe_jax.speech.recognise import Recogniser
 
 EXPERIMENT, CORPUS, ARM = "chain", "prompts", "moe"
@@ -32,18 +32,15 @@ CHUNK, NBEST = 16, 5
 
 
 def lists(readers: Sequence[Recogniser], path: str, split: str) -> list[dict[str, Any]]:
-    """The n-best of every utterance by every reader, with its reference. What cannot be used is listed and counted."""
+    """The n-best of every utterance by every reader (all of one rate), with its reference. What cannot be used
+    (`evaluate.read`) is listed and counted."""
     out, skipped = [], []
-    for one in tqdm(list(manifest.read(Path(path), split)), f"hearing {split}", disable=None):
-        if isinstance(one, manifest.Skipped):
-            skipped.append(f"  {one.where}: {one.reason}")
+    for utterance in tqdm(evaluate.read(path, split, readers[0].rate), f"hearing {split}", disable=None):
+        if isinstance(utterance, Skipped):
+            skipped.append(f"  {utterance.where}: {utterance.reason}")
             continue
-        try:
-            heard_by = [(by, one.samples(by.rate)) for by in readers]
-        except AudioError as error:
-            skipped.append(f"  {one.where}: {error}")
-            continue
-        for by, samples in heard_by:
+        samples, one = utterance
+        for by in readers:
             found = [t.text for t in by(samples)[:NBEST]]
             out.append({"hypotheses": found or [""], "reference": one.text})
     if skipped:

@@ -48,7 +48,9 @@ def once(experiment: str, run: str, make: Callable[[], dict[str, Any]], of: str 
 
 def digest(file: str | Path, *settings: str) -> str:
     """Of what a run is made: a file's bytes, and settings."""
-    return hashlib.sha256("\0".join(settings).encode() + b"\0" + Path(file).read_bytes()).hexdigest()
+    return hashlib.sha256(
+        "\n".join([hashlib.sha256(Path(file).read_bytes()).hexdigest(), *settings]).encode()
+    ).hexdigest()
 
 
 def claim(folder: Path, of: str) -> None:

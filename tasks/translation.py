@@ -110,8 +110,10 @@ def drafts(path: Path, direction: str) -> list[tuple[int, str, str]]:
 
     Raises ValueError, in one line, for a file that cannot be read (`formats.read`).
     """
-    mtime = path.stat().st_mtime_ns if path.exists() else 0  # `formats.read` says what is wrong with a file
-    return _drafts(path, mtime, languages(direction)[1])
+    try:
+        return _drafts(path, path.stat().st_mtime_ns, languages(direction)[1])
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read ({error})") from None
 
 
 @functools.lru_cache(maxsize=12)

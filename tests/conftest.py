@@ -43,7 +43,7 @@ def _no_programs():
 
 @pytest.fixture(autouse=True)
 def _few_programs():
-    """Each lies in some twenty mappings, of which Linux allows a process 65,530: beyond, XLA dies. Those of
+    """Each lies in several mappings, of which Linux allows a process 65,530: beyond, XLA dies. Those of
     test_translator alone are more."""
     began = time.monotonic()
     yield

@@ -481,12 +481,12 @@ def test_ways_that_read_no_stream_refuse_long_recordings(run, hasty, tmp_path, m
     files, output = [str(tmp_path / "long.wav"), str(run / "0.wav")], tmp_path / "hyps.json"
     given = [f"--checkpoint={run}", f"--output={output}", "--overwrite"]
     assert cli.entry(["transcribe", *files, *given, "--decode=attention"]) == 1
-    said = f"{files[0]}: longer than 2 s, and attention reads no more at once: choose another --decode, or cut it\n"
+    said = f"{files[0]}: 2.5 s, and attention reads no more than 2 s at once: choose another --decode, or cut it\n"
     assert said in capsys.readouterr().err
     assert [one["audio"] for one in json.loads(output.read_text())] == files[1:]
     monkeypatch.setattr("sys.stdin", Stdin(2.5))
     assert cli.entry(["transcribe", "-", *given, "--decode=attention"]) == 1
-    assert "standard input: longer than 2 s, and attention reads no more" in capsys.readouterr().err
+    assert "standard input: more than 2 s, and attention reads no more" in capsys.readouterr().err
     assert cli.entry(["transcribe", *files, *given, "--decode=greedy"]) == 0
     found = json.loads(output.read_text())
     assert len(found) > 3 and found[-1]["audio"] == files[1] and found[-2]["end"] == 2.5
@@ -542,7 +542,7 @@ def test_a_run_is_scored_without_what_is_too_long(run, hasty, tmp_path):
     sf.write(tmp_path / "long.wav", audio(2.5) / SCALE, RATE, subtype="FLOAT")
     lines = [{"audio": str(path), "text": "abc"} for path in (tmp_path / "long.wav", run / "0.wav")]
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    long, (samples, short) = evaluate._read(str(tmp_path / "list.jsonl"), None, RATE)
+    long, (samples, short) = evaluate.read(str(tmp_path / "list.jsonl"), None, RATE)
     assert (
         long.where == f"{tmp_path}/list.jsonl:1" and long.reason == "longer than 2 s, too much to read at once: 2.5 s"
     )

@@ -45,7 +45,7 @@ def error_rates(
     said: list[Row] = []
     records, took, seconds = [], 0.0, 0.0
     skipped: list[str] = []
-    for found in tqdm(_read(manifest, split, by.rate), unit=" utterances", disable=None):
+    for found in tqdm(read(manifest, split, by.rate), unit=" utterances", disable=None):
         if isinstance(found, Skipped):
             skipped.append(f"- {found.where}: {found.reason}\n")
             continue
@@ -127,7 +127,7 @@ def _table(found: Sequence[Row]) -> str:
     return markdown([head, ("---", *["--:"] * (len(head) - 1)), *lines])
 
 
-def _read(path: str, split: str | None, rate: int) -> Iterator[tuple[np.ndarray, Utterance] | Skipped]:
+def read(path: str, split: str | None, rate: int) -> Iterator[tuple[np.ndarray, Utterance] | Skipped]:
     """The samples of each utterance, and it; none of what is too long."""
     for one in list(manifests.read(path, split)):
         if isinstance(one, Skipped):

@@ -105,8 +105,9 @@ def _records(
     """One of a recording; one a text of what is streamed, with the seconds where it begins and ends, as it comes.
     `ready` comes before the first that is heard as if it were being spoken."""
     if path != "-":
-        if args.stream or audio.seconds(path) > LONGEST:
-            yield from _in_turn(by, ready, path, audio.blocks(path, by.rate, PORTION), args)
+        if (seconds := audio.seconds(path)) > LONGEST or args.stream:
+            said = f"{path}: {seconds:.1f} s"
+            yield from _in_turn(by, ready, path, audio.blocks(path, by.rate, PORTION), said, args)
             return
         samples = audio.read(path, by.rate)
     else:
@@ -118,7 +119,8 @@ def _records(
             blocks = audio.pcm(live, args.pcm_rate or by.rate, by.rate, PORTION)
             held = [] if args.stream else _ahead(blocks, LONGEST * by.rate)
             if args.stream or sum(map(len, held)) > LONGEST * by.rate:
-                yield from _in_turn(by, ready, path, itertools.chain(held, blocks), args)
+                said = f"standard input: more than {LONGEST} s"
+                yield from _in_turn(by, ready, path, itertools.chain(held, blocks), said, args)
                 return
         samples = np.concatenate([*held, np.zeros(0, np.float32)])
     yield {**record(by(samples), args.nbest), "audio": path}
@@ -134,13 +136,17 @@ def _ahead(blocks: Iterator[np.ndarray], samples: int) -> list[np.ndarray]:
 
 
 def _in_turn(
-    by: Recogniser, ready: Callable[[], None], path: str, blocks: Iterator[np.ndarray], args: argparse.Namespace
+    by: Recogniser,
+    ready: Callable[[], None],
+    path: str,
+    blocks: Iterator[np.ndarray],
+    length: str,
+    args: argparse.Namespace,
 ) -> Iterator[dict[str, Any]]:
-    """What is long, or as if it were being spoken."""
+    """What is long (`length` says of what, and how), or as if it were being spoken."""
     if by.way not in STREAMED:
-        where = "standard input" if path == "-" else path
-        said = f"longer than {LONGEST} s, and {by.way} reads no more at once"
-        raise audio.AudioError(f"{where}: {said}: choose another --decode, or cut it")
+        said = f"{length}, and {by.way} reads no more than {LONGEST} s at once"
+        raise audio.AudioError(f"{said}: choose another --decode, or cut it")
     if args.stream:
         ready()
     else:
