@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from benchmarks import arms, kept, u2pp
 from benchmarks.launch import ROOT, launch
-from moe_jax import main, partfile
+from moe_jax import partfile
 from moe_jax.formats.manifest import Skipped
 from moe_jax.speech import evaluate
 from moe_jax.speech.recognise import Recogniser
@@ -84,13 +84,16 @@ def table(runs: dict[int, dict[str, Any]], command: str) -> dict[str, Any]:
 
 def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--list", help="utterances, lines of audio, text and split (default: the shipped prompts)")
+    parser.add_argument("--list", default="", help="utterances (default: the shipped prompts)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--collect", action="store_true", help="only make the table, of what is finished")
     args = parser.parse_args()
-    path = str(Path(args.list).absolute()) if args.list else main.prompts()
     names = {seed: f"{CORPUS}-{seed}" for seed in args.seeds}
     if not args.collect:
+        try:
+            path = u2pp.list_of(args.list)
+        except ValueError as error:
+            parser.error(str(error))
         for seed, name in names.items():
             kept.once(EXPERIMENT, name, lambda seed=seed: made(path, seed), kept.digest(path))
     runs = {seed: found for seed, name in names.items() if (found := kept.read(EXPERIMENT, name))}

@@ -130,6 +130,14 @@ def hold_out(speaker: str, path: Path) -> Path:
     return out
 
 
+def list_of(path: str) -> str:
+    """The whole path of a list of utterances, or of the shipped prompts. Raises ValueError for what is not a file."""
+    if path and not Path(path).is_file():
+        what = "a folder" if Path(path).is_dir() else "not there"
+        raise ValueError(f"{path} is {what}: give a file, whose lines say audio, text and split (train, valid, test)")
+    return str(Path(path or main.prompts()).absolute())
+
+
 def run_all() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--corpora", nargs="+", default=["prompts"], metavar="NAME=LIST")
@@ -138,14 +146,18 @@ def run_all() -> None:
     parser.add_argument("--collect", action="store_true", help="only make the table, of what is finished")
     parser.add_argument("--hold-out", nargs=2, metavar=("SPEAKER", "LIST"), help="write such a list, and end")
     args, extra = parser.parse_known_args()
-    if args.hold_out:
-        print(hold_out(args.hold_out[0], Path(args.hold_out[1])))
-        return
-    corpora = {name: path or main.prompts() for name, _, path in map(_parted, args.corpora)}
+    try:
+        if args.hold_out:
+            print(hold_out(args.hold_out[0], Path(list_of(args.hold_out[1]))))
+            return
+        given = {name: path for name, _, path in map(_parted, args.corpora)}
+        corpora = given if args.collect else {name: list_of(path) for name, path in given.items()}
+    except ValueError as error:
+        parser.error(str(error))
     for seed in args.seeds if not args.collect else ():  # seed by seed, so that every arm has one first
         for corpus, path in corpora.items():
             for arm in args.arms:
-                run(corpus, str(Path(path).absolute()), arm, seed, extra)
+                run(corpus, path, arm, seed, extra)
     _write(args, list(corpora), extra)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from benchmarks import arms, kept, results, task_moe, u2pp
+from benchmarks import arms, chain, kept, results, task_moe, u2pp
 from moe_jax import checkpoint, describe, main, tree
 from moe_jax.layers.param import Rngs
 from moe_jax.metrics import translation
@@ -213,6 +213,16 @@ def test_the_table_of_recognisers_says_what_was_asked_for(tmp_path, monkeypatch)
     u2pp.run_all()
     said = json.loads((tmp_path / "results/u2pp/table.json").read_text())["meta"]["command"]
     assert said == "python -m benchmarks.u2pp --corpora digits=a.jsonl prompts --seeds 0 1 2 --arms moe"
+
+
+@pytest.mark.parametrize("made", [u2pp.run_all, chain.run])
+@pytest.mark.parametrize("given, said", [("a.jsonl", "a.jsonl is not there: "), (".", ". is a folder: give a file")])
+def test_what_is_not_a_list_of_utterances_is_refused_in_a_line(made, given, said, monkeypatch, capsys):
+    option = ["--corpora", f"digits={given}"] if made is u2pp.run_all else ["--list", given]
+    monkeypatch.setattr("sys.argv", ["benchmark", *option])
+    with pytest.raises(SystemExit, match="2"):
+        made()
+    assert said in capsys.readouterr().err
 
 
 def test_a_speaker_that_is_held_out_is_in_no_other_split(tmp_path, monkeypatch):
