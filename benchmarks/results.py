@@ -399,7 +399,9 @@ def front_speed() -> str:
         if not path.exists():
             continue
         rows = [r for r in json.loads(path.read_text("utf-8"))["rows"] if part in r["case"] and r["target"]]
-        cells = ", ".join(f"{r['case'].replace(part, '')} {r['ratio']:.{2 if r['ratio'] < 0.1 else 3}g}" for r in rows)
+        cells = ", ".join(
+            f"{r['case'].replace(part, '').strip(' :')} {r['ratio']:.{2 if r['ratio'] < 0.1 else 3}g}" for r in rows
+        )
         targets = ", ".join(dict.fromkeys(f"{r['target']:.3g}" for r in rows))
         out.append(f"| {what} | {cells} | {targets} |")
     return "\n".join(out)

@@ -25,6 +25,14 @@ from moe_jax.partfile import Stopped
 
 PACKAGE = Path(__file__).resolve().parent
 CHECKOUT = PACKAGE.parent
+CORRECTED = (
+    "asr",
+    "ocr",
+    "mt",
+    "gec",
+    "tn",
+    "itn",
+)  # the families of correctors, of which the last two are not shipped
 GIN = CHECKOUT / "gin" if (CHECKOUT / "setup.cfg").exists() else PACKAGE / "_gin"
 
 
@@ -65,11 +73,17 @@ def prompts() -> str:
     return shipped("prompts/prompts.jsonl")
 
 
-def corpus(split: str, families: Sequence[str] = ("asr", "ocr", "mt", "gec")) -> list[str]:
-    """The corpus files of a split, one a family. MOE_JAX_DATA names a folder other than the embedded one."""
-    folder = os.environ.get("MOE_JAX_DATA")
-    names = [f"{family}.{split}.jsonl.gz" for family in families]
-    return [str(Path(folder) / name) if folder else shipped(name) for name in names]
+def corpus(split: str, families: Sequence[str] | None = None) -> list[str]:
+    """The corpus files of a split, one a family. MOE_JAX_DATA names a folder other than the embedded one.
+
+    Args:
+      families: default: those of CORRECTED that have a file.
+    """
+    given = os.environ.get("MOE_JAX_DATA")
+    folder = Path(given) if given else Path(shipped()).parent
+    paths = [folder / f"{family}.{split}.jsonl.gz" for family in families or CORRECTED]
+    there = [path for path in paths if path.exists()]
+    return [str(path) for path in (paths if families or not there else there)]
 
 
 def parallel(split: str, directions: Sequence[str]) -> dict[str, list[tuple[str, str]]]:

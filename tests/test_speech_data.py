@@ -89,6 +89,31 @@ def test_kaldis_folders(tmp_path):
     assert [s.reason for s in manifest.read(tmp_path)] == without + ["a recording without a text"] * 2
 
 
+def test_a_folder_has_a_list_for_each_split(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "wav.scp").write_text("u1 /a.wav\n")
+    (tmp_path / "train" / "text").write_text("u1 one\n")
+    (tmp_path / "valid.jsonl").write_text('{"audio": "b.wav", "text": "two"}\n')
+    (tmp_path / "test.json").write_text('{"audio_filepath": "c.wav", "text": "three", "duration": 1.0}\n')
+    texts = {split: [one.text for one in manifest.read(tmp_path, split)] for split in ("train", "valid", "test")}
+    assert texts == {"train": ["one"], "valid": ["two"], "test": ["three"]}
+    with pytest.raises(ValueError, match=r"lists no split 'dev'; a folder has one in dev.jsonl, dev.json or"):
+        list(manifest.read(tmp_path, "dev"))
+
+
+def test_a_list_without_splits_is_not_all_of_them(tmp_path):
+    """Or a model would be scored on what it was trained on."""
+    (tmp_path / "wav.scp").write_text("u1 /a.wav\n")
+    (tmp_path / "text").write_text("u1 one\n")
+    with pytest.raises(ValueError, match="lists no split 'test'"):
+        list(manifest.read(tmp_path, "test"))
+    (tmp_path / "m.json").write_text('{"audio_filepath": "c.wav", "text": "three"}\n{\n')
+    with pytest.raises(ValueError, match=r'm\.json: no line says its "split"; or give a folder that has train.jsonl'):
+        list(manifest.read(tmp_path / "m.json", "train"))
+    (tmp_path / "m.json").write_text('{"audio": "c.wav", "text": "three", "split": "train"}\n')
+    assert not list(manifest.read(tmp_path / "m.json", "test"))
+
+
 def test_no_line_of_kaldis_folders_is_dropped_in_silence(tmp_path):
     (tmp_path / "wav.scp").write_bytes(b"u1\tr1.wav\r\nu2  r2.wav\nu1 r3.wav\nu4 \xff.wav\nu5 r5.wav\n")
     (tmp_path / "text").write_text("u1\tone\u2028two\x85three\nu1 two\n\nu2 two  three \n", "utf-8", newline="")

@@ -5,6 +5,7 @@
     {"audio_filepath": "a.wav", "text": "one two", "offset": 0.0, "duration": 1.5}          NeMo, in seconds
     folder/wav.scp, folder/text, folder/segments if there are any                           Kaldi
 
+Lines of one file say their split; or a folder has a list of each: train.jsonl or train.json, or Kaldi's in train/.
 Paths are relative to the list's own folder. Nothing in a list is run: an entry of wav.scp that is a command is skipped.
 """
 
@@ -86,12 +87,12 @@ def read(path: str | os.PathLike, split: str | None = None) -> Iterator[Utteranc
     """The utterances of a list, in order.
 
     Args:
-      path: a file of JSON lines, or a Kaldi folder.
-      split: those alone whose "split" is this.
+      path: a file of JSON lines, or a Kaldi folder; with a split also a folder of lists (`listed`).
+      split: those alone of this split.
 
-    Raises ValueError, in one line, if there is no such list.
+    Raises ValueError, in one line, if there is no such list, or a split is asked for and no line says one.
     """
-    path = Path(path)
+    path, split = listed(path, split)
     try:
         if path.is_dir():
             yield from _kaldi(path)
@@ -102,7 +103,24 @@ def read(path: str | os.PathLike, split: str | None = None) -> Iterator[Utteranc
         raise ValueError(f"{error.filename or path}: cannot read ({error.strerror})") from None
 
 
+def listed(path: str | os.PathLike, split: str | None) -> tuple[Path, str | None]:
+    """(the file or Kaldi folder that lists a split, the split that its lines must say). None: all of them.
+
+    Raises ValueError for a folder without a list of that split.
+    """
+    path = Path(path)
+    if split is None or not path.is_dir():
+        return path, split
+    lists = [path / f"{split}.jsonl", path / f"{split}.json", path / split]
+    for found in lists:
+        if found.exists():
+            return found, None
+    names = f"{split}.jsonl, {split}.json or Kaldi's {split}/wav.scp and {split}/text"
+    raise ValueError(f"{path}: lists no split {split!r}; a folder has one in {names}")
+
+
 def _json_lines(path: Path, lines: Iterable[bytes], split: str | None) -> Iterator[Utterance | Skipped]:
+    said_none = split is not None
     for number, line in enumerate(lines, 1):
         where = f"{path}:{number}"
         if not line.strip():
@@ -117,8 +135,14 @@ def _json_lines(path: Path, lines: Iterable[bytes], split: str | None) -> Iterat
             continue
         if not isinstance(said, dict):
             yield Skipped(where, "not a JSON object")
-        elif split is None or said.get("split") == split:
+            continue
+        said_none = said_none and "split" not in said
+        if split is None or said.get("split") == split:
             yield _of_object(path, where, said)
+    if said_none:
+        raise ValueError(
+            f'{path}: no line says its "split"; or give a folder that has {split}.jsonl and a list of each other split'
+        )
 
 
 def _of_object(path: Path, where: str, said: dict[str, Any]) -> Utterance | Skipped:

@@ -175,10 +175,16 @@ def prepare(
     """
     path = Path(manifest)
     said = f"{path}{f', split {split!r}' if split else ''}"
-    of = [str(path.absolute()), path.stat().st_size if path.is_file() else None, split]
+    of = [str(path.absolute()), _size(manifests.listed(path, split)[0]), split]
     given: dict[str, Any] = dict(units=units, rate=rate, mels=mels, speeds=speeds, lengths=lengths, batch=batch)
     given["longest"] = longest
     write(folder, lambda: manifests.read(path, split), said, of, tokeniser=tokeniser, **given)
+
+
+def _size(path: Path) -> int | None:
+    """Bytes of a list, of Kaldi's three files together."""
+    files = [path / name for name in ("wav.scp", "text", "segments")] if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file()) or None
 
 
 def write(
