@@ -32,12 +32,17 @@ def following(name):
         path.write_text("".join(line + "\\n" for line in lines[1:]))
     return lines[0] if lines else ""
 if "describe" in sys.argv:
+    if "failedData" in sys.argv[-1]:
+        sys.exit(print("no room there"))
     state = following("states")
     if state in ("", "NONE"):
         sys.exit("ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: Resource was not found")
     if state == "BROKEN":
         sys.exit("ERROR: (gcloud) there is no network")
     print(state)
+    print("Updates are available for some components.", file=sys.stderr)
+elif "delete" in sys.argv and (home / "no delete").exists():
+    sys.exit("ERROR: (gcloud) INTERNAL")
 elif "ssh" in sys.argv and "metrics.jsonl" in sys.argv[-1]:
     said = following("answers") or "running 1 5"
     if said == "DOWN":
@@ -72,6 +77,7 @@ def fake(tmp_path):
         (binaries / name).write_text(FAKE.replace("/usr/bin/env python3", sys.executable))
         (binaries / name).chmod(0o755)
     env = os.environ | {"PATH": f"{binaries}:{os.environ['PATH']}", "FAKE_HOME": str(home), "TMPDIR": str(tmp_path)}
+    env["XDG_CACHE_HOME"] = str(tmp_path / "cache")
     for name in ("gcloud", "gcluster", "sbatch"):  # or nothing below is run
         found = subprocess.run(["bash", "-c", f"command -v {name}"], env=env, capture_output=True, text=True)
         assert found.stdout.strip() == str(binaries / name)
@@ -171,7 +177,7 @@ def test_the_code_is_set_up_and_a_bucket_mounted(fake, tmp_path):
     assert subprocess.run(["bash", "-n", "-c", command]).returncode == 0
     assert r"my\ bucket" in command and "install gcsfuse" in command and "my-run/runs" in command
     assert "uv venv --quiet --python 3.12" in command and "'.[tpu,data,pretrained]'" in command
-    assert not list(tmp_path.glob("*.tar.gz"))
+    assert not list(tmp_path.glob("tmp*"))
     call("tpu.sh", "setup", *SLICE, "--extras", "tpu,speech")
     assert "'.[tpu,speech]'" in calls("ssh")[0][-1] and "gcsfuse" not in calls("ssh")[0][-1]
 
@@ -290,6 +296,80 @@ def test_a_babysitter_gives_up_without_a_newer_checkpoint(fake):
     assert done.returncode == 1 and len(calls("create")) == 3 and "could not be created; giving up" in done.stderr
     done = call("tpu.sh", *args, states="BROKEN")
     assert done.returncode == 1 and len(calls()) == 1  # what is wrong at once has to be mended
+
+
+def test_hosts_that_are_never_reached_are_given_up(fake):
+    """Every 30th look in a row is a failure; looks between which hosts answer are none."""
+    call, calls = fake
+    args = (*SITTER, *BUCKET, "--tries", "2", *RUN)
+    done = call("tpu.sh", *args, states="ACTIVE", answers="DOWN")
+    assert done.returncode == 1 and "its hosts cannot be reached; giving up after 2 failures" in done.stderr
+    assert len(calls("ssh")) == 60 + 1 and len(calls("delete")) == 2, (
+        done.stderr
+    )  # the last lines; for another, at the end
+    answers = ", ".join(["running 1 5", *["DOWN"] * 29, "running 1 5", *["DOWN"] * 29, "0 1 5"])
+    done = call("tpu.sh", *args, states="ACTIVE", answers=answers)
+    assert done.returncode == 0 and "failure" not in done.stderr
+
+
+def test_a_slice_that_somebody_deletes_is_not_asked_for_again(fake):
+    call, calls = fake
+    done = call("tpu.sh", *SITTER, *BUCKET, *RUN, states="ACTIVE BROKEN NONE", answers="running 1 5")
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith(
+        "tpu: my-run was deleted by someone"
+    )
+    assert not calls("create") and not calls("delete")
+
+
+def test_a_slice_that_never_comes_to_run_is_given_up(fake):
+    call, calls = fake
+    args = (*SITTER, *BUCKET, "--tries", "3", *RUN)
+    done = call("tpu.sh", *args, states="FAILED NONE NONE SUSPENDED NONE NONE FAILED")
+    assert done.returncode == 1 and len(calls("create")) == 2, done.stderr
+    assert "failed: no room there; asking for another; failure 1 of 3" in done.stderr
+    assert "was taken away; asking for another; failure 2 of 3" in done.stderr
+    (call.home / "no delete").touch()
+    done = call("tpu.sh", *args, states="SUSPENDED")
+    assert done.returncode == 1 and "goes on costing" in done.stderr and not calls("create")
+
+
+def test_what_was_trained_on_a_slice_alone_is_said_to_be_lost(fake):
+    call, _ = fake
+    states = "ACTIVE SUSPENDED NONE NONE ACTIVE"
+    done = call("tpu.sh", *SITTER, "--keep", *RUN, states=states, answers="running 1 5, 0 1 5")
+    assert "what it had trained lay on it alone, and is lost" in done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("flock"), reason="needs flock")
+def test_a_slice_has_one_babysitter(fake):
+    call, calls = fake
+    (call.home / "states").write_text("ACTIVE\n")
+    first = in_front(["bash", str(SCRIPTS / "tpu.sh"), *SITTER[:-1], "60", *BUCKET, *RUN], env=call.env, stderr=-1)
+    assert first.stderr and b"my-run: ACTIVE" in first.stderr.readline()
+    done = call("tpu.sh", *SITTER, *BUCKET, *RUN, states="ACTIVE")
+    assert done.returncode == 2 and "has a babysitter on this machine already" in done.stderr and not calls()
+    first.terminate()
+    assert first.wait(20) == 143
+    first.stderr.close()
+    assert call("tpu.sh", *SITTER, *BUCKET, *RUN, states="ACTIVE", answers="0, 0 1 5").returncode == 0
+
+
+def test_a_later_slice_gets_the_code_of_the_first(fake, tmp_path):
+    call, _ = fake
+    scripts = checkout(tmp_path / "checkout", "true")
+    git = ["git", "-C", str(scripts.parent), "-c", "user.name=n", "-c", "user.email=n@localhost"]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *arguments], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    (tmp_path / "bin" / "git").write_text(
+        f'#!/usr/bin/env bash\n[[ $* != *archive* ]] || echo "$@" >> {tmp_path}/archived\nexec {shutil.which("git")} "$@"\n'
+    )
+    (tmp_path / "bin" / "git").chmod(0o755)
+    (call.home / "states").write_text("ACTIVE\n")
+    (call.home / "answers").write_text("lost\nlost\n0 1 5\n")
+    subprocess.run(["bash", str(scripts / "tpu.sh"), *SITTER, *BUCKET, *RUN], env=call.env, check=True, timeout=60)
+    archived = (tmp_path / "archived").read_text().splitlines()
+    assert len(archived) == 2 and all(line.endswith(head) for line in archived)
 
 
 def test_a_babysitter_that_is_interrupted_says_what_goes_on_costing(fake):
@@ -489,6 +569,14 @@ def test_an_image_has_extras_that_there_are():
         ("slurm.sh", ("--nodes", "two", *RUN), "are numbers"),
         ("slurm.sh", ("--account", "mine", *RUN), "unknown option --account"),
         ("supervise.sh", ("--",), "no command"),
+        ("supervise.sh", ("--tries",), "--tries wants a number"),
+        *(
+            ("supervise.sh", ("--tries", tries, "--", "true"), "are numbers")
+            for tries in ("08", "many", "0", "x[$(exit 3)]")
+        ),
+        ("supervise.sh", ("--wait", "abc", "--", "true"), "are numbers"),
+        ("slurm.sh", ("--tries", "08", *RUN), "are numbers"),
+        ("gke.sh", ("--name", "Bad Name", "--image", "i", "--type", "t", *RUN), "--name Bad Name: at most 40 small"),
     ],
 )
 def test_what_is_wrong_is_one_line(script, arguments, said, fake):
@@ -573,7 +661,7 @@ def test_a_second_run_in_a_folder_is_refused(script, tmp_path):
     scripts = checkout(tmp_path / "checkout", *saving(tmp_path))
     command = saving(tmp_path) if script == "supervise.sh" else RUN[1:]
     whole = ["bash", str(scripts / script), "--", *command, f"--gin.RUN_DIR={tmp_path}/run 1"]
-    first = in_front(whole)
+    first = in_front([*whole[:-1], "--gin_bindings", f"RUN_DIR={tmp_path}/run 1"])
     until(tmp_path / "on")
     second = subprocess.run(whole, capture_output=True, text=True, timeout=20)
     assert second.returncode == 75 and len(second.stderr.splitlines()) == 1

@@ -11,7 +11,7 @@ set -euo pipefail
 
 name='' image='' type='' slices=1 dry_run=''
 more=()
-usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "$0"; }
+usage() { sed -n -e '2,/^set /{' -e '/^set /d' -e 's/^# \{0,1\}//p' -e '}' "$0"; }
 fail() {
   echo "gke: $1" >&2
   exit 2
@@ -36,6 +36,7 @@ while (($#)); do
   esac
 done
 [[ $name && $image && $type ]] || fail 'give --name, --image and --type'
+[[ $name =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] || fail "--name $name: at most 40 small letters, digits and dashes, a letter first"
 [[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--slices $slices: not a number of slices"
 (($#)) || fail 'what to run? write the arguments of moe_jax.main after --, such as --gin_file=...'
 quoted() { # for any shell: the container's need not be bash, which alone reads all that %q writes
@@ -45,7 +46,7 @@ quoted() { # for any shell: the container's need not be bash, which alone reads 
 # The supervisor takes the shell's place, so that it is told when the container is to stop.
 run="cd /moe_jax && exec tpu_scripts/supervise.sh -- .venv/bin/python -m moe_jax.main --distributed $(quoted "$@")"
 submit=(gcluster job submit --name "$name" --image "$image" --compute-type "$type" --num-slices "$slices" --command "$run")
-submit+=("${more[@]}")
+submit+=(${more[@]+"${more[@]}"})
 if [[ $dry_run ]]; then
   printf '%q ' "${submit[@]}"
   echo

@@ -9,7 +9,7 @@ dry_run=()
 while (($#)); do
   case $1 in
     --dry-run) dry_run=(--dry-run); shift ;;
-    --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "$0"; exit 0 ;;
+    --help) sed -n -e '2,/^set /{' -e '/^set /d' -e 's/^# \{0,1\}//p' -e '}' "$0"; exit 0 ;;
     --) shift; break ;;
     *) echo "gpu: unknown option $1; write the arguments of moe_jax.main after --" >&2; exit 2 ;;
   esac

@@ -25,13 +25,13 @@ while (($#)); do
       shift 2
       ;;
     --dry-run) dry_run=1; shift ;;
-    --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "$0"; exit 0 ;;
+    --help) sed -n -e '2,/^set /{' -e '/^set /d' -e 's/^# \{0,1\}//p' -e '}' "$0"; exit 0 ;;
     --) shift; break ;;
     --*=*) more+=("$1"); shift ;;
     *) fail "unknown option $1; tpu_scripts/slurm.sh --help lists them, and sbatch's are written --OPTION=VALUE" ;;
   esac
 done
-[[ $nodes =~ ^[1-9][0-9]*$ && $gpus =~ ^[1-9][0-9]*$ && $tries =~ ^[0-9]+$ ]] || fail '--nodes, --gpus and --tries are numbers'
+[[ $nodes =~ ^[1-9][0-9]*$ && $gpus =~ ^[1-9][0-9]*$ && $tries =~ ^(0|[1-9][0-9]*)$ ]] || fail '--nodes, --gpus and --tries are numbers'
 (($#)) || fail 'what to run? write the arguments of moe_jax.main after --, such as --gin_file=...'
 if [[ ! $name ]]; then # the same for what would write into the same folder
   for argument; do

@@ -13,20 +13,27 @@ set -euo pipefail
 tries=20 pause=5 anew=3600 dry_run=''
 
 usage() {
-  sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "$0"
+  sed -n -e '2,/^set /{' -e '/^set /d' -e 's/^# \{0,1\}//p' -e '}' "$0"
 }
 
 while (($#)); do
   case $1 in
-    --tries) tries=${2:?--tries wants a number}; shift 2 ;;
-    --wait) pause=${2:?--wait wants seconds}; shift 2 ;;
-    --anew) anew=${2:?--anew wants seconds}; shift 2 ;;
+    --tries | --wait | --anew)
+      (($# > 1)) || { echo "supervise: $1 wants a number" >&2; exit 2; }
+      case $1 in --tries) tries=$2 ;; --wait) pause=$2 ;; *) anew=$2 ;; esac
+      shift 2
+      ;;
     --dry-run) dry_run=1; shift ;;
     --help) usage; exit 0 ;;
     --) shift; break ;;
     *) echo "supervise: unknown option $1; write the command after --" >&2; exit 2 ;;
   esac
 done
+# What is no number would be run by the arithmetic below, and 08 is none in it.
+if ! [[ $tries =~ ^[1-9][0-9]*$ && $pause =~ ^[0-9]+(\.[0-9]+)?$ && $anew =~ ^(0|[1-9][0-9]*)$ ]]; then
+  echo 'supervise: --tries, --wait and --anew are numbers, --tries at least 1' >&2
+  exit 2
+fi
 if ((!$#)); then
   echo 'supervise: no command; write it after --' >&2
   exit 2
@@ -39,8 +46,10 @@ fi
 
 # Two runs in one folder would spoil it. The hosts of one run share it, so each has a lock of its own, which the command
 # inherits: it is held for as long as either lives.
-folder='' process=''
+folder='' process='' before=''
 for argument; do
+  [[ $before != --gin_bindings ]] || argument=--gin_bindings=$argument
+  before=$argument
   case $argument in
     --gin.RUN_DIR=* | --gin_bindings=RUN_DIR=*) folder=${argument#*RUN_DIR=} ;;
     --process=*) process=.${argument#*=} ;;

@@ -16,13 +16,16 @@
 # what it would do. With --bucket (one with a hierarchical namespace), runs/ and prepared/ of all hosts lie in it by
 # gcsfuse, so that another slice goes on from their checkpoints. Without it they are gone with the slice: `babysit` then
 # wants --keep, and leaves the slice there. It looks every 60 seconds (--every), and gives up after 20 failures
-# (--tries) without a newer checkpoint in runs/. Several slices, TPU7x, Kubernetes: gke.sh.
+# (--tries) without a newer checkpoint in runs/. What somebody else deletes it does not ask for again. Several slices,
+# TPU7x, Kubernetes: gke.sh.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 name='' zone='' type='' project='' runtime='' bucket='' spot='' dry_run='' every=60 keep='' tries=20 extras=tpu,data,pretrained
-variables=() supervisor=()
-usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "$0"; }
+variables=() supervisor=() commit=HEAD
+# A host that does not answer must not hold up all others.
+ssh_flags=(--ssh-flag=-oConnectTimeout=30 --ssh-flag=-oServerAliveInterval=15 --ssh-flag=-oServerAliveCountMax=8)
+usage() { sed -n -e '2,/^set /{' -e '/^set /d' -e 's/^# \{0,1\}//p' -e '}' "$0"; }
 fail() {
   echo "tpu: $1" >&2
   exit 2
@@ -71,14 +74,16 @@ act() {
   fi
 }
 
-describe() { act gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format 'value(state.state)'; }
+describe() { act gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format "value(${1:-state.state})"; }
 
 # The state of the queued resource: ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, ...; NONE where there is none.
 state() {
   local found
   if found=$(describe 2>&1); then
-    found=${found##*$'\n'} # after what gcloud warns of
-    echo "${found:-NONE}"
+    grep -xE '[A-Z_]+' <<<"$found" | tail -n 1 | grep . || { # among what gcloud warns of
+      echo "tpu: gcloud says no state: $found" >&2
+      return 1
+    }
   elif [[ $found == *NOT_FOUND* ]]; then # and not bash's "command not found": what costs must not be said to be gone
     echo NONE
   else
@@ -91,7 +96,7 @@ found_or() { # the state; of a dry run what is given
   if [[ $dry_run ]]; then echo "$1"; else state; fi
 }
 
-on_all() { act gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker all --command "$1"; }
+on_all() { act gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" "${ssh_flags[@]}" --worker all --command "$1"; }
 
 runtime_of() { # the image for a type, where --runtime does not say it
   case $1 in
@@ -110,10 +115,8 @@ create() {
     say "$name is there already: $found"
     return
   fi
-  local kind=()
-  [[ ! $spot ]] || kind=(--spot)
   act gcloud compute tpus queued-resources create "$name" --node-id "$name" "${where[@]}" \
-    --accelerator-type "$type" --runtime-version "$runtime" "${kind[@]}"
+    --accelerator-type "$type" --runtime-version "$runtime" ${spot:+--spot}
 }
 
 # Whether the run of this host goes on, in moe_jax/. The number alone may be another process's since the host was started.
@@ -121,12 +124,14 @@ create() {
 alive='grep -qs supervise.sh "/proc/$(cat pid 2>/dev/null)/cmdline"'
 
 setup() {
-  local archive=${TMPDIR:-/tmp}/$name.moe_jax.tar.gz mount='' changed
+  local archive=moe_jax.tar.gz mount='' changed sent=0
   changed=$(git -C "$here/.." status --porcelain) || return
   [[ ! $changed ]] || say "the hosts get what is committed, without the changes of$(cut -c 3- <<<"$changed" | head -n 5 | tr -d '\n')"
-  act git -C "$here/.." archive --format tar.gz --output "$archive" HEAD || return
-  act gcloud compute tpus tpu-vm scp "$archive" "$name:moe_jax.tar.gz" "${where[@]}" --worker all || return
-  act rm -f "$archive"
+  [[ $dry_run ]] || archive=$(mktemp) || return
+  act git -C "$here/.." archive --format tar.gz --output "$archive" "$commit" || sent=$?
+  ((sent)) || act gcloud compute tpus tpu-vm scp "$archive" "$name:moe_jax.tar.gz" "${where[@]}" --worker all || sent=$?
+  [[ $dry_run ]] || rm -f "$archive"
+  ((!sent)) || return "$sent"
   if [[ $bucket ]]; then
     # A machine that has just started updates itself, and holds apt's lock meanwhile.
     # shellcheck disable=SC2016 # the hosts expand it
@@ -157,7 +162,7 @@ uv pip install --quiet --python .venv/bin/python -e '.[$extras]'$mount"
 launch() {
   (($#)) || fail 'what to run? write the arguments of moe_jax.main after --, such as --gin_file=...'
   local run remote
-  run=(env "${variables[@]}" tpu_scripts/supervise.sh "${supervisor[@]}" -- .venv/bin/python -m moe_jax.main --distributed "$@")
+  run=(env ${variables[@]+"${variables[@]}"} tpu_scripts/supervise.sh ${supervisor[@]+"${supervisor[@]}"} -- .venv/bin/python -m moe_jax.main --distributed "$@")
   # A host that runs it already goes on with it; one that has ended says so in `ended`. bash, for %q may write $'...'.
   remote="cd moe_jax || exit; if $alive; then exit 0; fi; rm -f ended
 nohup bash -c $(printf '%q' "$(printf '%q ' "${run[@]}"); echo \$? > ended") >> run.log 2>&1 < /dev/null & echo \$! > pid"
@@ -168,8 +173,8 @@ nohup bash -c $(printf '%q' "$(printf '%q ' "${run[@]}"); echo \$? > ended") >> 
 # was killed); what checkpoints there are, as one number; the last step that was logged.
 asked="cd moe_jax 2>/dev/null || { echo lost; exit; }
 if $alive; then state=running; elif [ -s ended ]; then state=\$(cat ended); else state=lost; fi
-kept=\$(find runs -maxdepth 5 -regex '.*/checkpoints/[0-9]+' -prune 2>/dev/null | sort | cksum)
-log=\$(find runs -maxdepth 4 -name metrics.jsonl -printf '%T@ %p\n' 2>/dev/null | sort -n | tail -n 1 | cut -d ' ' -f 2-)
+kept=\$(find runs -maxdepth 6 -regex '.*/checkpoints/[0-9]+' -prune 2>/dev/null | sort | cksum)
+log=\$(find runs -maxdepth 5 -name metrics.jsonl -printf '%T@ %p\n' 2>/dev/null | sort -n | tail -n 1 | cut -d ' ' -f 2-)
 echo \$state \${kept%% *} \$([ ! \"\$log\" ] || tail -n 1 \"\$log\" | grep -o '\"step\": [0-9]*' | grep -o '[0-9]*$')"
 
 # Sets `answer` (running, lost, the exit code, partly: some hosts stand still; unreachable), `step` and, where a
@@ -177,7 +182,7 @@ echo \$state \${kept%% *} \$([ ! \"\$log\" ] || tail -n 1 \"\$log\" | grep -o '\
 look() {
   local lines host kept at all='' codes='' now=''
   answer=unreachable
-  lines=$(gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker all --command "$asked" | sort) || return 0
+  lines=$(gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" "${ssh_flags[@]}" --worker all --command "$asked" | sort) || return 0
   while read -r host kept at; do
     case $host in
       running | lost | 0) all+=" $host" ;;
@@ -225,11 +230,11 @@ leave() { # at the end
 }
 
 last_lines() {
-  gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker 0 --command 'tail -n 5 moe_jax/run.log' >&2 || true
+  gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" "${ssh_flags[@]}" --worker 0 --command 'tail -n 5 moe_jax/run.log' >&2 || true
 }
 
 again() { # what has failed; what is done about it
-  launched=''
+  launched='' silent=0
   if ((++failures >= tries)); then
     say "$1; giving up after $failures failures without a newer checkpoint"
     [[ $found != ACTIVE ]] || last_lines
@@ -237,6 +242,19 @@ again() { # what has failed; what is done about it
     exit 1
   fi
   say "$1; ${2:-trying again}${step:+ (last step $step)}; failure $failures of $tries without a newer checkpoint"
+}
+
+# One babysitter a slice and machine: two would both create, set up and launch.
+alone() {
+  local folder=${XDG_CACHE_HOME:-$HOME/.cache}/moe_jax
+  command -v flock >/dev/null && mkdir -p "$folder" 2>/dev/null && [[ -w $folder ]] || return 0
+  exec 9>>"$folder/tpu.${project:-.}.$zone.$name.lock"
+  flock --nonblock 9 || (($? != 1)) || fail "$name has a babysitter on this machine already"
+}
+
+discard() { # the slice that cannot be used, to ask for another
+  [[ $bucket ]] || say 'what it had trained lay on it alone, and is lost'
+  if gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet; then deleted=1; else again 'could not be deleted'; fi
 }
 
 babysit() {
@@ -250,16 +268,23 @@ babysit() {
     [[ $keep ]] || stop
     return
   fi
-  found='' launched='' failures=0 checkpoints='' step='' answer=''
-  local before='' heard=''
-  trap 'costs; exit 130' INT TERM
+  alone
+  commit=$(git -C "$here/.." rev-parse HEAD) # what a later slice gets too
+  found='' launched='' failures=0 checkpoints='' step='' answer='' silent=0 deleted=''
+  local before='' seen='' heard='' why
+  trap '[[ $found == NONE ]] || costs; exit 130' INT
+  trap '[[ $found == NONE ]] || costs; exit 143' TERM
   while true; do
     # What is wrong from the beginning has to be mended; later on a network may come back.
     found=$(state) || { [[ $before ]] || exit 1; found=UNKNOWN; }
     [[ $found == "$before" ]] || say "$(date -u +%FT%TZ) $name: $found${step:+ (last step $step)}"
     case $found in
       NONE)
-        launched=''
+        if [[ $seen && $seen != NONE && ! $deleted ]]; then
+          say "$name was deleted by someone else, and is not asked for again"
+          exit 1
+        fi
+        launched='' deleted=''
         create || again 'could not be created'
         ;;
       ACTIVE)
@@ -267,6 +292,12 @@ babysit() {
         [[ $answer != running ]] || launched=1 # by a babysitter before this one, perhaps
         [[ $answer == "$heard" ]] || say "$(date -u +%FT%TZ) its hosts: $answer${step:+ (last step $step)}"
         heard=$answer
+        if [[ $answer != unreachable ]]; then
+          silent=0
+        elif ((++silent >= 30)); then # looks in a row: a network that fails for a moment is no failure
+          again 'its hosts cannot be reached' 'asking for another'
+          if [[ $bucket ]]; then discard; fi
+        fi
         case ${launched:+$answer} in
           '' | running | unreachable) ;;
           0)
@@ -283,17 +314,20 @@ babysit() {
           lost | partly) again "hosts stand still ($answer)" 'launching it again' ;;
           *) again "ended with $answer" 'launching it again' ;;
         esac
-        if [[ ! $launched ]]; then
+        if [[ ! $launched && ! $deleted && $answer != unreachable ]]; then
           if setup && launch "$@"; then launched=1; else again 'could not be set up'; fi
         fi
         ;;
       SUSPENDED | SUSPENDING | FAILED)
-        [[ ! $launched && ($found != FAILED || $found == "$before") ]] || again 'was taken away' 'asking for another'
-        gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet || say 'not deleted yet'
+        if [[ $found == FAILED ]]; then why="failed: $(describe state.failedData.error.message 2>/dev/null)"; else why='was taken away'; fi
+        [[ ! $deleted ]] || why='was deleted, and is still there'
+        again "$why" 'asking for another'
+        discard
         ;;
     esac
     before=$found
-    sleep "$every" >/dev/null 2>&1 & # in the background, or a signal would wait for it
+    [[ $found == UNKNOWN ]] || seen=$found
+    sleep "$every" >/dev/null 2>&1 9>&- & # in the background, or a signal would wait for it
     wait $!
   done
 }
