@@ -12,7 +12,7 @@ from typing import Any
 from markupsafe import Markup
 
 from moe_jax.metrics.scoring import markdown
-from moe_jax.partfile import write_text
+from moe_jax.partfile import unfit, write_text
 from moe_jax.report import svg
 from moe_jax.report.read import read_log
 from moe_jax.sweep import rows_of
@@ -35,6 +35,8 @@ def main(args: argparse.Namespace) -> int:
     runs = names(args.runs)
     if len(runs) < 2:
         raise ValueError("give two runs or more")
+    if args.output and (why := unfit(Path(args.output), overwrite=True)):
+        raise ValueError(why)
     settings = differences({name: config(folder) for name, folder in runs.items()})
     scores = {name: {r["metric"]: r["value"] for r in rows_of({}, 0, folder)} for name, folder in runs.items()}
     first = table("setting", settings, runs) if settings else "The configurations are alike.\n"
@@ -43,7 +45,7 @@ def main(args: argparse.Namespace) -> int:
     }
     second = table("at the end", metrics, runs)
     paths = {name: folder / "metrics.jsonl" for name, folder in runs.items()}
-    logs = {name: read_log(path) if path.exists() else {} for name, path in paths.items()}
+    logs = {name: read_log(path, live=True) if path.exists() else {} for name, path in paths.items()}
     drawn = curves(logs)
     third = f"\n{table('curve', drawn, runs)}" if drawn else ""
     print(f"{first}\n{second}{third}", end="")
@@ -70,7 +72,7 @@ def config(folder: Path) -> dict[str, Any]:
     try:
         said = json.loads((folder / "config.json").read_text("utf-8"))
         bound = {f"{selector}.{key}": v for selector, of in said.pop("config").items() for key, v in of.items()}
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{folder}: is no run's folder ({error}); it has no config.json that can be read") from None
     bound.pop("RUN_DIR/gin.macro.value", None)  # of course
     macros = {key.removesuffix("/gin.macro.value"): v for key, v in bound.items() if key.endswith("/gin.macro.value")}

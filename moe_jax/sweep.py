@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import itertools
 import json
@@ -13,7 +14,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,15 @@ from moe_jax import main as jobs
 from moe_jax.metrics.scoring import markdown
 from moe_jax.partfile import write_text
 from moe_jax.report import intervals
-from moe_jax.report.read import read_log
+from moe_jax.report.read import read_log, read_object
+
+try:
+    import fcntl
+except ImportError:  # no such lock on Windows
+    fcntl = None
 
 Point = dict[str, str]  # binding -> value, as gin writes it
+OWN = {"SEED": "--seeds", "RUN_DIR": "--output"}  # what a sweep binds for each run
 # Exit codes of a run that was stopped, not of one that failed: it saved and said so, or the signal ended it.
 STOPS = {130: 130, 143: 143, -signal.SIGINT: 130, -signal.SIGTERM: 143}
 
@@ -50,8 +58,19 @@ def main(args: argparse.Namespace) -> int:
     points = listed(Path(args.points)) if args.points else grid(args.grid)
     if args.points and args.grid:
         raise ValueError("give --grid or --points, not both")
+    for binding in [*args.gin_bindings, *(key for point in points for key in point)]:
+        if (own := OWN.get(key := binding.partition("=")[0].strip())) is not None:
+            raise ValueError(f"{key} is the sweep's own: give {own}")
+    names = [name(point) for point in points]
+    if twice := [one for one in names if names.count(one) > 1]:
+        raise ValueError(f"{twice[0]} is given twice")
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
+    with nullcontext() if args.print else alone(folder):
+        return _sweep(args, points, folder)
+
+
+def _sweep(args: argparse.Namespace, points: Sequence[Point], folder: Path) -> int:
     about = {"gin_files": args.gin_file, "bindings": args.gin_bindings, "sha256": digests(args.gin_file)}
     _same(folder / "sweep.json", about)
     runs = {(i, seed): folder / f"{name(point)}-{seed}" for seed in args.seeds for i, point in enumerate(points)}
@@ -70,6 +89,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"--- {run} ({status(list(runs.values()), failed)})", flush=True)
         began = time.monotonic()
         code, stopped = _waited(command)
+        (run / "failed.json").unlink(missing_ok=True)
         if not code:
             about_run = {"point": points[i], "seed": seed, "seconds": round(time.monotonic() - began, 1)}
             write_text(run / "finished.json", json.dumps(about_run) + "\n")
@@ -78,6 +98,8 @@ def main(args: argparse.Namespace) -> int:
             return stop
         if code:
             failed.append(run)
+            if run.exists():
+                write_text(run / "failed.json", json.dumps({"code": code}) + "\n")
             print(f"{run}: ended with {code}; going on with the others", file=sys.stderr)
     if args.print:
         return 0
@@ -90,6 +112,19 @@ def main(args: argparse.Namespace) -> int:
     if failed:
         print(f"{len(failed)} of {len(runs)} runs failed: {', '.join(map(str, failed))}", file=sys.stderr)
     return int(bool(failed))
+
+
+@contextmanager
+def alone(folder: Path) -> Generator[None]:
+    """Raises ValueError where another sweep has the folder: two would run one point at once."""
+    with (folder / "sweep.lock").open("w") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EAGAIN, errno.EACCES):  # and not a file system without locks
+                    raise ValueError(f"{folder}: another sweep is running here; wait for it, or stop it") from None
+        yield
 
 
 def _waited(command: Sequence[str]) -> tuple[int, int]:
@@ -133,8 +168,8 @@ def status(runs: Sequence[Path], failed: Sequence[Path] = ()) -> str:
 
 def _seconds(run: Path) -> float | None:
     try:
-        return json.loads((run / "finished.json").read_text("utf-8")).get("seconds")
-    except (OSError, ValueError):  # run by hand, from a printed command
+        return read_object(run / "finished.json").get("seconds")
+    except ValueError:  # run by hand, from a printed command
         return None
 
 
@@ -212,14 +247,18 @@ def digests(files: Sequence[str]) -> dict[str, str]:
         path = next((path for path in (Path(file), jobs.GIN / file) if path.is_file()), None)
         if path is None:
             raise ValueError(f"{file}: no such gin file, here or in {jobs.GIN}")
-        text = path.read_text("utf-8")
+        try:
+            text = path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: cannot be read ({error})") from None
         out[file] = hashlib.sha256(text.encode()).hexdigest()
         todo += re.findall(r"^\s*include\s+[\"'](.+?)[\"']", text, re.MULTILINE)
     return out
 
 
 def finished(run: Path) -> bool:
-    return (run / "finished.json").exists() or (run / "scores.json").exists()
+    """One that failed may have scores all the same; one by a printed command has nothing else."""
+    return (run / "finished.json").exists() or ((run / "scores.json").exists() and not (run / "failed.json").exists())
 
 
 def _same(path: Path, about: Mapping[str, Any]) -> None:
@@ -227,10 +266,10 @@ def _same(path: Path, about: Mapping[str, Any]) -> None:
     if not path.exists():
         write_text(path, json.dumps(about, indent=1) + "\n")
         return
-    said = json.loads(path.read_text("utf-8"))
+    said = read_object(path)
     if any(said.get(key) != about[key] for key in ("gin_files", "bindings")):
         raise ValueError(f"{path.parent}: holds a sweep of other gin files or bindings; give another --output")
-    was, now = said.get("sha256", {}), about["sha256"]
+    was, now = dict(said.get("sha256") or {}), about["sha256"]
     if edited := sorted(file for file in {**was, **now} if was.get(file) != now.get(file)):
         raise ValueError(
             f"{path.parent}: {', '.join(edited)} changed since this sweep began; undo that, or give another --output"
@@ -241,16 +280,22 @@ def _same(path: Path, about: Mapping[str, Any]) -> None:
 
 
 def rows_of(point: Point, seed: int, run: Path) -> list[dict[str, Any]]:
-    """The scores of a run over whole sets, and its least validation loss."""
-    out = []
+    """The scores of a run over whole sets, and its least validation loss. Raises ValueError for damaged files."""
+    out: list[tuple[str, float]] = []
     if (log := run / "metrics.jsonl").exists():
-        losses = [row["valid/loss"] for row in read_log(log).values() if "valid/loss" in row]
+        losses = [row["valid/loss"] for row in read_log(log, live=True).values() if "valid/loss" in row]
         out += [("valid loss", min(losses))] if losses else []
     if (scores := run / "scores.json").exists():
-        for row in json.loads(scores.read_text("utf-8"))["rows"]:
+        found = read_object(scores).get("rows")
+        for row in found if isinstance(found, list) else [None]:
+            if not isinstance(row, dict):
+                raise ValueError(f'{scores}: "rows" is not a list of objects')
             value = row.get("corrected", row.get("value"))
             if row.get("set", "all") == "all" and value is not None:
-                out.append((" ".join(row[key] for key in ("task", "decoding", "metric") if key in row), value))
+                metric = " ".join(str(row[key]) for key in ("task", "decoding", "metric") if key in row)
+                if not isinstance(value, int | float):
+                    raise ValueError(f"{scores}: the value of {metric} is not a number: {value!r}")
+                out.append((metric, float(value)))
     return [{"point": point, "seed": seed, "metric": metric, "value": value} for metric, value in out]
 
 

@@ -209,15 +209,66 @@ def test_commands_are_printed_for_others_to_run(toy, tmp_path, capfd):
         (["--points=none.jsonl"], "none.jsonl: cannot be read"),
         (["--points=bad.jsonl"], "bad.jsonl:2: not a point"),
         (["--points=empty.jsonl"], "holds no points"),
+        (["--grid=RATE=0.1,0.1"], "RATE=0.1 is given twice"),
+        (["--grid=SEED=0,1"], "SEED is the sweep's own: give --seeds"),
+        (["--gin.SEED=5"], "SEED is the sweep's own: give --seeds"),
+        (["--gin_bindings=RUN_DIR = 'x'"], "RUN_DIR is the sweep's own: give --output"),
+        (["--gin_file=latin.gin"], "latin.gin: cannot be read"),
     ],
 )
 def test_what_is_wrong_is_one_line(arguments, said, toy, tmp_path, capsys):
     (tmp_path / "p.jsonl").write_text('{"A": 1}\n')
     (tmp_path / "bad.jsonl").write_text('{"A": 1}\n[1]\n')
     (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "latin.gin").write_bytes(b"# \xff\n")
     assert toy(*arguments) == 2
     err = capsys.readouterr().err
     assert said in err and len(err.splitlines()) == 1
+
+
+def test_a_run_that_failed_behind_its_scores_is_run_again(toy, tmp_path, capfd):
+    text = (tmp_path / "toy.py").read_text()
+    (tmp_path / "toy.py").write_text(text + "    raise ValueError('the report is lost')\n")
+    assert toy() == 1 and not (tmp_path / "out" / "table.json").exists()
+    assert (tmp_path / "out" / "base-0" / "scores.json").exists()
+    assert toy() == 1  # and not 0, as of what is finished
+    (tmp_path / "toy.py").write_text(text)
+    assert toy() == 0 and (tmp_path / "out" / "table.json").exists()
+
+
+def test_a_folder_has_one_sweep_at_a_time(toy, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    with sweep.alone(tmp_path / "out"):
+        assert toy() == 2 and toy("--print") == 0
+    assert "out: another sweep is running here" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "base-0").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("base-0/scores.json", "{}", '"rows" is not a list'),
+        ("base-0/scores.json", '{"rows": [1]}', '"rows" is not a list of objects'),
+        (
+            "base-0/scores.json",
+            '{"rows": [{"task": "asr", "metric": "wer", "value": "low"}]}',
+            "asr wer is not a number",
+        ),
+        ("base-0/scores.json", '{"rows"', "scores.json: not whole JSON"),
+        ("sweep.json", "[]", "sweep.json: must be a JSON object"),
+        ("sweep.json", '{"gin', "sweep.json: not whole JSON"),
+    ],
+)
+def test_damaged_files_are_said_in_one_line(name, text, said, toy, tmp_path, capfd):
+    assert toy() == 0
+    (tmp_path / "out" / name).write_text(text)
+    (tmp_path / "out" / "base-0" / "finished.json").write_text("[]")
+    capfd.readouterr()
+    assert toy() == 2
+    err = capfd.readouterr().err
+    assert said in err and len(err.splitlines()) == 1
+    if "scores" in name:
+        assert cli.entry(["compare", "out/base-0", "out"]) == 2 and "out" in capfd.readouterr().err
 
 
 def test_a_folder_of_another_sweep_is_refused(toy, capsys):
@@ -266,6 +317,8 @@ def test_without_a_page_the_course_of_each_metric_is_printed_and_its_last_value(
     assert toy("--grid=RATE=0.1,0.2") == 0
     capsys.readouterr()
     runs = [str(tmp_path / "out" / f"RATE=0.{i}-0") for i in (1, 2)]
+    with (tmp_path / "out" / "RATE=0.1-0" / "metrics.jsonl").open("a") as file:  # it goes on
+        file.write('{"step": 3, "lo')
     assert cli.entry(["compare", *runs]) == 0
     out = capsys.readouterr().out
     assert "| curve | RATE=0.1-0 | RATE=0.2-0 |" in out and "curves: give --output page.html" in out
@@ -292,8 +345,16 @@ def test_hostile_names_are_escaped():
     assert "<script>" not in page and "<b>" not in page and "<i>" not in page and "&lt;script&gt;" in page
 
 
+def test_a_page_that_cannot_be_written_is_said_first(toy, tmp_path, capsys):
+    assert toy("--grid=RATE=0.1,0.2") == 0
+    (tmp_path / "c").mkdir()
+    assert cli.entry(["compare", "out/RATE=0.1-0", "out/RATE=0.2-0", "--output=c"]) == 2
+    assert "c: is not a file" in capsys.readouterr().err and not list(tmp_path.glob("*.part"))
+
+
 def test_what_is_no_run_is_one_line(tmp_path, capsys):
     (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "config.json").write_text("[]")
     assert cli.entry(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
     assert "is no run's folder" in capsys.readouterr().err
     assert cli.entry(["compare", str(tmp_path / "a"), str(tmp_path / "a")]) == 2

@@ -361,9 +361,8 @@ def test_a_later_slice_gets_the_code_of_the_first(fake, tmp_path):
     for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
         subprocess.run([*git, *arguments], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    (tmp_path / "bin" / "git").write_text(
-        f'#!/usr/bin/env bash\n[[ $* != *archive* ]] || echo "$@" >> {tmp_path}/archived\nexec {shutil.which("git")} "$@"\n'
-    )
+    noted = f'[[ $* != *archive* ]] || echo "$@" >> {tmp_path}/archived'
+    (tmp_path / "bin" / "git").write_text(f'#!/usr/bin/env bash\n{noted}\nexec {shutil.which("git")} "$@"\n')
     (tmp_path / "bin" / "git").chmod(0o755)
     (call.home / "states").write_text("ACTIVE\n")
     (call.home / "answers").write_text("lost\nlost\n0 1 5\n")

@@ -132,10 +132,11 @@ def _routing(path: Path) -> dict[str, Any]:
     return {**whole, "experts": experts, "tasks": tasks}
 
 
-def read_log(path: Path) -> dict[int, dict[str, float]]:
-    """step -> metrics of a metrics.jsonl; numbers that are not finite are NaN."""
+def read_log(path: Path, live: bool = False) -> dict[int, dict[str, float]]:
+    """step -> metrics of a metrics.jsonl; numbers that are not finite are NaN. Of a `live` run the last line may be
+    without its end: it is being written."""
     steps: dict[int, dict[str, float]] = {}
-    for where, row in _lines(path):
+    for where, row in _lines(path, whole=not live):
         step = _checked(row, {"step": int}, {}, where)["step"]
         numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and not isinstance(v, bool)}
         # Training and validation may each write a line for a step; a resumed run writes a step again.
@@ -155,8 +156,17 @@ def _examples(path: Path) -> list[dict[str, Any]]:
     return examples
 
 
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+def read_object(path: Path) -> dict[str, Any]:
+    """What a file of JSON holds. Raises ValueError, in one line."""
+    try:
+        return _object(path.read_bytes(), str(path))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _lines(path: Path, whole: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines if whole else lines[:-1], 1):
         if line.strip():
             yield f"{path}:{number}", _object(line, f"{path}:{number}")
 
