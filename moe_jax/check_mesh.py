@@ -1,12 +1,13 @@
 """`moe-jax check-mesh`: what a training step needs on machines that are not here, before they are paid for.
 
-The step is compiled as the trainer runs it, for the asked devices. For TPUs the compiler is the real one (libtpu, which
-needs no TPU); for GPUs as many virtual CPU devices stand in, and memory is then what XLA's CPU compiler plans. FLOPs
-are counted by hand (products with weights and of attention; three passes, four where activations are computed again),
-bytes between devices from the program's collectives, each as often as its loop runs. What of them goes to other hosts
-or slices is charged at the network's rate, as if each of a group's chips of a host had one of as many rings. Between
-TPU slices, whose exchange is not in the program, it is an estimate: a sum of gradients. Times are at the rates of data
-sheets: at least the largest of computing, reading memory and sending; at most, if nothing overlapped, their sum.
+The step is compiled as the trainer runs it, for the asked devices. For TPUs the compiler is the real one (libtpu,
+which needs no TPU); for GPUs, and where libtpu is not installed, as many virtual CPU devices stand in, and memory is
+then what XLA's CPU compiler plans. FLOPs are counted by hand (products with weights and of attention; three passes,
+four where activations are computed again), bytes between devices from the program's collectives, each as often as its
+loop runs. What of them goes to other hosts or slices is charged at the network's rate, as if each of a group's chips
+of a host had one of as many rings. Between TPU slices, whose exchange is not in the program, it is an estimate: a sum
+of gradients. Times are at the rates of data sheets: at least the largest of computing, reading memory and sending; at
+most, if nothing overlapped, their sum.
 """
 
 from __future__ import annotations
@@ -108,20 +109,19 @@ def machines(name: str) -> Machines:
 
 
 def devices(where: Machines) -> list[Any]:
-    """TPUs as libtpu describes them; for others, virtual ones of this CPU. Before anything else asks for a device.
+    """TPUs as libtpu describes them; for others, and without it, virtual ones of this CPU. Before anything else asks
+    for a device.
 
-    Raises ValueError, in one line, where libtpu is missing or does not know the topology.
+    Raises ValueError, in one line, where libtpu does not know the topology.
     """
     total = where.chips * where.slices
     os.environ["JAX_PLATFORMS"] = "cpu"
     jax.config.update("jax_platforms", "cpu")
-    if not where.on_tpu:
+    if compiler(where) == "CPU":
         jax.config.update("jax_num_cpu_devices", total)
         if len(jax.devices()) != total:
             raise ValueError(f"this process has {len(jax.devices())} devices already; check meshes in one of its own")
         return jax.devices()
-    if importlib.util.find_spec("libtpu") is None:
-        raise ValueError("compiling for TPUs needs their compiler: pip install 'moe_jax[tpu-aot]'")
     # No chip is asked for its place in a pod, and none is used, so there is nothing to lock.
     quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8"}
     os.environ.update({"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_MIN_LOG_LEVEL": "3", **quiet, **os.environ})
@@ -132,6 +132,10 @@ def devices(where: Machines) -> list[Any]:
         return list(found.devices)
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"--topology={where.name}: libtpu does not know {shape}: {_first_line(error)}") from None
+
+
+def compiler(where: Machines) -> str:
+    return "TPU" if where.on_tpu and importlib.util.find_spec("libtpu") else "CPU"
 
 
 def wired(chips: int, dims: int) -> list[int]:
@@ -446,7 +450,7 @@ def check(plan: Plan, where: Machines, once: bool = False) -> dict[str, Any]:
     asked = _tried(plan, where, mesh, plan.batch_size, room)
     about = {"topology": where.name, "devices": mesh.devices.size, "room": room, "multiple": multiple, "once": once}
     about["mesh"] = {axis: n for axis, n in mesh.shape.items() if n > 1}
-    about["compiler"] = "TPU" if where.on_tpu else "CPU"
+    about["compiler"] = compiler(where)
     tried = [asked] if once else _searched(plan, where, mesh, asked, room, multiple)
     best = max((one for one in tried if one["fits"]), key=lambda one: one["batch"], default=None)
     about |= {"largest": best and best["batch"], "largest_used": best and best["used"]}
@@ -549,7 +553,8 @@ def report(found: Mapping[str, Any]) -> str:
     low, high = max(step["seconds"].values()), sum(step["seconds"].values())
     lines.append(f"step            {1e3 * low:,.1f} ms if all overlaps, {1e3 * high:,.1f} if nothing does ({parts})")
     if found["compiler"] == "CPU":
-        lines.append("                (compiled for virtual CPU devices: memory is another compiler's)")
+        why = "" if not machines(found["topology"]).on_tpu else "; pip install 'moe_jax[tpu-aot]' for that of TPUs"
+        lines.append(f"                (compiled for virtual CPU devices: memory is another compiler's{why})")
     return "\n".join([*lines, _verdict(found)])
 
 

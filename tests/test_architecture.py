@@ -52,7 +52,7 @@ ONLY = {
     "layers": {"types", "sharding"},
     "xla": set(),
     "launch": set(),
-    "data": {"types", "text", "packing"},
+    "data": {"types", "text", "packing", "hosts"},  # the first of which checks what all read
     "merging": {
         "types",
         "tree",

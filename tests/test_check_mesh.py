@@ -222,6 +222,15 @@ def test_what_fits_is_found_and_what_does_not_is_said(monkeypatch):
     assert "fits; the largest batch that fits is" in check_mesh.report(found)
 
 
+def test_without_the_compiler_of_tpus_virtual_devices_stand_in(monkeypatch):
+    monkeypatch.setattr(check_mesh.importlib.util, "find_spec", lambda name: None)
+    found = check_mesh.check(plan(), check_mesh.machines("v5p-16"), once=True)
+    assert found["compiler"] == "CPU" and found["devices"] == 8 and found["step"]["fits"]
+    assert "virtual CPU devices: memory is another compiler's; pip install 'moe_jax[tpu-aot]'" in check_mesh.report(
+        found
+    )
+
+
 @pytest.fixture
 def compiler(monkeypatch):
     """One that needs so many bytes a row and 1 GiB besides, and raises, as that of TPUs does, above 4."""

@@ -238,6 +238,18 @@ def test_processes_read_slices_of_one_batch(folder, process_count):
             assert one.tolist() == np.concatenate(parts).tolist()
 
 
+def test_the_first_host_alone_reads_all_of_a_folder(folder, monkeypatch):
+    """For its checksums; what the others read is what their steps need."""
+    read = []
+    monkeypatch.setattr("moe_jax.data.sha256", lambda path: read.append(path) or json.loads(text)["sha256"][path.stem])
+    text = (folder / "meta.json").read_text()
+    Prepared.open(folder)
+    assert len(read) == len(json.loads(text)["sha256"])
+    monkeypatch.setattr("moe_jax.hosts.first", lambda: False)
+    Prepared.open(folder)
+    assert len(read) == len(json.loads(text)["sha256"])
+
+
 def test_steps_continue_one_stream_whatever_the_batch_size(folder):
     prepared = Prepared.open(folder)
     small = [prepared.batch(step, seed=5, batch_size=4).tokens_BxL for step in range(30)]
