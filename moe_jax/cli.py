@@ -47,12 +47,13 @@ def entry(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="moe-jax", description="Correct what a recogniser wrote.")
     parser.add_argument("--version", action="version", version=f"moe-jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (_, said) in COMMANDS.items():
-        own = commands.add_parser(name, help=said)
-        if given[:1] == [name]:
-            _add_arguments(name, own)
-    args = parser.parse_args(launch.rewritten(given))
+    args = argparse.Namespace()
     try:
+        for name, (_, said) in COMMANDS.items():
+            own = commands.add_parser(name, help=said)
+            if given[:1] == [name]:
+                _add_arguments(name, own)  # imports for seconds
+        args = parser.parse_args(launch.rewritten(given))
         return _run(args)
     except KeyboardInterrupt:
         kept = (

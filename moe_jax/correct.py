@@ -86,10 +86,8 @@ def check(
     if not field.strip() or not field.isprintable():
         raise Refused(f"--field={field!r} is no name for a key or a column; give one, such as corrected")
     try:
-        if any(path.exists() and path.samefile(input) for path in (output, *part_paths(output))):
-            raise Refused(f"{output}: would overwrite the input; give another --output")
         begun = part_paths(output)[1].exists()  # if so, PartFile knows whether it may replace the output
-        if said := unfit(output, overwrite or begun):
+        if said := unfit(output, overwrite or begun, [input]):
             raise Refused(said)
     except OSError as e:
         raise Refused(f"{output}: cannot be used: {e.strerror}; give another --output") from None

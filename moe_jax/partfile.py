@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,14 +19,29 @@ except ImportError:  # no such lock on Windows
     fcntl = None
 
 
-def unfit(output: Path, overwrite: bool) -> str | None:
-    """Why a file cannot be written there, in one line; None where it can. Else it would show when all is done."""
-    if not output.parent.is_dir():
-        return f"{output.parent}: no such folder; create it first"
-    if output.exists() and not output.is_file():
-        return f"{output}: is not a file; give the name of a file"
-    if output.exists() and not overwrite:
-        return f"{output}: is there already; pass --overwrite to replace it, or give another --output"
+def unfit(output: Path, overwrite: bool, inputs: Iterable[str | os.PathLike] = ()) -> str | None:
+    """Why a file cannot be written there, in one line; None where it can. Else it would show when all is done.
+
+    Args:
+      inputs: what is read meanwhile, which nothing may take the place of.
+    """
+    try:
+        if not output.parent.is_dir():
+            return f"{output.parent}: no such folder; create it first"
+        if output.exists() and not output.is_file():
+            return f"{output}: is not a file; give the name of a file"
+        ours = [path for path in (output, *part_paths(output)) if path.exists()]
+        if any(path.samefile(one) for path in ours for one in inputs if os.path.exists(one)):
+            return f"{output}: would overwrite the input; give another --output"
+        if output.exists() and not overwrite:
+            return f"{output}: is there already; pass --overwrite to replace it, or give another --output"
+        aside = part_paths(output)[0]
+        begun = aside.exists()
+        aside.open("ab").close()
+        if not begun:
+            aside.unlink()
+    except OSError as error:
+        return f"{output}: cannot be written ({error.strerror}); give another --output"
     return None
 
 
@@ -199,8 +214,15 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, data: bytes) -> None:
     """All of `data` or nothing: written aside, then renamed."""
     aside = path.with_name(path.name + ".part")
-    aside.write_bytes(data)
-    os.replace(aside, path)
+    try:
+        aside.write_bytes(data)
+        os.replace(aside, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        if isinstance(error, OSError):  # of a full disk it names no file
+            error.filename = str(path)
+        raise
 
 
 def again(overwrite: bool) -> str:

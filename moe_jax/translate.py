@@ -320,7 +320,7 @@ def main(args: argparse.Namespace) -> int:
     if args.beam < 1:
         raise ValueError(f"--beam is {args.beam}, it must be 1 or more")
     output = Path(args.output) if args.output else None
-    if output and (said := unfit(output, args.overwrite)):
+    if output and (said := unfit(output, args.overwrite, [path for path in (args.input, args.reference) if path])):
         raise ValueError(said)
     pipeline = Translate.load(args.checkpoint, beams=args.beam, mesh=sharding.asked(args.mesh))
     direction = f"{args.source_lang}-{args.target_lang}"

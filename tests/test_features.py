@@ -1,7 +1,9 @@
 """Audio -> features: Kaldi's numbers, and one line for every file that is not as it should be."""
 
 import io
+import os
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -137,10 +139,57 @@ def test_ogg_files_are_read_whole_or_not_at_all(tmp_path, codec):
                 reading()
 
 
+def test_an_mp3_is_the_same_whole_in_blocks_and_in_part(tmp_path, capfd):
+    """Its frames need those before them, which a decoder that seeks has not read."""
+    path, rng = tmp_path / "a.mp3", np.random.default_rng(0)
+    loud = np.repeat(rng.uniform(0, 0.5, 60), 3_200)  # so that frames are of many sizes
+    sf.write(path, loud * rng.normal(size=len(loud)), 16_000, format="MP3", bitrate_mode="VARIABLE")
+    whole = audio.read(path, 16_000)
+    np.testing.assert_allclose(np.concatenate(list(audio.blocks(path, 16_000, 0.16))), whole, atol=0.1)
+    assert not capfd.readouterr().err
+    for start in (3_000, 50_001, 100_000, 170_000):
+        np.testing.assert_allclose(
+            audio.read(path, 16_000, start=start, length=8_000), whole[start : start + 8_000], atol=0.1
+        )
+
+
+def test_headers_that_slip_and_those_that_lie(tmp_path, capsys):
+    path = tmp_path / "a.wav"
+    sf.write(path, noise(0.5) / audio.SCALE, 16_000)
+    data, whole = path.read_bytes(), audio.read(path, 16_000)
+    size = data.index(b"data") + 4
+
+    def with_number(at: int, number: int) -> None:
+        path.write_bytes(data[:at] + number.to_bytes(4, "little") + data[at + 4 :])
+
+    for at, number in ((28, 1), (4, 16_037)):  # bytes a second, and of the whole file
+        with_number(at, number)
+        np.testing.assert_array_equal(audio.read(path, 16_000), whole)
+    audio.say_once.cache_clear()
+    with_number(size, 0xFFFFFFFF)
+    np.testing.assert_array_equal(audio.read(path, 16_000), whole)
+    assert "a.wav: its header says no length, as of what was written to a pipe" in capsys.readouterr().err
+    with_number(size, 20_000)
+    with pytest.raises(audio.AudioError, match="torn: shorter than its header says"):
+        audio.read(path, 16_000)
+    for rate in (1, 2_147_483_647):
+        with_number(24, rate)
+        with pytest.raises(audio.AudioError, match=f"{rate} samples a second, not from 1000 to 384000"):
+            audio.read(path, 16_000)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are bytes there")
+def test_a_name_need_not_be_utf_8(tmp_path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xe9.wav"))
+    sf.write(tmp_path / "a.wav", noise(0.5) / audio.SCALE, 16_000)
+    (tmp_path / "a.wav").rename(path)
+    assert len(audio.read(path, 16_000)) == len(np.concatenate(list(audio.blocks(path, 16_000, 0.1)))) == 8_000
+
+
 def test_blocks_have_as_many_samples_as_the_file_says(tmp_path, monkeypatch):
     sf.write(tmp_path / "a.wav", noise(0.5) / audio.SCALE, 16_000)
     whole = audio._samples
-    monkeypatch.setattr(audio, "_samples", lambda file, path, start, count: whole(file, path, start, count)[:700])
+    monkeypatch.setattr(audio, "_samples", lambda file, path, count: whole(file, path, count)[:700])
     with pytest.raises(audio.AudioError, match="torn: 700 of 8000 samples can be read"):
         list(audio.blocks(tmp_path / "a.wav", 16_000, 0.1))
 
@@ -176,7 +225,9 @@ def damaged(tmp_path) -> dict:
     (tmp_path / "text.wav").write_text("not audio")
     (tmp_path / "raw.raw").write_bytes(bytes(100))
     sf.write(tmp_path / "nan.wav", np.array([0.0, np.nan] * 400), 16_000, subtype="FLOAT")
+    sf.write(tmp_path / "loud.wav", np.full(800, 1e33), 16_000, subtype="FLOAT")
     (tmp_path / "folder.wav").mkdir()
+    (tmp_path / "loop.wav").symlink_to(tmp_path / "loop.wav")
     return {
         "torn.wav": "torn",
         "torn.flac": "torn",
@@ -185,7 +236,9 @@ def damaged(tmp_path) -> dict:
         "text.wav": "not audio that can be read",
         "raw.raw": "not audio that can be read",
         "nan.wav": "not finite",
-        "folder.wav": "no such file",
+        "loud.wav": "beyond any scale",
+        "folder.wav": "is a folder",
+        "loop.wav": "cannot be read",
         "absent.wav": "no such file",
         "long" * 75 + ".wav": "cannot be read",
     }
@@ -206,5 +259,5 @@ def test_a_part_in_seconds_ends_only_a_little_behind_its_file(tmp_path):
     np.testing.assert_array_equal(audio.read(tmp_path / "a.wav", 16_000, start=0.2, length=0.4), whole[3200:])
     assert audio.seconds(tmp_path / "a.wav", start=0.2, length=0.4) == pytest.approx(0.3)
     for reading in (partial(audio.read, rate=16_000), audio.seconds):
-        with pytest.raises(audio.AudioError, match="8000 samples, not 3200 to 9616"):
+        with pytest.raises(audio.AudioError, match=r"0\.50 s, not 0\.2 to 0\.601"):
             reading(tmp_path / "a.wav", start=0.2, length=0.401)

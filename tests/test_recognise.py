@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from functools import partial
@@ -364,12 +365,38 @@ def test_what_cannot_be_read_is_one_line_and_the_rest_is_written(run, tmp_path, 
     assert not (tmp_path / "none.json").exists()
 
 
+def test_no_recording_is_replaced_by_what_was_heard_in_it(run, tmp_path, capsys):
+    mine = tmp_path / "mine.wav"
+    shutil.copy(run / "0.wav", mine)
+    (tmp_path / "link.json").symlink_to(mine)
+    for output in (mine, tmp_path / "link.json"):
+        assert cli.entry(["transcribe", str(mine), "--checkpoint=none", f"--output={output}", "--overwrite"]) == 2
+        assert "would overwrite the input" in capsys.readouterr().err
+    assert mine.read_bytes() == (run / "0.wav").read_bytes()
+
+
+def test_what_is_too_short_to_be_heard_is_said(run, tmp_path, capsys):
+    import soundfile as sf
+
+    sf.write(tmp_path / "short.wav", audio(0.02) / SCALE, RATE)
+    assert cli.entry(["transcribe", str(tmp_path / "short.wav"), f"--checkpoint={run}"]) == 0
+    said = capsys.readouterr()
+    assert said.out == "\n" and "short.wav: too short for one frame of text: " in said.err
+
+
+def test_a_closed_standard_input_is_one_line(run, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", None)
+    assert cli.entry(["transcribe", "-", f"--checkpoint={run}"]) == 1
+    assert capsys.readouterr().err.splitlines() == ["standard input: is closed", "1 of 1 could not be read"]
+
+
 def test_what_cannot_be_written_shows_before_anything_is_read(run, tmp_path, capsys):
     given = ["transcribe", str(run / "0.wav"), "--checkpoint=none", "--output"]
     (tmp_path / "there.json").write_text("mine")
     for output, said in (
         (tmp_path / "no/hyps.json", "no: no such folder; create it first"),
         (tmp_path, "is not a file"),
+        (tmp_path / ("long" * 63 + ".js"), "cannot be written (File name too long)"),
         (tmp_path / "there.json", "is there already; pass --overwrite"),
     ):
         assert cli.entry([*given, str(output)]) == 2
@@ -383,6 +410,7 @@ def test_what_cannot_be_written_shows_before_anything_is_read(run, tmp_path, cap
         (["--left=2"], "--left 2 is of chunks: give --chunk too, or --stream"),
         (["--decode=ctc", "--ctc-weight=1"], "--ctc-weight and --reverse-weight are of --decode rescored, not of ctc"),
         (["--reverse-weight=2"], "from 0 to 1"),
+        (["--pcm-rate=0"], "--pcm-rate 0 must be from 1000 to 384000"),
     ):
         assert cli.entry([*given[:3], *more]) == 2
         assert said in capsys.readouterr().err
@@ -492,13 +520,15 @@ def test_ways_that_read_no_stream_refuse_long_recordings(run, hasty, tmp_path, m
     assert len(found) > 3 and found[-1]["audio"] == files[1] and found[-2]["end"] == 2.5
 
 
-@pytest.mark.parametrize(("error", "code"), [(ValueError("broken"), 2), (KeyboardInterrupt(), 130)])
+@pytest.mark.parametrize(("error", "code"), [(ValueError("broken"), 2), (KeyboardInterrupt(), 130), (None, 143)])
 def test_what_came_before_a_failure_is_written(run, tmp_path, monkeypatch, capsys, error, code):
     whole, heard = Recogniser.__call__, []
 
     def fails(by, samples):
         heard.append(samples)
-        if len(heard) > 1:
+        if len(heard) > 1 and error is None:
+            signal.raise_signal(signal.SIGTERM)
+        elif len(heard) > 1:
             raise error
         return whole(by, samples)
 
@@ -506,7 +536,8 @@ def test_what_came_before_a_failure_is_written(run, tmp_path, monkeypatch, capsy
     output, files = tmp_path / "hyps.json", [str(run / f"{i}.wav") for i in range(3)]
     assert cli.entry(["transcribe", *files, f"--checkpoint={run}", f"--output={output}"]) == code
     assert len(heard) == 2 and [one["audio"] for one in json.loads(output.read_text())] == files[:1]
-    assert "nothing was written" not in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "nothing was written" not in said and ("interrupted after 1 of 3; " in said) == (code > 100)
 
 
 def test_a_reader_that_goes_away_does_not_cost_the_output(run, tmp_path, monkeypatch):

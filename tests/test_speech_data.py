@@ -85,7 +85,7 @@ def test_kaldis_folders(tmp_path):
     bad = "no segment of a recording with two times in segments"
     assert [s.reason for s in found[1:]] == [manifest.PIPE, bad, bad]
     (tmp_path / "segments").unlink()
-    without = [f"u{i} is not in wav.scp" for i in (1, 2, 3, 4)]
+    without = [f"its recording is not in wav.scp: u{i}" for i in (1, 2, 3, 4)]
     assert [s.reason for s in manifest.read(tmp_path)] == without + ["a recording without a text"] * 2
 
 
@@ -112,6 +112,10 @@ def test_a_list_without_splits_is_not_all_of_them(tmp_path):
         list(manifest.read(tmp_path / "m.json", "train"))
     (tmp_path / "m.json").write_text('{"audio": "c.wav", "text": "three", "split": "train"}\n')
     assert not list(manifest.read(tmp_path / "m.json", "test"))
+    (tmp_path / "m.json").write_bytes(
+        b"\xef\xbb\xbf" + (tmp_path / "m.json").read_bytes()
+    )  # as editors on Windows write
+    assert [one.text for one in manifest.read(tmp_path / "m.json", "train")] == ["three"]
 
 
 def test_no_line_of_kaldis_folders_is_dropped_in_silence(tmp_path):

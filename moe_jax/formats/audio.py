@@ -6,14 +6,18 @@ import functools
 import itertools
 import math
 import os
+import re
+import stat
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 SCALE = 1 << 15  # of samples: floats in the range of 16-bit integers, as Kaldi and WeNet have them
+RATES = (1_000, 384_000)  # of samples; beyond, a header is damaged
+LOUDEST = 1e15  # of samples: their squares and sums are finite in float32
 BEHIND = 0.1  # seconds that a part may end behind its file: lists round, and count an encoder's padding
 
 PAGE = 27 + 255 + 255 * 255  # bytes of Ogg's largest page
@@ -48,7 +52,9 @@ def read(
     with _opened(path) as file:
         first, wanted = _part(file, path, start, length)
         own_rate = file.samplerate
-        found = _samples(file, path, first, wanted)
+        # A frame of MP3 needs some of those before it, which are not read where one begins in the middle.
+        before = min(first, own_rate if file.format in ("MP3", "MPEG") else 0)
+        found = _samples(file, path, before + wanted, first - before)[before:]
     if len(found) < wanted:
         raise AudioError(f"{path}: torn: {len(found)} of {wanted} samples can be read")
     return resampled(found, own_rate, rate)
@@ -72,13 +78,13 @@ def blocks(path: str | os.PathLike, rate: int, seconds: float) -> Iterator[np.nd
     Raises AudioError as `read` does.
     """
     size = max(1, round(seconds * rate))
-    with _opened(path) as file:
+    with _opened(path, forward=True) as file:
         _part(file, path, 0, None)
         step = max(1, round(seconds * file.samplerate))
 
         def parts() -> Iterator[np.ndarray]:
             for start in range(0, file.frames, step):
-                found = _samples(file, path, start, step)
+                found = _samples(file, path, step)
                 if len(found) < min(step, file.frames - start):
                     raise AudioError(f"{path}: torn: {start + len(found)} of {file.frames} samples can be read")
                 yield found
@@ -134,38 +140,73 @@ def _resampled_parts(parts: Iterable[np.ndarray], own_rate: int, rate: int) -> I
         yield from parts
         return
     up, down = _ratio(own_rate, rate)
+    taps = _taps(max(up, down))
     margin = -(-(10 * max(up, down) // up + 1) // down) * down  # scipy's filter has 10 zero crossings on each side
     held, before = np.zeros(0, np.float32), 0  # of `held`, so many are out already
     for part in itertools.chain(parts, [None]):
         held = held if part is None else np.concatenate([held, part])
         ready = len(held) if part is None else max(before, (len(held) - margin) // down * down)
         if ready > before:
-            made = resampled(held[: ready + margin], own_rate, rate)
+            made = resampled(held[: ready + margin], own_rate, rate, taps)
             yield made[before * up // down : None if part is None else ready * up // down]
             first = max(0, ready - margin)
             held, before = held[first:], ready - first
 
 
-def _opened(path: str | os.PathLike):
+def _opened(path: str | os.PathLike, forward: bool = False):
+    """A soundfile.SoundFile. `forward`: to be read from its beginning on; else soundfile seeks after each read to where
+    it is, which an MP3 does not survive."""
     try:
         import soundfile
     except ImportError as error:
         raise ModuleNotFoundError("reading audio needs soundfile: pip install 'moe_jax[speech]'") from error
+
+    class Forward(soundfile.SoundFile):
+        def seekable(self) -> bool:
+            return False
+
+    name: Any = os.fsencode(path) if os.name == "posix" else os.fspath(path)  # a name need not be UTF-8
     try:
-        if not Path(path).is_file():
-            raise AudioError(f"{path}: no such file")
-        file = soundfile.SoundFile(os.fspath(path))
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            what = "a folder" if stat.S_ISDIR(mode) else "not a regular file; samples of 16 bits may come as -"
+            raise AudioError(f"{path}: is {what}")
+        with open(path, "rb"):  # of one that may not be read libsndfile says nothing of use
+            file = (Forward if forward else soundfile.SoundFile)(name)
+    except FileNotFoundError:
+        raise AudioError(f"{path}: no such file") from None
+    except AudioError:
+        raise
     except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: raw data want to be told their format
         raise AudioError(f"{path}: not audio that can be read ({_reason(error)})") from None
     except OSError as error:  # a name that is too long, a folder that may not be looked into
         raise AudioError(f"{path}: cannot be read ({error.strerror})") from None
-    if "(should be" in file.extra_info:  # its header promises more
+    except ValueError:  # a NUL in the name
+        raise AudioError(f"{path!r}: no such file") from None
+    if not RATES[0] <= file.samplerate <= RATES[1]:
         file.close()
-        raise AudioError(f"{path}: torn: shorter than its header says")
+        raise AudioError(f"{path}: {file.samplerate} samples a second, not from {RATES[0]} to {RATES[1]}: damaged?")
+    if promised := _promised(file.extra_info):
+        if promised < UNKNOWN:
+            file.close()
+            raise AudioError(f"{path}: torn: shorter than its header says")
+        say_once(f"warning: {path}: its header says no length, as of what was written to a pipe: all of it is read")
     if file.format == "OGG" and not _ended(Path(path)):  # libsndfile takes what it finds for the whole
         file.close()
         raise AudioError(f"{path}: torn: its last page is missing")
     return file
+
+
+# How libsndfile says that less is there than a header promises: of a file's samples, or of W64 and RF64 as a whole.
+# Other slips of a header (bytes a second, the size of RIFF around it) do no harm.
+_SIZE = re.compile(r"^\s*(?:data|SSND|Data Size|riff|Riff size)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
+UNKNOWN = 0x7FFFF000  # and beyond: what programs write that could not go back to write the length
+
+
+def _promised(said: str) -> int:
+    """The bytes that a header promises beside fewer that are there; 0 if they are. A few are of padding."""
+    sizes = [(int(promised), int(there)) for promised, there in _SIZE.findall(said)]
+    return max((promised for promised, there in sizes if promised > there + 16), default=0)
 
 
 def _part(file, path: str | os.PathLike, start: int | float, length: int | float | None) -> tuple[int, int]:
@@ -177,7 +218,10 @@ def _part(file, path: str | os.PathLike, start: int | float, length: int | float
         if isinstance(length, float) and left < wanted <= left + BEHIND * file.samplerate:
             wanted = left
     if not 0 <= first < first + wanted <= file.frames:
-        said = "no samples" if not file.frames else f"{file.frames} samples, not {first} to {first + wanted}"
+        size, scale = f"{file.frames} samples", 1
+        if isinstance(start, float) or isinstance(length, float):
+            size, scale = f"{file.frames / file.samplerate:.2f} s", file.samplerate
+        said = f"{size}, not {first / scale:.10g} to {(first + wanted) / scale:.10g}" if file.frames else "no samples"
         raise AudioError(f"{path}: {said}")
     return first, wanted
 
@@ -191,31 +235,47 @@ def _ended(path: Path) -> bool:
     return len(page) > 22 and len(page) >= 23 + len(segments) + sum(segments) and bool(page[1] & 4)
 
 
-def _samples(file, path: str | os.PathLike, start: int, count: int) -> np.ndarray:
+def _samples(file, path: str | os.PathLike, count: int, start: int | None = None) -> np.ndarray:
+    """From `start` on (None: the next ones). Raises AudioError."""
     import soundfile
 
     try:
-        file.seek(start)
-        found = file.read(count, dtype="float32", always_2d=True).mean(axis=1) * SCALE
+        if start is not None:
+            file.seek(start)
+        with np.errstate(over="ignore", invalid="ignore"):
+            found = file.read(count, dtype="float32", always_2d=True).mean(axis=1) * SCALE
     except soundfile.LibsndfileError as error:
         raise AudioError(f"{path}: torn: {_reason(error)}") from None
-    if not np.isfinite(found).all():
-        raise AudioError(f"{path}: samples that are not finite")
+    check_finite(path, found)
     return found
+
+
+def check_finite(where: object, samples_S: np.ndarray) -> None:
+    """Raises AudioError for samples that are not finite, or so large that their features would not be."""
+    if not (np.abs(samples_S) < LOUDEST).all():
+        raise AudioError(f"{where}: samples that are not finite, or beyond any scale")
 
 
 def _reason(error: Exception) -> str:
     return str(error).rpartition(": ")[2].strip(" .")
 
 
-def resampled(samples_S: np.ndarray, own_rate: int, rate: int) -> np.ndarray:
-    """Samples of another rate; a line on standard error says so once."""
+def resampled(samples_S: np.ndarray, own_rate: int, rate: int, taps: np.ndarray | None = None) -> np.ndarray:
+    """Samples of another rate; a line on standard error says so once. `taps`: `_taps` of both rates, if known."""
     if own_rate == rate:
         return samples_S
     from scipy.signal import resample_poly  # takes a second to import, which many commands have no use for
 
     say_once(f"warning: audio of {own_rate} Hz is resampled to {rate} Hz")
-    return resample_poly(samples_S, *_ratio(own_rate, rate)).astype(np.float32)
+    up, down = _ratio(own_rate, rate)
+    return resample_poly(samples_S, up, down, window=_taps(max(up, down)) if taps is None else taps).astype(np.float32)
+
+
+def _taps(most: int) -> np.ndarray:
+    """Of the filter that `resample_poly` would design at each call; `most`: the larger of up and down."""
+    from scipy.signal import firwin
+
+    return firwin(20 * most + 1, 1 / most, window=("kaiser", 5.0)).astype(np.float32)
 
 
 @functools.cache

@@ -68,10 +68,9 @@ class Recorded:
 
     def samples(self, rate: int) -> np.ndarray:
         """Raises AudioError for samples that are none, or not finite."""
-        if not len(self.samples_S) or not np.isfinite(self.samples_S).all():
-            raise audio.AudioError(
-                f"{self.where}: {'samples that are not finite' if len(self.samples_S) else 'no samples'}"
-            )
+        if not len(self.samples_S):
+            raise audio.AudioError(f"{self.where}: no samples")
+        audio.check_finite(self.where, self.samples_S)
         return audio.resampled(self.samples_S, self.rate, rate)
 
 
@@ -120,13 +119,13 @@ def listed(path: str | os.PathLike, split: str | None) -> tuple[Path, str | None
 
 
 def _json_lines(path: Path, lines: Iterable[bytes], split: str | None) -> Iterator[Utterance | Skipped]:
-    said_none = split is not None
+    objects = with_split = 0
     for number, line in enumerate(lines, 1):
         where = f"{path}:{number}"
         if not line.strip():
             continue
         try:
-            said = json.loads(line.decode())
+            said = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except UnicodeDecodeError:
             yield Skipped(where, UNREADABLE)
             continue
@@ -136,10 +135,10 @@ def _json_lines(path: Path, lines: Iterable[bytes], split: str | None) -> Iterat
         if not isinstance(said, dict):
             yield Skipped(where, "not a JSON object")
             continue
-        said_none = said_none and "split" not in said
+        objects, with_split = objects + 1, with_split + ("split" in said)
         if split is None or said.get("split") == split:
             yield _of_object(path, where, said)
-    if said_none:
+    if split is not None and objects and not with_split:
         raise ValueError(
             f'{path}: no line says its "split"; or give a folder that has {split}.jsonl and a list of each other split'
         )
@@ -188,7 +187,7 @@ def _kaldi(folder: Path) -> Iterator[Utterance | Skipped]:
                 yield Skipped(where, "no segment of a recording with two times in segments")
                 continue
         if recording not in audio:
-            yield Skipped(where, f"{recording} is not in wav.scp")
+            yield Skipped(where, f"its recording is not in wav.scp: {recording}")
         elif audio[recording].endswith("|"):
             yield Skipped(where, PIPE)
         else:

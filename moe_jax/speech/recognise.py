@@ -173,6 +173,10 @@ class Recogniser:
         L = subsample.length(len(frames_TxC))
         return np.asarray(x)[0, :L], np.asarray(logp)[0, :L]  # NumPy cuts: JAX would compile each length
 
+    def frames(self, samples: int) -> int:
+        """How many frames the encoder makes of so many samples."""
+        return subsample.length(features.num_frames(samples, self.rate))
+
     def rescored(self, hypotheses: Sequence[Hypothesis], x_LxD: np.ndarray) -> list[Hypothesis]:
         """By both decoders, all hypotheses at once."""
         longest = max(len(h.tokens) for h in hypotheses)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import io
 import itertools
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -57,36 +59,72 @@ def main(args: argparse.Namespace) -> int:
     weights = {name: x for name in ("ctc_weight", "reverse_weight") if (x := getattr(args, name)) is not None}
     if weights and args.decode != "rescored":
         raise ValueError(f"--ctc-weight and --reverse-weight are of --decode rescored, not of {args.decode}")
-    if args.output and (said := partfile.unfit(Path(args.output), args.overwrite)):
+    low, high = audio.RATES
+    if args.pcm_rate is not None and not low <= args.pcm_rate <= high:
+        raise ValueError(f"--pcm-rate {args.pcm_rate} must be from {low} to {high}")
+    inputs = [path for path in args.audio if path != "-"]
+    if args.output and (said := partfile.unfit(Path(args.output), args.overwrite, inputs)):
         raise ValueError(said)
     seen = dict(chunk=args.chunk, left=args.left)
     by = Recogniser.load(args.checkpoint, way=args.decode, beam=args.beam, **seen, **weights)
-    ready = functools.cache(by.compile)
+
+    @functools.cache
+    def ready() -> None:
+        print("compiling what reads a stream", file=sys.stderr)
+        by.compile()
+
     records: list[dict[str, Any]] = []
-    failed = 0
+    failed = done = 0
+    stopped = None
     try:
-        for path in args.audio:
-            try:
-                for one in _records(by, ready, path, args):
-                    records.append(one)
-                    if not _said(one["input"][0]) and not args.output:
-                        return 1
-            except audio.AudioError as error:
-                print(error, file=sys.stderr)
-                failed += 1
-    except KeyboardInterrupt:
+        with _terminated():
+            for path in args.audio:
+                of_path = 0
+                try:
+                    for one in _records(by, ready, path, args):
+                        records.append(one)
+                        of_path += 1
+                        if not _said(one["input"][0]) and not args.output:
+                            return 1
+                except audio.AudioError as error:
+                    kept = f"; the {of_path} texts before it are kept" if of_path else ""
+                    print(f"{error}{kept}", file=sys.stderr)
+                    failed += 1
+                done += 1
+    except KeyboardInterrupt as error:
         if not args.output or not records:
             raise
-        print(f"interrupted; {args.output} has what was recognised before", file=sys.stderr)
-        return 130
+        stopped = error
     finally:
         if args.output and records:
             text = json.dumps(records, indent=1, ensure_ascii=False) + "\n"
             # Bytes of a file's name that are not UTF-8 are lone surrogates in Python, and escapes in JSON.
             partfile.write_bytes(Path(args.output), text.encode("utf-8", "backslashreplace"))
+    if stopped:
+        print(f"interrupted after {done} of {len(args.audio)}; {args.output} has what was recognised", file=sys.stderr)
+        return 143 if isinstance(stopped, _Terminated) else 130
     if failed:
         print(f"{failed} of {len(args.audio)} could not be read", file=sys.stderr)
     return 1 if failed else 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+@contextlib.contextmanager
+def _terminated() -> Generator[None]:
+    """Within it SIGTERM ends the work as Ctrl-C does, so that nothing is lost."""
+
+    def stop(signum: int, frame: Any) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, stop) if threading.current_thread() is threading.main_thread() else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _said(text: str) -> bool:
@@ -111,6 +149,8 @@ def _records(
             return
         samples = audio.read(path, by.rate)
     else:
+        if sys.stdin is None:
+            raise audio.AudioError("standard input: is closed")
         if args.stream:
             ready()
             print("listening", file=sys.stderr)
@@ -123,6 +163,8 @@ def _records(
                 yield from _in_turn(by, ready, path, itertools.chain(held, blocks), said, args)
                 return
         samples = np.concatenate([*held, np.zeros(0, np.float32)])
+    if not by.frames(len(samples)):
+        print(f"{path}: too short for one frame of text: {len(samples)} samples", file=sys.stderr)
     yield {**record(by(samples), args.nbest), "audio": path}
 
 
