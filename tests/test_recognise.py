@@ -11,6 +11,7 @@ import signal
 import time
 from functools import partial
 
+import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_jax import cli, describe, formats, pipeline, tree
+from moe_jax import cli, describe, formats, main, pipeline, tree
 from moe_jax.checkpoint import CheckpointError, write_safetensors
 from moe_jax.formats.audio import SCALE, say_once
 from moe_jax.layers.ffn import PlainFfn
@@ -565,6 +566,14 @@ def test_a_run_is_scored(run):
     assert [r.reference for r in records] == ["abc", "abc"]
     with pytest.raises(ValueError, match="no utterance of the split 'valid'"):
         evaluate.error_rates(str(run), manifest=str(run / "list.jsonl"), split="valid")
+
+
+def test_that_nothing_can_be_scored_is_said_before_training(run, tmp_path):
+    evaluate.listed(manifest=str(run / "list.jsonl"), split="test")
+    main.load(["experiments/u2pp/dense.gin"], [f"MANIFEST='{run}/list.jsonl'"])
+    assert gin.config._CONFIG[("", "moe_jax.main.run")]["jobs"][0].scoped_selector == "evaluate.listed"
+    with pytest.raises(ValueError, match=r"list.jsonl: lists no utterance of the split 'valid', on which"):
+        evaluate.listed(manifest=str(run / "list.jsonl"), split="valid")
 
 
 def test_a_run_is_scored_without_what_is_too_long(run, hasty, tmp_path):

@@ -28,6 +28,12 @@ Row = dict[str, Any]
 
 
 @hosts.alone
+def listed(*, manifest: str, split: str | None = "test") -> None:
+    """Raises ValueError where no utterance is listed to score: it would be said after training."""
+    if not any(isinstance(one, Utterance) for one in manifests.read(manifest, split)):
+        raise ValueError(f"{manifest}: lists no utterance of the split {split!r}, on which a run is scored")
+
+
 def error_rates(
     run_dir: str, *, manifest: str, split: str | None = "test", chunk: int = 16, beam: int = 10, nbest: int = 5
 ) -> None:
