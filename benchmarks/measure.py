@@ -15,7 +15,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -108,6 +108,16 @@ def row(case: str, ours: float, rival: float, target: float | None, **more: Any)
     return {"case": case, "ours": ours, "rival": rival, "ratio": ours / rival, "target": target, **more}
 
 
+def others(path: Path, cases: Collection[str], about: Mapping[str, Any]) -> tuple[list[dict[str, Any]], str]:
+    """(rows of a file that are of these cases and of such a machine, the commands that made it)."""
+    empty: dict[str, Any] = {"rows": [], "machine": {}, "command": ""}
+    found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else empty
+    if {**found["machine"], "peak_gflops": 0} != {**about, "peak_gflops": 0}:
+        return [], ""
+    rows = [r for r in found["rows"] if r["case"].partition(": ")[0] in cases]
+    return rows, found["command"] if rows else ""
+
+
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
     device = jax.devices()[0]
@@ -162,7 +172,7 @@ def main(
     """
     launch.command()
     parser = argparse.ArgumentParser(description=doc.split("\n")[0])
-    parser.add_argument("--json", type=Path, help="write the rows there")
+    parser.add_argument("--json", type=Path, help="write the rows there; with --only, beside other cases")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     if given:
         parser.add_argument("path", help=given)
@@ -172,11 +182,14 @@ def main(
     chosen = {name: make for name, make in cases.items() if args.only in name}
     if not chosen:
         parser.error(f"no case contains {args.only!r}; there are: {', '.join(cases)}")
-    about, rows, paths = machine(), [], [args.path] if given else []
+    about, paths = machine(), [args.path] if given else []
     spec = sys.modules["__main__"].__spec__
     command = f"python -m {spec.name}" if spec else sys.argv[0]
     command += "".join(f" {path}" for path in paths)
     command += f" --only {args.only!r}" if args.only else ""
+    kept, before = others(args.json, cases.keys() - chosen, about) if args.json and args.only else ([], "")
+    rows: list[dict[str, Any]] = []
+    command = f"{before}; {command}" if kept and command not in before.split("; ") else before or command
     made = {"command": command, "date": f"{datetime.date.today()}", "machine": about}
     for name, make in tqdm(chosen.items(), unit="case"):
         found = list(make(*paths))
@@ -185,6 +198,7 @@ def main(
             partfile.write_text(args.plot / f"{name}.svg", draw(name, found))
         rows += [{**r, "case": f"{name}: {r['case']}"} for r in found]
         if args.json:  # after each case: what is measured stays when the next one is stopped
-            partfile.write_text(args.json, json.dumps({**made, "rows": rows}, indent=1) + "\n")
+            both = sorted([*kept, *rows], key=lambda r: [*cases].index(r["case"].partition(": ")[0]))
+            partfile.write_text(args.json, json.dumps({**made, "rows": both}, indent=1) + "\n")
     print(", ".join(f"{k} {v}" for k, v in about.items()))
     print(markdown(rows))

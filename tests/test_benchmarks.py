@@ -94,6 +94,28 @@ def test_rows_are_written_after_each_case(tmp_path, monkeypatch, capsys):
     assert "no case contains 'three'; there are: one, two" in capsys.readouterr().err
 
 
+def test_cases_that_were_measured_apart_lie_in_one_file(tmp_path, monkeypatch):
+    path = tmp_path / "rows.json"
+    cases = {
+        name: (lambda n=n: [measure.row("a", float(n), 2.0, None)]) for n, name in enumerate(("one", "two", "six"))
+    }
+
+    def measured(*given: str) -> dict:
+        monkeypatch.setattr(sys, "argv", ["bench", "--json", str(path), *given])
+        measure.main("Doc.", cases)
+        return json.loads(path.read_text())
+
+    measured("--only", "six")
+    measured("--only", "one")
+    cases["one"] = lambda: [measure.row("b", 9.0, 2.0, None)]
+    found = measured("--only", "one")
+    assert [(r["case"], r["ours"]) for r in found["rows"]] == [("one: b", 9.0), ("six: a", 2.0)]
+    assert [c.split(" --only ")[1] for c in found["command"].split("; ")] == ["'six'", "'one'"]
+    path.write_text(path.read_text().replace('"platform": "cpu"', '"platform": "tpu"'))
+    assert [r["case"] for r in measured("--only", "one")["rows"]] == ["one: b"]  # of another machine
+    assert len(measured()["rows"]) == 3
+
+
 def test_a_missing_peer_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     shape = peer.Shape(d=16, layers=1, heads=2, hidden=8, experts=2, vocab=16)

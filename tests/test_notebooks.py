@@ -16,7 +16,8 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 SMALL = {
     "1_correct": "LINES = 6",
     "2_routing": "STEPS, BATCH, MORE = 2, 2, ['--gin.EXAMPLES=60']",
-    "3_ablation": "STEPS, SEEDS, MORE = 1, '0', ['--gin.EXAMPLES=60', '--gin.BATCH=2']",
+    # One program, which 2_routing and the small quickstart compile too.
+    "3_ablation": "STEPS, GRID, MORE = 2, 'TASK_MAP=0.05', ['--gin.EXAMPLES=60', '--gin.BATCH=2']",
     "4_merge": "STEPS, MORE = 1, ['--gin.EXAMPLES=60', '--gin.BATCH=2']",
     "5_speech": "STEPS, MORE = 1, ['--gin.D=32', '--gin.LAYERS=1', '--gin.BATCH=4', '--gin.MANIFEST=few.jsonl']",
 }
