@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,7 +19,7 @@ except ImportError:  # no such lock on Windows
     fcntl = None
 
 
-def unfit(output: Path, overwrite: bool, inputs: Iterable[str | os.PathLike] = ()) -> str | None:
+def unfit(output: Path, overwrite: bool, inputs: Sequence[str | os.PathLike] = ()) -> str | None:
     """Why a file cannot be written there, in one line; None where it can. Else it would show when all is done.
 
     Args:
