@@ -192,13 +192,15 @@ def main(
     command = f"{before}; {command}" if kept and command not in before.split("; ") else before or command
     made = {"command": command, "date": f"{datetime.date.today()}", "machine": about}
     for name, make in tqdm(chosen.items(), unit="case"):
-        found = list(make(*paths))
+        found: list[dict[str, Any]] = []
+        for one in make(*paths):
+            found.append(one)
+            rows.append({**one, "case": f"{name}: {one['case']}"})
+            if args.json:  # what is measured stays where what follows is stopped
+                both = sorted([*kept, *rows], key=lambda r: [*cases].index(r["case"].partition(": ")[0]))
+                partfile.write_text(args.json, json.dumps({**made, "rows": both}, indent=1) + "\n")
         if draw and args.plot:
             args.plot.mkdir(parents=True, exist_ok=True)
             partfile.write_text(args.plot / f"{name}.svg", draw(name, found))
-        rows += [{**r, "case": f"{name}: {r['case']}"} for r in found]
-        if args.json:  # after each case: what is measured stays when the next one is stopped
-            both = sorted([*kept, *rows], key=lambda r: [*cases].index(r["case"].partition(": ")[0]))
-            partfile.write_text(args.json, json.dumps({**made, "rows": both}, indent=1) + "\n")
     print(", ".join(f"{k} {v}" for k, v in about.items()))
     print(markdown(rows))
