@@ -347,7 +347,7 @@ def test_partial_texts_show_wherever_they_are_asked_for(run, brief, tmp_path, mo
         monkeypatch.setattr("sys.stderr", stderr)
         assert cli.entry(given) == 0
         said.append(stderr.getvalue())
-    piped = [line.split(" s  ")[1] for line in said[0].splitlines()[:-1]]
+    piped = [line.split(" s  ")[1] for line in said[0].splitlines()[1:-1]]
     assert len(piped) > 2 and all(a != b for a, b in itertools.pairwise(piped[:-1])) and "\r" not in said[0]
     shown = said[1].split("\r\033[K")[1:]
     assert [line.split(" s  ")[1].split("\n")[0] for line in shown] == piped
