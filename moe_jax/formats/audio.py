@@ -140,14 +140,13 @@ def _resampled_parts(parts: Iterable[np.ndarray], own_rate: int, rate: int) -> I
         yield from parts
         return
     up, down = _ratio(own_rate, rate)
-    taps = _taps(max(up, down))
     margin = -(-(10 * max(up, down) // up + 1) // down) * down  # scipy's filter has 10 zero crossings on each side
     held, before = np.zeros(0, np.float32), 0  # of `held`, so many are out already
     for part in itertools.chain(parts, [None]):
         held = held if part is None else np.concatenate([held, part])
         ready = len(held) if part is None else max(before, (len(held) - margin) // down * down)
         if ready > before:
-            made = resampled(held[: ready + margin], own_rate, rate, taps)
+            made = resampled(held[: ready + margin], own_rate, rate)
             yield made[before * up // down : None if part is None else ready * up // down]
             first = max(0, ready - margin)
             held, before = held[first:], ready - first
@@ -260,17 +259,18 @@ def _reason(error: Exception) -> str:
     return str(error).rpartition(": ")[2].strip(" .")
 
 
-def resampled(samples_S: np.ndarray, own_rate: int, rate: int, taps: np.ndarray | None = None) -> np.ndarray:
-    """Samples of another rate; a line on standard error says so once. `taps`: `_taps` of both rates, if known."""
+def resampled(samples_S: np.ndarray, own_rate: int, rate: int) -> np.ndarray:
+    """Samples of another rate; a line on standard error says so once."""
     if own_rate == rate:
         return samples_S
     from scipy.signal import resample_poly  # takes a second to import, which many commands have no use for
 
     say_once(f"warning: audio of {own_rate} Hz is resampled to {rate} Hz")
     up, down = _ratio(own_rate, rate)
-    return resample_poly(samples_S, up, down, window=_taps(max(up, down)) if taps is None else taps).astype(np.float32)
+    return resample_poly(samples_S, up, down, window=_taps(max(up, down))).astype(np.float32)
 
 
+@functools.lru_cache(maxsize=2)
 def _taps(most: int) -> np.ndarray:
     """Of the filter that `resample_poly` would design at each call; `most`: the larger of up and down."""
     from scipy.signal import firwin
