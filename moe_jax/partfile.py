@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -11,12 +12,27 @@ import threading
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 try:
     import fcntl
 except ImportError:  # no such lock on Windows
     fcntl = None
+
+
+def lock(file: IO) -> bool:
+    """Whether it is this process's now, until the file is closed; True where a system knows no such lock.
+
+    Raises OSError of a file system without locks.
+    """
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            return False
+    return True
 
 
 def unfit(output: Path, overwrite: bool, inputs: Sequence[str | os.PathLike] = ()) -> str | None:
@@ -123,11 +139,8 @@ class PartFile:
             self._file.close()
 
     def _lock(self) -> None:
-        if fcntl:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise Refused(f"{self.path}: another process is writing it; wait for it or stop it") from None
+        if not lock(self._file):
+            raise Refused(f"{self.path}: another process is writing it; wait for it or stop it")
 
     def _resume(self) -> None:
         size = os.fstat(self._file.fileno()).st_size

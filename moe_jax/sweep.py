@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import hashlib
 import itertools
 import json
@@ -24,14 +23,9 @@ from scipy.special import stdtrit
 
 from moe_jax import main as jobs
 from moe_jax.metrics.scoring import markdown
-from moe_jax.partfile import write_text
+from moe_jax.partfile import lock, write_text
 from moe_jax.report import intervals
 from moe_jax.report.read import read_log, read_object
-
-try:
-    import fcntl
-except ImportError:  # no such lock on Windows
-    fcntl = None
 
 Point = dict[str, str]  # binding -> value, as gin writes it
 OWN = {"SEED": "--seeds", "RUN_DIR": "--output"}  # what a sweep binds for each run
@@ -118,12 +112,12 @@ def _sweep(args: argparse.Namespace, points: Sequence[Point], folder: Path) -> i
 def alone(folder: Path) -> Generator[None]:
     """Raises ValueError where another sweep has the folder: two would run one point at once."""
     with (folder / "sweep.lock").open("w") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.EAGAIN, errno.EACCES):  # and not a file system without locks
-                    raise ValueError(f"{folder}: another sweep is running here; wait for it, or stop it") from None
+        try:
+            mine = lock(file)
+        except OSError:  # a file system without locks
+            mine = True
+        if not mine:
+            raise ValueError(f"{folder}: another sweep is running here; wait for it, or stop it")
         yield
 
 
