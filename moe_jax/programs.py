@@ -11,6 +11,7 @@ import jax
 from moe_jax import sharding, tree, xla
 from moe_jax.layers import stack
 from moe_jax.moe.dispatch import WRITTEN_OUT
+from moe_jax.moe.grouped import widened
 from moe_jax.types import Array
 
 
@@ -49,8 +50,12 @@ def apart(model: Any) -> Any:
         return jax.lax.optimization_barrier(model)
 
     def parts(x: Array, words: Sequence[str | None]) -> Any:
-        stacked = x.ndim > len(words) or (words[:1] == ("expert",) and len(x) <= WRITTEN_OUT)
-        return stack.Apart(tuple(parts(part, words[-part.ndim :]) for part in x)) if stacked else x
+        of_experts = words[:1] == ("expert",) and len(x) <= WRITTEN_OUT
+        if of_experts and x.ndim == len(words) == 3:
+            return stack.Apart(tuple(map(widened, x)))
+        if x.ndim > len(words) or of_experts:
+            return stack.Apart(tuple(parts(part, words[-part.ndim :]) for part in x))
+        return x
 
     words = tree.axes(model)
     # What is `quantise.Held` is two arrays under the name of one.

@@ -115,6 +115,21 @@ def test_experts_that_are_apart(skew, product):
     close(y[: sum(sizes)], by_rows(x, sizes)[: sum(sizes)])
 
 
+def test_matrices_whose_rows_lie_pages_apart(monkeypatch):
+    """They are widened, where a bias or another type of number is not, and nothing else changes."""
+    monkeypatch.setattr(grouped, "PAGE", HIDDEN)
+    w = EXPERTS.up[0]
+    assert isinstance(grouped.widened(w), grouped.Wide)
+    close(grouped.times(np.ones((2, D), np.float32), grouped.widened(w)), np.ones((2, D)) @ w)
+    assert not any(isinstance(grouped.widened(x), grouped.Wide) for x in (w[:1], w.astype(jnp.bfloat16), w[:, 1:]))
+    rows, sizes = SKEWS["no multiples of a block"]
+    x, dy = operands(rows)
+    close(
+        jax.jit(partial(run.__wrapped__, product=grouped.walk))(x, dy, jnp.array(sizes)),
+        expected(x, dy, jnp.array(sizes)),
+    )
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 16), min_size=E, max_size=E).filter(lambda sizes: sum(sizes) <= 37))
 def test_any_skew(sizes):

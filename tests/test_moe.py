@@ -21,11 +21,11 @@ from contract import (
     verify_training,
 )
 
-from moe_jax import describe, tree
+from moe_jax import describe, programs, tree
 from moe_jax.layers import stack
 from moe_jax.layers.ffn import DenseFfn
 from moe_jax.layers.param import Module, Rngs
-from moe_jax.moe import dispatch, routers, task_routers
+from moe_jax.moe import dispatch, grouped, routers, task_routers
 from moe_jax.moe.layer import MoeFfn
 from moe_jax.types import RoutingDecision
 
@@ -239,6 +239,24 @@ def test_experts_side_by_side_are_sorted_experts(positions, share, apart):
     expected = run(dispatch.ragged, False, layer.experts, x)
     close(expected, run(dispatch.side_by_side, apart, layer.experts, x), "side by side")
     assert not np.isnan(np.concatenate([np.ravel(a) for a in jax.tree.leaves(expected)])).any()
+
+
+@pytest.mark.parametrize("positions", [1, 12, 40])
+def test_experts_as_a_stream_has_them_are_sorted_experts(positions, monkeypatch):
+    """Apart and widened, each on so many rows as it has."""
+    monkeypatch.setattr("moe_jax.moe.grouped.PAGE", 1)
+    layer = layer_case("Router").layer
+    rng = np.random.default_rng(positions)
+    x = jnp.asarray(rng.normal(size=(1, positions, D)), jnp.float32)
+    expert = np.stack([rng.permutation(E)[:2] for _ in range(positions)])[None]
+    decision = RoutingDecision(jnp.asarray(expert), jnp.ones(expert.shape), jnp.zeros((1, positions, E)))
+    apart = programs.apart(layer).experts
+    assert any(
+        isinstance(w, grouped.Wide) for w in jax.tree.leaves(apart, is_leaf=lambda w: isinstance(w, grouped.Wide))
+    )
+    for way in (dispatch.side_by_side, dispatch.ragged):
+        run = jax.jit(lambda experts, x, way=way: way(decision, E).apply(experts, x))
+        close(dispatch.ragged(decision, E).apply(layer.experts, x), run(apart, x), "apart")
 
 
 def test_the_capacity_of_a_slot_table():

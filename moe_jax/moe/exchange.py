@@ -18,12 +18,13 @@ import jax.numpy as jnp
 
 from moe_jax import sharding
 from moe_jax.layers import stack
-from moe_jax.moe.grouped import Experts, Product, apply
+from moe_jax.moe.grouped import Experts, Product, apply, times
 from moe_jax.moe.megablox import LANES
 from moe_jax.types import Array
 
 AT_ONCE = 16  # rows of an expert that take hardly longer than one: its matrices are read once (measured on CPU)
-LEAST = 8  # rows that a product is filled up to, where an expert computes its own alone
+LEAST = 8  # rows from which on an expert computes its own alone
+FILLED = (2, 4, 6, 8, 12, 16, 24, 32, 48)  # rows that a product is then filled up to (measured on CPU)
 
 
 def here(
@@ -70,11 +71,11 @@ def _side_by_side(experts: Experts, rows_ExCxD: Array, chosen: Array | None = No
     read. What an expert gives for other rows is anything finite."""
     if chosen is None and not stack.is_apart(experts):
         return apply(experts, rows_ExCxD, jnp.matmul)
-    run = lambda e: lambda rows: apply(stack.part(experts, e), rows, jnp.matmul)  # noqa: E731
+    run = lambda e: lambda rows: apply(stack.part(experts, e), rows, times)  # noqa: E731
     if chosen is None:
         return jnp.stack([run(e)(rows) for e, rows in enumerate(rows_ExCxD)])
     C = rows_ExCxD.shape[1]
-    sizes = [n for n in (LEAST, 2 * LEAST, 4 * LEAST, 8 * LEAST) if n < C]
+    sizes = [n for n in FILLED if n < C]
 
     def some(e: int, size: int, own_C: Array, rows: Array) -> Array:
         at = jnp.nonzero(own_C, size=size, fill_value=C)[0]

@@ -25,13 +25,14 @@ from moe_jax import sharding
 from moe_jax.layers import stack
 from moe_jax.layers.stack import PRODUCT
 from moe_jax.moe import megablox as kernels
-from moe_jax.types import Array
+from moe_jax.types import Array, value
 
 Matmul = Callable[[Array, Array], Array]
 Body = Callable[..., Any]
 
-SHARES = (0.25, 0.5, 1.0)  # of the mean load: the sizes of blocks (measured, benchmarks/moe_layer.py)
+SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)  # of the mean load: the sizes of blocks (measured, benchmarks/rtf.py)
 SMALLEST, LARGEST = 8, 512
+PAGE, APART = 1024, 16  # float32 numbers; columns of zeros (measured, benchmarks/rtf.py)
 
 
 class Experts(Protocol):
@@ -47,6 +48,34 @@ def apply(experts: Experts, rows: Array, matmul: Matmul) -> Array:
     """Gradient checkpointing keeps these products as it does a dense layer's, whatever makes them."""
     named = lambda rows, w: checkpoint_name(matmul(rows, w), PRODUCT)  # noqa: E731
     return experts.second(experts.first(rows, named), named)
+
+
+@value
+class Wide:
+    """A matrix with columns of zeros behind its own `columns`, which `times` cuts off; `[...]` is itself.
+
+    XLA:CPU packs a matrix before it multiplies with it. Where the rows of one lie whole pages apart, what is packed
+    together pushes itself out of the cache, and products of some hundred rows run at three quarters of their rate.
+    """
+
+    w_IxO: Array
+    columns: int = dataclasses.field(metadata={"static": True})
+
+    def __getitem__(self, index: Any) -> Wide:
+        return self
+
+
+def widened(w_IxO: Array) -> Array | Wide:
+    """`Wide` where that pays: a copy, to be made once for several products."""
+    I, O = w_IxO.shape
+    if w_IxO.dtype != jnp.float32 or O % PAGE or I == 1:
+        return w_IxO
+    return Wide(jnp.pad(w_IxO, ((0, 0), (0, APART))), O)
+
+
+def times(x: Array, w: Array | Wide) -> Array:
+    """x @ w."""
+    return (x @ w.w_IxO)[..., : w.columns] if isinstance(w, Wide) else x @ w
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,10 +195,10 @@ def _loop(size_E: Array, blocks: tuple[int, ...], take: Callable, body: Body, in
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _walk(experts: Any, x_RxD: Array, size_E: Array, blocks: tuple[int, ...]) -> Array:
     def body(y: Array, one: Any, e: Array, row: Array, end: Array, block: int) -> Array:
-        return _put(y, apply(one, _block(x_RxD, row, block), jnp.matmul), row)
+        return _put(y, apply(one, _block(x_RxD, row, block), times), row)
 
     apart = stack.is_apart(experts)
-    take = partial(stack.part if apart else _one, experts)
+    take = partial(stack.part, experts) if apart else partial(_wide, experts)
     return _loop(size_E, blocks, take, body, jnp.zeros(x_RxD.shape, x_RxD.dtype), apart)
 
 
@@ -179,12 +208,12 @@ def _walk_fwd(experts: Any, x_RxD: Array, size_E: Array, blocks: tuple[int, ...]
     like = jax.eval_shape(lambda e, x: _one(e, 0).first(x, jnp.matmul), experts, x_RxD)
 
     def body(carry, one: Any, e: Array, row: Array, end: Array, block: int):
-        kept = one.first(_block(x_RxD, row, block), jnp.matmul)
-        parts = (one.second(kept, jnp.matmul), *kept)
+        kept = one.first(_block(x_RxD, row, block), times)
+        parts = (one.second(kept, times), *kept)
         return tuple(_put(c, p, row) for c, p in zip(carry, parts, strict=True))
 
     init = tuple(jnp.zeros((x_RxD.shape[0], s.shape[1]), s.dtype) for s in (x_RxD, *like))
-    y, *kept = _loop(size_E, blocks, partial(_one, experts), body, init)
+    y, *kept = _loop(size_E, blocks, partial(_wide, experts), body, init)
     return y, (experts, x_RxD, size_E, tuple(kept))
 
 
@@ -222,7 +251,7 @@ def _by_transposed(x_RxI: Array, w_OxI: Array) -> Array:
 
 def _by_transposed_bwd(residuals, dy_RxO: Array):
     x_RxI, w_OxI = residuals
-    return dy_RxO @ w_OxI, (x_RxI.T @ dy_RxO).T
+    return times(dy_RxO, widened(w_OxI)), times(x_RxI.T, widened(dy_RxO)).T
 
 
 _by_transposed.defvjp(lambda x, w: (x @ w.T, (x, w)), _by_transposed_bwd)
@@ -230,6 +259,10 @@ _by_transposed.defvjp(lambda x, w: (x @ w.T, (x, w)), _by_transposed_bwd)
 
 def _one(experts: Any, e: Any) -> Any:
     return jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, e, keepdims=False), experts)
+
+
+def _wide(experts: Any, e: Any) -> Any:
+    return jax.tree.map(widened, _one(experts, e))
 
 
 def _block(x: Array, row: Array, block: int) -> Array:
