@@ -2,9 +2,11 @@
 
 import errno
 import json
+import os
 import pickle
 import resource
 import shutil
+import threading
 from functools import partial
 
 import jax
@@ -193,6 +195,28 @@ def test_a_step_is_never_overwritten(store, saved):
     _, state = saved
     with pytest.raises(CheckpointError, match="3 exists already: choose another run folder"):
         store.save(3, state.params, state.opt, META, 0.1)
+
+
+def test_training_goes_on_while_a_step_is_written(tmp_path, monkeypatch):
+    """The step appears when the disk is done, with the values of the time of `save`: their arrays may be gone then."""
+    done, rename = threading.Event(), os.rename
+
+    def slow(*args, **options):
+        assert threading.current_thread() is not threading.main_thread(), "training waits for the disk"
+        assert done.wait(60)
+        rename(*args, **options)
+
+    store = checkpoint.Run(tmp_path)
+    w = jnp.arange(4.0)
+    monkeypatch.setattr(os, "rename", slow)
+    store.save(1, {"w": w}, {}, {"step": 1}, 1.0)
+    w.delete()
+    assert store.writing() and not (store.folder / "1").exists()
+    done.set()
+    store.manager.wait_until_finished()
+    assert not store.writing() and (store.folder / "1").exists()
+    np.testing.assert_array_equal(store.params(1, {"w": jnp.zeros(4)})["w"], np.arange(4.0))
+    store.close()
 
 
 def test_the_latest_and_the_best_are_kept(tmp_path):
