@@ -213,6 +213,17 @@ def test_few_positions_are_computed_otherwise_than_many(backend, monkeypatch):
     assert seen == ["side_by_side" if backend == "cpu" else "gathered", "exchanged"]
 
 
+@partial(jax.jit, static_argnums=(0, 1))
+def _with_gradients(way, apart, decision, experts, x, dy):
+    def y(experts, x):
+        if apart:
+            experts = jax.tree.map(lambda w: stack.Apart(tuple(w)), experts)
+        return way(decision, E).apply(experts, x)
+
+    y, back = jax.vjp(y, experts, x)
+    return y, back(dy)
+
+
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("positions", [1, 2, 12, 16, 17, 40])
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.0])
@@ -226,18 +237,9 @@ def test_experts_side_by_side_are_sorted_experts(positions, share, apart):
     expert[0, -1], weight[0, -1], x[0, -1] = E, 0, np.nan
     decision = RoutingDecision(jnp.asarray(expert), jnp.asarray(weight), jnp.zeros((1, positions, E)))
 
-    @partial(jax.jit, static_argnums=(0, 1))
-    def run(way, apart, experts, x):
-        def y(experts, x):
-            if apart:
-                experts = jax.tree.map(lambda w: stack.Apart(tuple(w)), experts)
-            return way(decision, E).apply(experts, x)
-
-        y, back = jax.vjp(y, experts, x)
-        return y, back(jnp.asarray(dy))
-
-    expected = run(dispatch.ragged, False, layer.experts, x)
-    close(expected, run(dispatch.side_by_side, apart, layer.experts, x), "side by side")
+    given = decision, layer.experts, x, dy
+    expected = _with_gradients(dispatch.ragged, False, *given)
+    close(expected, _with_gradients(dispatch.side_by_side, apart, *given), "side by side")
     assert not np.isnan(np.concatenate([np.ravel(a) for a in jax.tree.leaves(expected)])).any()
 
 
