@@ -328,7 +328,7 @@ def test_transcripts_are_what_correct_reads(run, brief, tmp_path, capsys, how):
         assert list(record.hypotheses) == one["input"] and 1 <= len(set(one["input"])) == len(one["input"]) <= 3
         assert one["scores"] == sorted(one["scores"], reverse=True) and len(one["times"]) == len(one["input"][0])
     out = capsys.readouterr()
-    assert out.out.splitlines() == [one["input"][0] for one in said]
+    assert out.out.splitlines() == [f"{one['audio']}: {one['input'][0]}" for one in said]
     times = re.findall(r"real-time factor \d\.\d+, a portion's p50 (\S+) s, p95 (\S+) s, max (\S+) s\n", out.err)
     assert len(times) == (2 if how else 0)
     for found in times:
@@ -482,7 +482,7 @@ def test_a_stream_has_a_record_a_text(run, hasty, tmp_path, capsys):
         said = capsys.readouterr()
         assert said.err.count("longer than 2 s is read as with --stream") == (not how)
         found.append(json.loads(output.read_text()))
-        assert said.out.splitlines() == [one["input"][0] for one in found[-1]]
+        assert said.out.splitlines() == [f"{one['audio']}: {one['input'][0]}" for one in found[-1]]
     assert found[0] == found[1]
     mine = [one for one in found[0] if one["audio"] == files[0]]
     assert len(mine) > 2 and mine[0]["start"] == 0 and mine[-1]["end"] == 2.5

@@ -79,12 +79,12 @@ def main(args: argparse.Namespace) -> int:
     try:
         with _terminated():
             for path in args.audio:
-                of_path = 0
+                of_path, name = 0, f"{_utf8(path).decode()}: " if len(args.audio) > 1 else ""
                 try:
                     for one in _records(by, ready, path, args):
                         records.append(one)
                         of_path += 1
-                        if not _said(one["input"][0]) and not args.output:
+                        if not _said(name + one["input"][0]) and not args.output:
                             return 1
                 except audio.AudioError as error:
                     kept = f"; the {of_path} texts before it are kept" if of_path else ""
@@ -98,8 +98,7 @@ def main(args: argparse.Namespace) -> int:
     finally:
         if args.output and records:
             text = json.dumps(records, indent=1, ensure_ascii=False) + "\n"
-            # Bytes of a file's name that are not UTF-8 are lone surrogates in Python, and escapes in JSON.
-            partfile.write_bytes(Path(args.output), text.encode("utf-8", "backslashreplace"))
+            partfile.write_bytes(Path(args.output), _utf8(text))
     if stopped:
         print(f"interrupted after {done} of {len(args.audio)}; {args.output} has what was recognised", file=sys.stderr)
         return 143 if isinstance(stopped, _Terminated) else 130
@@ -125,6 +124,11 @@ def _terminated() -> Generator[None]:
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
+
+
+def _utf8(text: str) -> bytes:
+    """Bytes of a file's name that are not UTF-8 are lone surrogates in Python, and escapes here as in JSON."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def _said(text: str) -> bool:
