@@ -4,8 +4,8 @@ A way is a function (size_E, rows) -> `Grouped`; `best()` names the backend's. `
 but XLA computes every expert for every row on CPU, for a gradient on TPU, and on GPU (jaxlib 0.10: 64 experts on an
 H100 take 64 times the work and gigabytes of copies of the rows). So on GPU it is `tokamax`, on TPU `megablox` or
 `mixed`, and on CPU `walk` goes over blocks of rows: each touches one expert and writes in place, and the garbage that
-its tail leaves is overwritten by the next expert's first block. Work is (rows + half a small block an expert) instead
-of rows x experts.
+its tail leaves is overwritten by the next expert's first block. Work is (rows + half of the smallest block an expert)
+instead of rows x experts.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from moe_jax.types import Array, value
 Matmul = Callable[[Array, Array], Array]
 Body = Callable[..., Any]
 
-SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)  # of the mean load: the sizes of blocks (measured, benchmarks/rtf.py)
-SMALLEST, LARGEST = 8, 512
+SMALLEST, LARGEST, SIZES = 8, 512, 4  # rows of a block, and how many sizes there are (measured, benchmarks/rtf.py)
 PAGE, APART = 1024, 16  # float32 numbers; columns of zeros (measured, benchmarks/rtf.py)
 
 
@@ -122,7 +121,7 @@ def _ragged(ragged: Callable[[Array, Array, Array], Array], size_E: Array, rows:
 def walk(size_E: Array, rows: int) -> Grouped:
     """Over blocks of rows: all of an expert's work on a block while it is in the cache."""
     sizes = block_rows(rows, size_E.shape[0])
-    return Grouped(sizes[-1], lambda experts, x: _walk(experts, x, size_E, sizes))
+    return Grouped(sizes[0], lambda experts, x: _walk(experts, x, size_E, sizes))
 
 
 def megablox(size_E: Array, rows: int) -> Grouped:
@@ -157,11 +156,14 @@ def best() -> Product:
 
 
 def block_rows(rows: int, experts: int) -> tuple[int, ...]:
-    """Sizes of blocks, ascending. An expert's rows are cut into whole ones of the last size and the smallest that holds
-    what is left: large products are the fast ones, and small leftovers waste little."""
+    """Sizes of blocks, each twice the one before, the last about the mean load. An expert's rows, filled up to a
+    multiple of the smallest, are cut into whole ones of the last and at most one of each other: large products are the
+    fast ones, and no more than the smallest is wasted.
+    """
     mean = max(rows // experts, 1)
-    near = lambda share: SMALLEST * max(1, round(mean * share / SMALLEST))  # noqa: E731
-    return tuple(sorted({min(near(share), LARGEST) for share in SHARES}))
+    largest = 2 ** (SIZES - 1)
+    smallest = min(SMALLEST * max(1, round(mean / largest / SMALLEST)), LARGEST // largest)
+    return tuple(size for i in range(SIZES) if (size := smallest * 2**i) <= 1.4 * mean or i == 0)
 
 
 def _loop(size_E: Array, blocks: tuple[int, ...], take: Callable, body: Body, init: Any, each: bool = False) -> Any:
@@ -176,15 +178,14 @@ def _loop(size_E: Array, blocks: tuple[int, ...], take: Callable, body: Body, in
     def expert(e: Array | int, carry: Any) -> Any:
         first, end = end_E[e] - size_E[e], end_E[e]
         taken = take(e)
-        smaller = blocks[-2] if len(blocks) > 1 else 0
-        whole = size_E[e] // blocks[-1] + (size_E[e] % blocks[-1] > smaller)
+        units = -(-size_E[e] // blocks[0])
+        *smaller, last = (block // blocks[0] for block in blocks)
         step = lambda i, c: body(c, taken, e, first + i * blocks[-1], end, blocks[-1])  # noqa: E731
-        carry = jax.lax.fori_loop(0, whole, step, carry)
-        left = first + whole * blocks[-1]
-        for less, block in zip((0, *blocks), blocks[:-1], strict=False):
-            chosen = (left + less < end) & (end <= left + block)
-            step = lambda i, c, block=block: body(c, taken, e, left + i * block, end, block)  # noqa: E731
-            carry = jax.lax.fori_loop(0, chosen.astype(jnp.int32), step, carry)
+        carry = jax.lax.fori_loop(0, units // last, step, carry)
+        for n, block in reversed([*zip(smaller, blocks, strict=False)]):
+            row = first + units // (2 * n) * 2 * block
+            step = lambda i, c, row=row, block=block: body(c, taken, e, row + i * block, end, block)  # noqa: E731
+            carry = jax.lax.fori_loop(0, units // n % 2, step, carry)
         return carry
 
     if each:
@@ -204,7 +205,7 @@ def _walk(experts: Any, x_RxD: Array, size_E: Array, blocks: tuple[int, ...]) ->
 
 def _walk_fwd(experts: Any, x_RxD: Array, size_E: Array, blocks: tuple[int, ...]):
     # What the last block of all reads behind the last row: a weight of 0 would not stop NaN on the way back.
-    x_RxD = _put(x_RxD, jnp.zeros((blocks[-1], *x_RxD.shape[1:])), size_E.sum())
+    x_RxD = _put(x_RxD, jnp.zeros((blocks[0], *x_RxD.shape[1:])), size_E.sum())
     like = jax.eval_shape(lambda e, x: _one(e, 0).first(x, jnp.matmul), experts, x_RxD)
 
     def body(carry, one: Any, e: Array, row: Array, end: Array, block: int):
