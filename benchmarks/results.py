@@ -9,7 +9,8 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,18 @@ mapped to; `told apart`: from 0, all tasks use the experts alike, to 1, no two s
 """
 
 
-def table(data: dict[str, Any]) -> str:
+def by_arm(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    for arm in unique(r["arm"] for r in rows):
+        yield arm, [r for r in rows if r["arm"] == arm]
+
+
+def by_seed(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Where each seed has a first pass of its own."""
+    for row in rows:
+        yield f"{row['arm']}, seed {row['seed']}", [row]
+
+
+def table(data: dict[str, Any], each: Callable[..., Iterator[tuple[str, list[dict[str, Any]]]]] = by_arm) -> str:
     """One experiment: the families, every metric, every arm."""
     rows = [r for r in data["rows"] if r["set"] == "all"]
     meta = data["meta"]
@@ -46,8 +58,8 @@ def table(data: dict[str, Any]) -> str:
     out.append("|---|---|---|--:|--:|--:|--:|--:|--:|")
     for task, metric in unique((r["task"], r["metric"]) for r in rows):
         mine = [r for r in rows if (r["task"], r["metric"]) == (task, metric)]
-        for arm in unique(r["arm"] for r in mine):
-            out.append(line(task, metric, arm, [r for r in mine if r["arm"] == arm]))
+        for name, own in each(mine):
+            out.append(line(task, metric, name, own))
     return "\n".join(out) + "\n" + compared(data.get("comparisons", []))
 
 
@@ -408,6 +420,7 @@ def front_speed() -> str:
 
 
 RENDERERS = {
+    "chain": partial(table, each=by_seed),
     "zero_shot": zero_shot,
     "unseen": unseen,
     **{f"merging_{setting}": merging for setting in ("corrector", "recogniser", "translator")},
