@@ -677,6 +677,8 @@ def _validate(evaluate, data: Dataset, batch_size: int, batches: int, families, 
     for i in range(data.batches(batches * batch_size, batch_size)):
         metrics = evaluate(state.params, state.frozen, sharding.put_batch(_rows(data, i, 0, batch_size, mesh), mesh))
         total = metrics if not total else jax.tree.map(jnp.add, total, metrics)
+        # Several hosts on CPUs: programs with sums over devices that wait for each other's threads would hang.
+        jax.block_until_ready(total)
     scalars = readable(total, families)
     named = ("loss/", "load/", "router/busiest/", "router/entropy")
     kept = {k: v for k, v in scalars.items() if k.startswith(named)}
