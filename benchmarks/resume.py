@@ -24,9 +24,9 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.launch import ROOT
 from benchmarks.measure import main, row
 
-ROOT = Path(__file__).resolve().parents[1]
 PROCESSES, DEVICES, HEARTBEAT, PAUSE = 2, 4, 10, 1
 STEPS, SAVED, KILLED = 18, 6, 10
 ENDED = "supervise: ended with"  # now and then also at the start: Gloo waits 30 s for a host that is slow to compile

@@ -30,8 +30,8 @@ from moe_jax.types import Array, value
 Matmul = Callable[[Array, Array], Array]
 Body = Callable[..., Any]
 
-SMALLEST, LARGEST, SIZES = 8, 512, 4  # rows of a block, and how many sizes there are (measured, benchmarks/rtf.py)
-PAGE, APART = 1024, 16  # float32 numbers; columns of zeros (measured, benchmarks/rtf.py)
+SMALLEST, LARGEST, SIZES = 8, 512, 4  # rows of a block, and how many sizes there are
+PAGE, APART = 1024, 16  # float32 numbers that fill it; columns of zeros
 
 
 class Experts(Protocol):
