@@ -201,12 +201,12 @@ def test_bfloat16_stays(product):
     assert {leaf.dtype for leaf in jax.tree.leaves((y, back(dy)))} == {jnp.dtype(jnp.bfloat16)}
 
 
-@pytest.mark.parametrize("rows", [0, 1, 8, 37, 1024, 4096, 1 << 20])
+@pytest.mark.parametrize("rows", [0, 1, 8, 37, 48, 1024, 4096, 1 << 20])
 @pytest.mark.parametrize("experts", [1, 4, 64])
 def test_blocks_waste_little_of_a_balanced_load(rows, experts):
     blocks = block_rows(rows, experts)
     assert blocks[0] <= max(8, rows / experts / 5)
     assert all(b == 2 * a for a, b in itertools.pairwise(blocks)) and blocks[0] >= 8 and blocks[-1] <= 512
-    assert blocks[-1] <= max(8, 1.4 * rows / experts)
+    assert blocks[-1] <= max(8, 1.4 * rows / experts) and blocks[-1] <= rows + blocks[0]
     computed = -(-(rows // experts) // blocks[0]) * blocks[0]
     assert computed <= 1.25 * rows / experts + 8

@@ -156,14 +156,15 @@ def best() -> Product:
 
 
 def block_rows(rows: int, experts: int) -> tuple[int, ...]:
-    """Sizes of blocks, each twice the one before, the last about the mean load. An expert's rows, filled up to a
-    multiple of the smallest, are cut into whole ones of the last and at most one of each other: large products are the
-    fast ones, and no more than the smallest is wasted.
+    """Sizes of blocks, each twice the one before, the last about the mean load and no more than there is.
+
+    An expert's rows, filled up to a multiple of the smallest, are cut into whole ones of the last and at most one of
+    each other: large products are the fast ones, and no more than the smallest is wasted.
     """
     mean = max(rows // experts, 1)
     largest = 2 ** (SIZES - 1)
     smallest = min(SMALLEST * max(1, round(mean / largest / SMALLEST)), LARGEST // largest)
-    return tuple(size for i in range(SIZES) if (size := smallest * 2**i) <= 1.4 * mean or i == 0)
+    return tuple(size for i in range(SIZES) if (size := smallest * 2**i) <= min(1.4 * mean, rows) or i == 0)
 
 
 def _loop(size_E: Array, blocks: tuple[int, ...], take: Callable, body: Body, init: Any, each: bool = False) -> Any:
