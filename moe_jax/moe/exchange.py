@@ -44,14 +44,40 @@ def at_once(experts: Experts, x_TxD: Array, expert_TxK: Array, num_experts: int)
     """
     E, (T, K) = num_experts, expert_TxK.shape
     x_TxD = jnp.where((expert_TxK < E).any(1, keepdims=True), x_TxD, 0)
+    if 2 * T * K <= E or LEAST < T <= LEAST * E // K:
+        return _own(experts, x_TxD, expert_TxK, E)
     C = max(AT_ONCE, -8 * (-3 * T * K // (16 * E)))  # half more than the mean load, in eights
-    alone = 2 * T * K <= E or LEAST < T <= LEAST * E // K
-    if C >= T or alone:
-        chosen = expert_TxK if alone else None
-        y_ExTxD = _side_by_side(experts, jnp.broadcast_to(x_TxD, (E, *x_TxD.shape)), chosen)
+    if C >= T:
+        y_ExTxD = _side_by_side(experts, jnp.broadcast_to(x_TxD, (E, *x_TxD.shape)))
         return y_ExTxD.at[expert_TxK, jnp.arange(T)[:, None]].get(mode="fill", fill_value=0)
     order_R, size_E = _by_expert(expert_TxK, E)
     return _in_turns(partial(_slots, C), -(-size_E.max() // C), (expert_TxK, order_R, size_E), experts, x_TxD)
+
+
+def _own(experts: Experts, x_TxD: Array, expert_TxK: Array, num_experts: int) -> Array:
+    """y_TxKxD: each expert on the rows that chose it alone, and on some others that fill them up to one of a few
+    numbers. The matrices of an expert that nobody chose are not read.
+
+    With so few rows each operation is a good part of the whole, so that what can be is done for all experts at once.
+    """
+    E, T = num_experts, len(x_TxD)
+    own_ExT = (expert_TxK == jnp.arange(E)[:, None, None]).any(-1)
+    row_ExT = jnp.argsort(~own_ExT, axis=1, stable=True)  # its own come first
+    place_ExT = jnp.cumsum(own_ExT, axis=1) - 1
+    sizes = [*(n for n in FILLED if n < T), T]
+    way_E = (own_ExT.sum(1)[:, None] > jnp.array([0, *sizes[:-1]])).sum(1)
+
+    def some(e: int, size: int, x_TxD: Array, row_T: Array) -> Array:
+        rows = x_TxD.at[row_T[:size]].get(mode="promise_in_bounds")
+        return jnp.pad(apply(stack.part(experts, e), rows, times), ((0, T - size), (0, 0)))
+
+    def one(e: int) -> Array:
+        none = lambda x_TxD, row_T: jnp.zeros_like(x_TxD)  # noqa: E731
+        return jax.lax.switch(way_E[e], [none, *(partial(some, e, size) for size in sizes)], x_TxD, row_ExT[e])
+
+    y_RxD = jnp.concatenate([one(e) for e in range(E)])
+    place_TxK = place_ExT.at[expert_TxK, jnp.arange(T)[:, None]].get(mode="clip")
+    return y_RxD.at[jnp.where(expert_TxK < E, expert_TxK * T + place_TxK, E * T)].get(mode="fill", fill_value=0)
 
 
 def _slots(C: int, turn: Array | int, plan: Any, experts: Experts, x_TxD: Array) -> Array:
@@ -66,29 +92,11 @@ def _slots(C: int, turn: Array | int, plan: Any, experts: Experts, x_TxD: Array)
     return y_ExCxD.at[expert_R, slot_R].get(mode="fill", fill_value=0).reshape(*expert_TxK.shape, -1)
 
 
-def _side_by_side(experts: Experts, rows_ExCxD: Array, chosen: Array | None = None) -> Array:
-    """y_ExCxD; given `chosen`, of these experts alone, on the rows that chose them: the matrices of others are not
-    read. What an expert gives for other rows is anything finite."""
-    if chosen is None and not stack.is_apart(experts):
-        return apply(experts, rows_ExCxD, jnp.matmul)
-    run = lambda e: lambda rows: apply(stack.part(experts, e), rows, times)  # noqa: E731
-    if chosen is None:
-        return jnp.stack([run(e)(rows) for e, rows in enumerate(rows_ExCxD)])
-    C = rows_ExCxD.shape[1]
-    sizes = [n for n in FILLED if n < C]
-
-    def some(e: int, size: int, own_C: Array, rows: Array) -> Array:
-        at = jnp.nonzero(own_C, size=size, fill_value=C)[0]
-        return jnp.zeros_like(rows).at[at].set(run(e)(rows.at[at].get(mode="fill", fill_value=0)), mode="drop")
-
-    def own(e: int, rows: Array) -> Array:
-        own_C = (chosen == e).any(1)
-        ways = [lambda _, rows: jnp.zeros_like(rows), *(partial(some, e, size) for size in sizes)]
-        number = own_C.sum()
-        enough = jnp.searchsorted(jnp.array([0, *sizes]), number)
-        return jax.lax.switch(enough, [*ways, lambda _, rows: run(e)(rows)], own_C, rows)
-
-    return jnp.stack([own(e, rows) for e, rows in enumerate(rows_ExCxD)])
+def _side_by_side(experts: Experts, rows_ExCxD: Array) -> Array:
+    """y_ExCxD."""
+    if stack.is_apart(experts):
+        return jnp.stack([apply(stack.part(experts, e), rows, times) for e, rows in enumerate(rows_ExCxD)])
+    return apply(experts, rows_ExCxD, jnp.matmul)
 
 
 def over_devices(
