@@ -63,6 +63,17 @@ def apart(model: Any) -> Any:
     return jax.lax.optimization_barrier(tree.unflatten(model, table))
 
 
+def in_place(model: Any) -> Any:
+    """`model` whose experts' matrices a loop over layers reads where they lie, on one CPU: else those of all experts
+    are copied for each layer, rows or no rows. For programs without gradients."""
+    if jax.default_backend() != "cpu" or sharding.mesh():
+        return model
+    words = tree.axes(model)
+    stacked = lambda n, x: words.get(n, ())[:1] == ("expert",) and x.ndim == len(words[n]) + 1  # noqa: E731
+    table = {n: stack.InPlace(x) if stacked(n, x) else x for n, x in tree.flatten(model).items()}
+    return tree.unflatten(model, table)
+
+
 def laid_out(model: Any) -> Any:
     """`model` for many steps: `apart` once on CPU; elsewhere as it is, of which that would be a copy for nothing."""
     return _apart()(Structure(model), tree.flatten(model)) if jax.default_backend() == "cpu" else model

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from functools import partial
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from moe_jax import describe, losses, optim, sharding, train, tree
+from moe_jax import describe, losses, optim, programs, sharding, train, tree
 from moe_jax.layers import subsample
 from moe_jax.layers.ffn import PlainFfn
 from moe_jax.layers.param import Rngs
@@ -333,3 +334,23 @@ def test_substitutions_are_earlier_frames():
     y = spec_augment(x, jnp.full(50, 60), jax.random.key(0), **none, substitutions=2, max_substitution=8)
     back = np.asarray(x - y)[..., 0]
     assert (back >= 0).all() and back.max() > 3 and 1 <= (back > 0).sum(1).max() <= 16
+
+
+@pytest.mark.parametrize("seconds", [1, 20])
+def test_experts_read_in_place_are_the_same_and_no_layer_of_them_is_copied(seconds):
+    """Where frames are sorted; all of a layer's at once, side by side, want all."""
+    m = model()
+    x = np.random.default_rng(0).normal(size=(1, 100 * seconds, MELS)).astype(np.float32)
+    valid = np.arange(100 * seconds)[None] < 100 * seconds - 30
+
+    def whole(place, m, x, valid):
+        return place(m).encode(x, valid)[0]
+
+    found = []
+    for place in (lambda m: m, programs.in_place):
+        compiled = jax.jit(partial(whole, place)).lower(m, x, valid).compile()
+        copied = re.search(r"= f32\[1,4,16,8\]\S* dynamic-slice", compiled.as_text())  # layer, experts, in, out
+        found.append((compiled(m, x, valid), copied is not None))
+    (plain, cut), (read, copies) = found
+    np.testing.assert_allclose(read, plain, atol=1e-5)
+    assert cut and copies == (seconds == 1)

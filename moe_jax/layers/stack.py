@@ -42,6 +42,30 @@ class Apart:
         return jnp.stack([part[...] for part in self.parts])[index]
 
 
+@value
+class InPlace:
+    """An array stacked over layers that `run` does not cut: each layer is given where it lies, as `Of`. For what is
+    read in parts and without a gradient, where cutting is a copy of all of a layer's."""
+
+    whole: Array
+
+
+@value
+class Of:
+    """One layer's, in the whole; `[...]` cuts it out."""
+
+    whole: Array
+    layer: Array
+
+    def __getitem__(self, index: Any) -> Array:
+        return jax.lax.dynamic_index_in_dim(self.whole, self.layer, keepdims=False)[index]
+
+    def part(self, i: Any) -> Array:
+        sizes = self.whole.shape[2:]
+        start = (self.layer, i, *(0 for _ in sizes))
+        return jax.lax.dynamic_slice(self.whole, start, (1, 1, *sizes)).reshape(sizes)
+
+
 def split(stacked: Any, num: int) -> tuple[Any, ...]:
     """What is stacked over layers (or experts), as one value a layer."""
     return tuple(part(stacked, i) for i in range(num))
@@ -49,7 +73,14 @@ def split(stacked: Any, num: int) -> tuple[Any, ...]:
 
 def part(stacked: Any, i: int) -> Any:
     """One of them."""
-    return jax.tree.map(lambda x: (x.parts if _apart(x) else x)[i], stacked, is_leaf=_apart)
+    one = lambda x: x.part(i) if isinstance(x, Of) else (x.parts if _apart(x) else x)[i]  # noqa: E731
+    return jax.tree.map(one, stacked, is_leaf=lambda x: isinstance(x, Apart | Of))
+
+
+def found(stacked: Any, i: Array) -> Any:
+    """The one whose number is only known to data."""
+    one = lambda x: x.part(i) if isinstance(x, Of) else jax.lax.dynamic_index_in_dim(x, i, keepdims=False)  # noqa: E731
+    return jax.tree.map(one, stacked, is_leaf=lambda x: isinstance(x, Of))
 
 
 def section(stacked: Any, start: int, end: int) -> Any:
@@ -66,6 +97,10 @@ def is_apart(stacked: Any) -> bool:
 
 def _apart(x: Any) -> bool:
     return isinstance(x, Apart)
+
+
+def _in_place(x: Any) -> bool:
+    return isinstance(x, InPlace)
 
 
 def run(
@@ -98,11 +133,17 @@ def run(
             outs.append(out)
         return x, tuple(outs)
 
-    def body(x, layer_inputs):
-        layer, rest = layer_inputs
-        return call(layer, x, *rest)
+    arrays, structure = jax.tree.flatten(layers, is_leaf=_in_place)
+    whole = [a.whole for a in arrays if _in_place(a)]
+    numbers = jnp.arange(len(whole[0])) if whole else None
 
-    return jax.lax.scan(body, x, (layers, inputs), unroll=unroll)
+    def body(x, layer_inputs):
+        number, cut, rest = layer_inputs
+        own = [Of(a.whole, number) if _in_place(a) else c for a, c in zip(arrays, cut, strict=True)]
+        return call(structure.unflatten(own), x, *rest)
+
+    cut = [None if _in_place(a) else a for a in arrays]
+    return jax.lax.scan(body, x, (numbers, cut, inputs), unroll=unroll)
 
 
 def paired(outs: Any) -> tuple[Any, Any]:

@@ -260,7 +260,7 @@ _by_transposed.defvjp(lambda x, w: (x @ w.T, (x, w)), _by_transposed_bwd)
 
 
 def _one(experts: Any, e: Any) -> Any:
-    return jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, e, keepdims=False), experts)
+    return stack.found(experts, e)
 
 
 def _wide(experts: Any, e: Any) -> Any:

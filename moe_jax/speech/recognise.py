@@ -308,7 +308,7 @@ def _program(function: Any) -> Any:
 
 
 def _whole(model: Any, x_BxTxC: Array, valid_BxT: Array, chunks: Chunks | None) -> tuple[Array, Array]:
-    x, _, _, _ = model.encode(x_BxTxC, valid_BxT, chunks=chunks)
+    x, _, _, _ = programs.in_place(model).encode(x_BxTxC, valid_BxT, chunks=chunks)
     return x, jax.nn.log_softmax(model.ctc_logits(x))
 
 
@@ -325,7 +325,7 @@ def _begin(decoder: Any, x_1xSxD: Array, seen_1xS: Array) -> searching.Prefill:
 
 def _score(model: Any, tokens_KxU: Array, x_1xLxD: Array, seen_1xL: Array) -> tuple[Array, Array]:
     memory, seen = (jnp.broadcast_to(a, (len(tokens_KxU), *a.shape[1:])) for a in (x_1xLxD, seen_1xL))
-    return model.score(tokens_KxU, memory, seen)
+    return programs.in_place(model).score(tokens_KxU, memory, seen)
 
 
 def _bucket(length: int, shortest: int = SHORTEST, factor: float = 1.25) -> int:
