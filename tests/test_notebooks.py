@@ -2,14 +2,13 @@
 
 import ast
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny
+
+from benchmarks import notebooks
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 # What the cell of settings is followed by here.
@@ -21,21 +20,6 @@ SMALL = {
     "4_merge": "STEPS, MORE = 1, ['--gin.EXAMPLES=60', '--gin.BATCH=2']",
     "5_speech": "STEPS, MORE = 1, ['--gin.D=32', '--gin.LAYERS=1', '--gin.BATCH=4', '--gin.MANIFEST=few.jsonl']",
 }
-RUNNER = """
-import json, sys
-import matplotlib
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-shown = []
-plt.show = lambda: (plt.savefig(f"picture{len(shown)}.png"), shown.append(1), plt.close())
-space = {"__name__": "__main__"}
-for cell in json.loads(open(sys.argv[1], encoding="utf-8").read())["cells"]:
-    tags = cell["metadata"].get("tags", [])
-    if cell["cell_type"] == "code" and "install" not in tags:
-        exec(compile("".join(cell["source"]), cell["id"], "exec"), space)
-        if "parameters" in tags:
-            exec(sys.argv[2], space)
-"""
 
 
 def cells(path: Path) -> list[dict]:
@@ -43,7 +27,7 @@ def cells(path: Path) -> list[dict]:
 
 
 def test_every_notebook_is_known_here():
-    assert [p.stem for p in NOTEBOOKS] == list(SMALL)
+    assert [p.stem for p in NOTEBOOKS] == list(SMALL) == list(notebooks.PROMISED)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -85,9 +69,6 @@ def corpus(tmp_path_factory) -> Path:
 def test_it_runs(path, corpus, tmp_path):
     for module in ("matplotlib", "IPython", "seqio", *(["soundfile"] if "speech" in path.stem else [])):
         pytest.importorskip(module, reason="notebooks need pip install '.[data,speech,notebooks]'")
-    root = str(path.parents[1])
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
-    env |= {"JAX_NUM_CPU_DEVICES": "1", "MOE_JAX_DATA": str(corpus)}
     if "speech" in path.stem:  # a few of the recordings
         prompts = path.parents[1] / "tasks" / "data" / "prompts"
         rows = [json.loads(line) for line in (prompts / "prompts.jsonl").read_text().splitlines()]
@@ -97,8 +78,8 @@ def test_it_runs(path, corpus, tmp_path):
         few = few[:12] + few[-3:] + [row for row in few if row["split"] == "valid"][:4]
         lines = (json.dumps(row | {"audio": str(prompts / row["audio"])}) + "\n" for row in few)
         (tmp_path / "few.jsonl").write_text("".join(lines))
-    command = [sys.executable, "-c", RUNNER, str(path), SMALL[path.stem]]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900)
+    environment = {"JAX_NUM_CPU_DEVICES": "1", "MOE_JAX_DATA": str(corpus)}
+    done = notebooks.executed(path, tmp_path, SMALL[path.stem], **environment)
     assert done.returncode == 0, f"{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
     pictures = list(tmp_path.glob("picture*.png"))
     assert len(pictures) == sum("plt.show()" in "".join(c["source"]) for c in cells(path))
