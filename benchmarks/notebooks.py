@@ -25,11 +25,19 @@ from benchmarks.measure import main, row
 PROMISED = {"1_correct": 5, "2_routing": 10, "3_ablation": 10, "4_merge": 10, "5_speech": 15}  # minutes
 RUNNER = """
 import json, sys
+import IPython.display
 import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 shown = []
 plt.show = lambda: (plt.savefig(f"picture{len(shown)}.png"), shown.append(1), plt.close())
+def display(one):
+    if isinstance(one, IPython.display.SVG):
+        open(f"picture{len(shown)}.svg", "w", encoding="utf-8").write(one.data)
+        shown.append(1)
+    elif isinstance(one.data, str):
+        print(one.data)
+IPython.display.display = display
 space = {"__name__": "__main__"}
 for cell in json.loads(open(sys.argv[1], encoding="utf-8").read())["cells"]:
     tags = cell["metadata"].get("tags", [])
@@ -41,8 +49,8 @@ for cell in json.loads(open(sys.argv[1], encoding="utf-8").read())["cells"]:
 
 
 def executed(path: Path, folder: Path, settings: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs the notebook in `folder`, where its pictures stay as picture0.png and so on; the cell of settings is
-    followed by `settings`."""
+    """Runs the notebook in `folder`, where its pictures stay as picture0.png or .svg and so on; the cell of settings
+    is followed by `settings`."""
     found = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     env = os.environ | {"PYTHONPATH": found} | environment
     command = [sys.executable, "-c", RUNNER, str(path), settings]
@@ -57,7 +65,7 @@ def timed(name: str) -> Iterator[dict[str, Any]]:
         took = (time.monotonic() - began) / 60
         if done.returncode:
             raise RuntimeError(f"{name}: {done.stderr[-3000:]}")
-        pictures = sorted(folder.glob("picture*.png"))
+        pictures = sorted(folder.glob("picture*"))
         kept = ROOT / "runs" / "notebooks" / name
         kept.mkdir(parents=True, exist_ok=True)
         for picture in pictures:

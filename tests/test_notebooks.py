@@ -81,6 +81,7 @@ def test_it_runs(path, corpus, tmp_path):
     environment = {"JAX_NUM_CPU_DEVICES": "1", "MOE_JAX_DATA": str(corpus)}
     done = notebooks.executed(path, tmp_path, SMALL[path.stem], **environment)
     assert done.returncode == 0, f"{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
-    pictures = list(tmp_path.glob("picture*.png"))
-    assert len(pictures) == sum("plt.show()" in "".join(c["source"]) for c in cells(path))
+    pictures = list(tmp_path.glob("picture*"))
+    shows = ("plt.show()", "display(SVG(")
+    assert len(pictures) == sum("".join(c["source"]).count(show) for c in cells(path) for show in shows)
     assert all(p.stat().st_size > 5000 for p in pictures)
