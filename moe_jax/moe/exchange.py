@@ -24,7 +24,7 @@ from moe_jax.types import Array
 
 AT_ONCE = 16  # rows of an expert that take hardly longer than one: its matrices are read once (measured on CPU)
 LEAST = 8  # rows from which on an expert computes its own alone
-FILLED = (3, 6, 12, 24, 48)  # rows that a product is then filled up to: more of them take long to compile
+FILLED = (4, 8, 16, 32)  # rows that a product is then filled up to: more of them take long to compile
 
 
 def here(
