@@ -79,7 +79,7 @@ def test_it_runs(path, corpus, tmp_path):
         lines = (json.dumps(row | {"audio": str(prompts / row["audio"])}) + "\n" for row in few)
         (tmp_path / "few.jsonl").write_text("".join(lines))
     environment = {"JAX_NUM_CPU_DEVICES": "1", "MOE_JAX_DATA": str(corpus)}
-    done = notebooks.executed(path, tmp_path, SMALL[path.stem], **environment)
+    done = notebooks.executed(path, tmp_path, SMALL[path.stem], timeout=900, **environment)
     assert done.returncode == 0, f"{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
     pictures = list(tmp_path.glob("picture*"))
     shows = ("plt.show()", "display(SVG(")

@@ -71,16 +71,10 @@ def split(stacked: Any, num: int) -> tuple[Any, ...]:
     return tuple(part(stacked, i) for i in range(num))
 
 
-def part(stacked: Any, i: int) -> Any:
-    """One of them."""
+def part(stacked: Any, i: Any) -> Any:
+    """One of them; of what is `Apart`, its number must be known to Python."""
     one = lambda x: x.part(i) if isinstance(x, Of) else (x.parts if _apart(x) else x)[i]  # noqa: E731
     return jax.tree.map(one, stacked, is_leaf=lambda x: isinstance(x, Apart | Of))
-
-
-def found(stacked: Any, i: Array) -> Any:
-    """The one whose number is only known to data."""
-    one = lambda x: x.part(i) if isinstance(x, Of) else jax.lax.dynamic_index_in_dim(x, i, keepdims=False)  # noqa: E731
-    return jax.tree.map(one, stacked, is_leaf=lambda x: isinstance(x, Of))
 
 
 def section(stacked: Any, start: int, end: int) -> Any:

@@ -207,7 +207,7 @@ def _walk(experts: Any, x_RxD: Array, size_E: Array, blocks: tuple[int, ...]) ->
 def _walk_fwd(experts: Any, x_RxD: Array, size_E: Array, blocks: tuple[int, ...]):
     # What the last block of all reads behind the last row: a weight of 0 would not stop NaN on the way back.
     x_RxD = _put(x_RxD, jnp.zeros((blocks[0], *x_RxD.shape[1:])), size_E.sum())
-    like = jax.eval_shape(lambda e, x: _one(e, 0).first(x, jnp.matmul), experts, x_RxD)
+    like = jax.eval_shape(lambda e, x: stack.part(e, 0).first(x, jnp.matmul), experts, x_RxD)
 
     def body(carry, one: Any, e: Array, row: Array, end: Array, block: int):
         kept = one.first(_block(x_RxD, row, block), times)
@@ -223,7 +223,7 @@ def _walk_bwd(blocks: tuple[int, ...], residuals, dy_RxD: Array):
     experts, x_RxD, size_E, kept = residuals
 
     def take(e: Array) -> Any:
-        return jax.tree.map(lambda w: jax.lax.optimization_barrier(w.T), _one(experts, e))
+        return jax.tree.map(lambda w: jax.lax.optimization_barrier(w.T), stack.part(experts, e))
 
     def body(carry, one: Any, e: Array, row: Array, end: Array, block: int):
         dx, dw = carry
@@ -233,7 +233,7 @@ def _walk_bwd(blocks: tuple[int, ...], residuals, dy_RxD: Array):
         d_second, dh = second(dy)
         _, first = jax.vjp(lambda w, x: w.first(x, _by_transposed), one, _block(x_RxD, row, block))
         d_first, part = first(dh)
-        add = lambda d, a, b: _put(d, _one(d, e) + (a + b).T, e)  # noqa: E731
+        add = lambda d, a, b: _put(d, stack.part(d, e) + (a + b).T, e)  # noqa: E731
         return _put(dx, part, row), jax.tree.map(add, dw, d_first, d_second)
 
     init = jnp.zeros(x_RxD.shape, x_RxD.dtype), jax.tree.map(jnp.zeros_like, experts)
@@ -259,12 +259,8 @@ def _by_transposed_bwd(residuals, dy_RxO: Array):
 _by_transposed.defvjp(lambda x, w: (x @ w.T, (x, w)), _by_transposed_bwd)
 
 
-def _one(experts: Any, e: Any) -> Any:
-    return stack.found(experts, e)
-
-
 def _wide(experts: Any, e: Any) -> Any:
-    return jax.tree.map(widened, _one(experts, e))
+    return jax.tree.map(widened, stack.part(experts, e))
 
 
 def _block(x: Array, row: Array, block: int) -> Array:
