@@ -9,7 +9,9 @@ parameters as the mixtures. All take turns in one process. "stream" is the encod
 batch 1, which looks back on 64 (its weights laid out as `Recogniser` has them for streams), "batch" on 8 recordings of
 10 s at once; "final" is the second pass, both decoders on 10 texts of 40 tokens of one recording of 10 s. Time is
 seconds of computing a second of audio, features and search not counted; M are millions of parameters of all of a model
-and of its rival. Target: a mixture at most 1.15 times as slow as the dense model of as much active work.
+and of its rival. Target: a mixture at most 1.15 times as slow as the dense model of as much active work. Of a stream,
+GB is the weights that the chunk reads, without those of experts that no frame of it chose, and "reading" the time that
+this alone takes (at the rate of a product of one row), in the same unit.
 
 "padding" shows what it changes that padded frames are not routed (WeNet routes them): 8 recordings of 1 to 10 s, all as
 long as the longest.
@@ -65,8 +67,8 @@ def models(d: int, layers: int, hidden: int, vocab: int) -> dict[str, Conformer]
 
 
 def stream(model: Conformer, x: jax.Array, valid: jax.Array, state: Any) -> Any:
-    y, _, state, _ = model.encode(x, valid, state, chunks=Chunks(CHUNK, LEFT))
-    return jax.nn.log_softmax(model.ctc_logits(y)), state
+    y, _, state, stats = model.encode(x, valid, state, chunks=Chunks(CHUNK, LEFT))
+    return jax.nn.log_softmax(model.ctc_logits(y)), state, stats and stats.load_E
 
 
 def whole(model: Conformer, x: jax.Array, valid: jax.Array) -> jax.Array:
@@ -81,6 +83,7 @@ def score(model: Conformer, *args: jax.Array) -> tuple[jax.Array, jax.Array]:
 def heard(d: int, layers: int, hidden: int, vocab: int) -> Iterator[dict[str, Any]]:
     made = models(d, layers, hidden, vocab)
     sizes = {name: tree.count(tree.flatten(m)) / 1e6 for name, m in made.items()}
+    hearing = {name: weights(m) for name, m in made.items()}
     rng = np.random.default_rng(0)
     window = subsample.RATE * (CHUNK - 1) + subsample.WINDOW
     tokens = jnp.asarray(rng.integers(3, vocab, (TEXTS, TOKENS)), jnp.int32)
@@ -102,9 +105,34 @@ def heard(d: int, layers: int, hidden: int, vocab: int) -> Iterator[dict[str, An
             made = laid_out(made)
         ready |= {n: program(function, m, *of(m)) for n, m in made.items()}
         times = interleaved({n: p.run for n, p in ready.items()}, seconds=10, rounds=3)  # some take a minute
+        if name == "stream":
+            read = {n: read_of(*hearing[n], ready[n].run()[2]) for n in ready}
+            rate = reading()
         for ours, rival, target in RIVALS:
             columns = {"unit": "RTF", "against": rival, "M": sizes[ours], "M rival": sizes[rival]}
+            if name == "stream":
+                columns |= {"GB": read[ours] / 1e9, "GB rival": read[rival] / 1e9}
+                columns |= {"reading": read[ours] / rate / seconds, "reading rival": read[rival] / rate / seconds}
             yield row(f"{name} {ours}", times[ours] / seconds, times[rival] / seconds, target, **columns)
+
+
+def weights(model: Conformer) -> tuple[int, int]:
+    """Bytes that a stream reads of each chunk, whatever it is, and of all experts."""
+    of = {n: x.nbytes for n, x in tree.flatten(model).items() if not n.startswith(("left/", "right/"))}
+    experts = sum(size for n, size in of.items() if "/experts/" in n)
+    return sum(of.values()) - experts, experts
+
+
+def read_of(always: int, experts: int, load_E: jax.Array | None) -> float:
+    """Bytes that a chunk reads whose frames went to experts like this."""
+    return always + (0.0 if load_E is None else experts * float((load_E > 0).mean()))
+
+
+def reading() -> float:
+    """Bytes of weights a second that go through a product of one row, which has nothing else to do."""
+    w = jnp.ones((2**16, 2**12))
+    one = program(jnp.matmul, jnp.ones((1, len(w))), w)
+    return w.nbytes / interleaved({"read": one.run}, seconds=1)["read"]
 
 
 def laid_out(made: dict[str, Conformer]) -> dict[str, Conformer]:
