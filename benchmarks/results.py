@@ -399,6 +399,7 @@ FRONT = (
     ("moe_layer", "T2048 d1024 E8 k2: ", "the same, d 1024"),
     ("train_step", ": step", "training step / transformers on PyTorch"),
     ("decode", ": generate", "decoding 128 tokens / `transformers.generate`"),
+    ("rtf", "225M: ", "Conformer of 1,080 M parameters / dense one of equal active FLOPs"),
     ("input_pipeline", "wait: ", "waiting for input / training step"),
     ("tpu_aot", "v5p step", "training step, MoE / dense, as the TPU compiler estimates it, 64 v5p chips"),
 )

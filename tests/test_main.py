@@ -21,6 +21,7 @@ from moe_jax import branches, checkpoint, launch, main, sharding, train, tree
 from moe_jax.interop import bring
 from moe_jax.layers.param import Rngs
 from moe_jax.metrics import language
+from moe_jax.partfile import Stopped
 from moe_jax.tasks import families, translation
 
 GIN = Path(main.GIN)
@@ -318,6 +319,18 @@ def test_what_may_pass_by_itself_has_an_exit_code_of_its_own(number, code, capsy
     error = OSError(number, "it was so", "/nfs/x") if number else OSError("it was so")
     assert main.report(error) == code
     assert capsys.readouterr().err == ("/nfs/x: " if number else "") + "it was so\n"
+
+
+def test_a_run_that_was_stopped_says_so_in_one_line(capsys):
+    @gin.configurable(module="tests")
+    def stops():
+        raise Stopped(15, "stopped at step 5 of 12; the same command goes on from there")
+
+    with pytest.raises(Stopped) as caught:
+        stops()
+    assert "In call to configurable" in str(caught.value)  # gin's
+    assert main.report(caught.value) == 143
+    assert capsys.readouterr().err == "stopped at step 5 of 12; the same command goes on from there\n"
 
 
 @pytest.mark.parametrize("flags", [["--process=1"], ["--processes=2"], ["--distributed", "--processes=2"]])
