@@ -108,11 +108,16 @@ def failed(error: BaseException, report: Callable[[BaseException], int]) -> int:
     except Exception:
         traceback.print_exc()
         code = 1
-    what = " ".join(traceback.format_exception_only(error)).split("In call to configurable")[0]
-    said = f"host {sys.modules['jax'].process_index()} failed: {' '.join(what.split())}"
+    what = in_one_line(" ".join(traceback.format_exception_only(error)))
+    said = f"host {sys.modules['jax'].process_index()} failed: {what}"
     with contextlib.suppress(Exception):  # another one did before, or the coordinator is lost
         _coordinator().key_value_set(FAILED, json.dumps((code, said)))
     _leave(code, 4 if first() else 3)
+
+
+def in_one_line(what: object) -> str:
+    """What an error says, without what gin adds: where it was configured."""
+    return " ".join(str(what).split("In call to configurable")[0].split())
 
 
 def _leave(code: int, turns: int) -> NoReturn:

@@ -352,7 +352,7 @@ def report(error: BaseException) -> int:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     if isinstance(error, Stopped):
-        print(_said(error), file=sys.stderr)
+        print(hosts.in_one_line(error), file=sys.stderr)
         return error.code
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
@@ -360,16 +360,11 @@ def report(error: BaseException) -> int:
         return hosts.TRY_AGAIN if error.errno in hosts.TRANSIENT else 2
     an_extra = isinstance(error, ModuleNotFoundError) and "pip install" in str(error)
     if an_extra or isinstance(error, (ValueError, FloatingPointError)):
-        print(f"error: {_said(error)}", file=sys.stderr)
+        print(f"error: {hosts.in_one_line(error)}", file=sys.stderr)
         if os.environ.get("MOE_JAX_TRACEBACK"):
             raise error
         return 2
     raise error
-
-
-def _said(error: BaseException) -> str:
-    """In one line, without what gin adds: where it was configured."""
-    return " ".join(str(error).split("In call to configurable")[0].split())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -28,11 +28,12 @@ Example = dict[str, Any]
 
 
 class Manifest(seqio.DataSource):
-    """Utterances of lists, split -> list; or of one list whose rows say their split. Each is read when it comes."""
+    """Utterances of lists, split -> list; or of one list whose rows say their split. Each is read when it comes, unless
+    it is longer than `longest` seconds."""
 
-    def __init__(self, lists: Mapping[str, str] | str):
+    def __init__(self, lists: Mapping[str, str] | str, longest: float = audio.LONGEST):
         super().__init__(SPLITS if isinstance(lists, str) else list(lists), caching_permitted=False)
-        self._lists = lists
+        self._lists, self._longest = lists, longest
 
     def found(self, split: str) -> list[manifest.Utterance | manifest.Skipped]:
         """Raises ValueError, in one line, where there is no such list."""
@@ -66,19 +67,21 @@ class Manifest(seqio.DataSource):
             rows = rows.shuffle(max(1, len(found)), seed=seed)
 
         def one(index: np.ndarray) -> list[Any]:
-            made = example(found[int(index)])
+            made = example(found[int(index)], self._longest)
             return [made[name] for name in FEATURES]
 
         return rows.map(lambda index: _shaped(tf.numpy_function(one, [index], [d for d, _ in FEATURES.values()])))
 
 
-def example(one: manifest.Utterance | manifest.Skipped) -> Example:
+def example(one: manifest.Utterance | manifest.Skipped, longest: float) -> Example:
     """An utterance at its file's own rate."""
     made: Example = dict(samples=np.zeros(0, np.float32), rate=np.int32(0), text="", lang="", where=one.where, error="")
     if isinstance(one, manifest.Skipped):
         return made | {"error": one.reason}
     made |= {"text": one.text, "lang": one.lang}
     try:
+        if (seconds := one.seconds) > longest:
+            return made | {"error": manifest.too_long(longest, seconds)}
         rate = audio.rate(one.audio)
         return made | {"samples": one.samples(rate), "rate": np.int32(rate)}
     except audio.AudioError as error:
@@ -90,12 +93,15 @@ def _shaped(values: list[tf.Tensor]) -> Example:
     return {name: tf.ensure_shape(value, [None] * rank) for (name, (_, rank)), value in pairs}
 
 
-def register_manifest_task(name: str, lists: Mapping[str, str] | str) -> seqio.Task:
+def register_manifest_task(name: str, lists: Mapping[str, str] | str, *, longest: float = audio.LONGEST) -> seqio.Task:
     """A task over lists of utterances, split -> list, or over one list whose rows say their "split".
+
+    Args:
+      longest: seconds; what is longer is not read, and its example says so.
 
     Raises ValueError, in one line, for a name that is taken.
     """
-    return _add(name, Manifest(lists), [])
+    return _add(name, Manifest(lists, longest), [])
 
 
 def register_tfds_task(

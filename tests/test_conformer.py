@@ -60,6 +60,9 @@ def utterances(rows: int = 8, seed: int = 0) -> Utterances:
     return jax.tree.map(jnp.asarray, Utterances(features, *(a.astype(np.int32) for a in (frames, tokens, task))))
 
 
+loss_of = jax.jit(Conformer.loss)
+
+
 def encoded(m, batch, **args):
     x, info, _, _ = jax.jit(lambda m, b: m.encode(b.features_BxTxC, b.valid_BxT, **args))(m, batch)
     return np.where(np.asarray(info.valid_BxL)[..., None], x, 0)
@@ -104,7 +107,7 @@ def test_padding_reaches_nothing_and_never_routes():
 
 def test_every_parameter_learns():
     m, batch = model(), utterances()
-    grads = jax.grad(lambda t: tree.unflatten(m, t).loss(batch, jax.random.key(0))[0])(tree.flatten(m))
+    grads = jax.jit(jax.grad(lambda t: tree.unflatten(m, t).loss(batch, jax.random.key(0))[0]))(tree.flatten(m))
     still = [p for p, g in grads.items() if not np.abs(g).max() > 0]
     assert not still
     assert all(np.isfinite(g).all() for g in grads.values())
@@ -112,9 +115,9 @@ def test_every_parameter_learns():
 
 def test_dense_and_mixture_need_not_be_the_same_in_the_decoders():
     m = model("moe", decoder_ffn=partial(PlainFfn, hidden=24, activation="relu"))
-    _, metrics = m.loss(utterances())
+    _, metrics = loss_of(m, utterances())
     assert metrics["stats"].load_E.shape == (4, 4)
-    _, metrics = model("dense", decoder_ffn=moe()).loss(utterances())
+    _, metrics = loss_of(model("dense", decoder_ffn=moe()), utterances())
     assert metrics["stats"].load_E.shape == (2, 4)
     with pytest.raises(ValueError, match="as many experts, or none"):
         model("moe", decoder_ffn=partial(MoeFfn, num_experts=2, hidden=8))
@@ -127,7 +130,7 @@ def test_dense_and_mixture_need_not_be_the_same_in_the_decoders():
 
 def test_the_loss_is_wenets_sum():
     m, batch = model("dense", dropout=0.0), utterances()
-    loss, metrics = m.loss(batch)
+    loss, metrics = loss_of(m, batch)
     x, info, _, _ = m.encode(batch.features_BxTxC, batch.valid_BxT)
     logp = jax.nn.log_softmax(m.ctc_logits(x))
     total = ctc_total = 0.0
@@ -156,12 +159,12 @@ def test_what_fills_a_batch_counts_in_training_alone():
     m, batch = model("dense", dropout=0.0), utterances(4)
     filled = jax.tree.map(lambda x: jnp.concatenate([x, x[:2]]), batch)
     weighted = dataclasses.replace(filled, weight_B=jnp.array([1.0] * 4 + [0.0] * 2))
-    (loss, metrics), (again, same) = m.loss(batch), m.loss(weighted)
+    (loss, metrics), (again, same) = loss_of(m, batch), loss_of(m, weighted)
     np.testing.assert_allclose(loss, again, rtol=1e-5)
     for name in ("nll_T", "weight_T", "nll_ctc", "nll_attention"):
         np.testing.assert_allclose(metrics[name], same[name], rtol=1e-5)
     key = jax.random.key(0)
-    np.testing.assert_array_equal(m.loss(weighted, key)[0], m.loss(filled, key)[0])
+    np.testing.assert_allclose(loss_of(m, weighted, key)[0], loss_of(m, filled, key)[0], rtol=1e-6)
 
 
 def ctc_by_hand(logp, tokens) -> float:
@@ -211,12 +214,27 @@ def test_chunks_are_drawn_by_wenets_rule():
     assert abs((sizes == 3).mean() - 2 / 59) < 0.01  # drawn as 2 and as 27: 29 is too large for the modulus of 4 only
 
 
+def test_chunks_before_are_drawn_by_wenets_rule_where_it_is_asked_for():
+    keys = jax.random.split(jax.random.key(0), 4000)
+    drawn = jax.vmap(lambda key: drawn_chunks(key, 60, 25, True))(keys)
+    sizes, lefts = np.asarray(drawn.size), np.asarray(drawn.left)
+    np.testing.assert_array_equal(sizes, jax.vmap(lambda key: drawn_chunks(key, 60, 25).size)(keys))
+    assert (lefts[sizes == 60] == -1).all()
+    for size in (1, 4, 10, 25):  # up to one fewer than the whole chunks before the last frame
+        assert set(lefts[sizes == size]) <= set(range(max(59 // size, 1)))
+    assert set(lefts[sizes == 10]) == set(range(5)) and len(set(lefts[sizes == 1])) > 20
+    seen = []
+    for dynamic_left in (False, True):
+        m = model("dense", dropout=0.0, max_chunk=1, dynamic_left=dynamic_left)
+        seen.append([float(loss_of(m, utterances(), key)[0]) for key in keys[:4]])
+    assert not np.allclose(*seen)
+
+
 def test_a_step_depends_on_its_key_alone_and_evaluation_on_none():
     m, batch = model(augment=spec_augment), utterances()
-    loss = jax.jit(lambda key: m.loss(batch, key)[0])
-    one, same, other = (float(loss(jax.random.key(k))) for k in (0, 0, 1))
+    one, same, other = (float(loss_of(m, batch, jax.random.key(k))[0]) for k in (0, 0, 1))
     assert one == same != other
-    assert float(m.loss(batch)[0]) == float(m.loss(batch)[0])
+    assert float(loss_of(m, batch)[0]) == float(loss_of(m, batch)[0])
 
 
 def test_it_learns_in_the_trainers_step():
@@ -259,7 +277,7 @@ def test_a_step_in_two_programs_is_the_same_step():
 def test_after_a_step_each_router_moves_by_its_own_load():
     m = model(moe(routers.BiasBalanced))
     before = {p: np.asarray(x) for p, x in tree.flatten(m).items() if p.endswith("router/bias")}
-    _, metrics = m.loss(utterances())
+    _, metrics = loss_of(m, utterances())
     load = np.asarray(metrics["stats"].load_E)
     moved = tree.flatten(m.after_step(metrics["stats"]))
     rows = {"blocks/ffn_first": [0, 2], "blocks/ffn_second": [1, 3], "left/blocks/ffn": [4], "right/blocks/ffn": [5]}
@@ -296,7 +314,7 @@ def test_it_describes_itself():
     shapes = lambda m: {p: x.shape for p, x in tree.flatten(m).items()}  # noqa: E731
     assert shapes(again) == shapes(m) and describe.describe(again) == describe.describe(m)
     np.testing.assert_allclose(
-        tree.unflatten(again, tree.flatten(m)).loss(utterances())[0], m.loss(utterances())[0], rtol=1e-6
+        loss_of(tree.unflatten(again, tree.flatten(m)), utterances())[0], loss_of(m, utterances())[0], rtol=1e-6
     )
 
 
@@ -305,7 +323,7 @@ def test_the_convolutions_may_be_narrower_than_the_model():
     table = tree.flatten(m)
     shapes = {name: table[f"subsample/{name}"].shape for name in ("first", "second", "second_bias", "o", "o_bias")}
     assert shapes == {"first": (9, 4), "second": (36, 4), "second_bias": (4,), "o": (4 * 4, 16), "o_bias": (16,)}
-    assert np.isfinite(m.loss(utterances())[0])
+    assert np.isfinite(loss_of(m, utterances())[0])
     said = json.loads(json.dumps(describe.describe(m)))
     assert tree.flatten(describe.abstract(said))["subsample/second"].shape == (36, 4)
     said = json.loads(json.dumps(describe.describe(model("dense"))))

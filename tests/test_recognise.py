@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from moe_jax import cli, describe, formats, main, pipeline, tree
 from moe_jax.checkpoint import CheckpointError, write_safetensors
+from moe_jax.decode import Decoded
 from moe_jax.formats.audio import SCALE, say_once
 from moe_jax.layers.ffn import PlainFfn
 from moe_jax.layers.param import Rngs
@@ -28,9 +29,11 @@ from moe_jax.layers.subsample import length
 from moe_jax.metrics import errors
 from moe_jax.metrics.normalisers import family_normaliser
 from moe_jax.models.conformer import Conformer
+from moe_jax.moe.experts import Plain
+from moe_jax.moe.layer import MoeFfn
 from moe_jax.speech import decode, evaluate, features, transcribe
 from moe_jax.speech.decode import Hypothesis, PrefixBeam, greedy, rescored
-from moe_jax.speech.recognise import WAYS, Recogniser
+from moe_jax.speech.recognise import WAYS, Recogniser, Text
 from moe_jax.text.symbols import Symbols
 
 RATE, MELS = 8000, 20
@@ -108,7 +111,7 @@ def test_rescoring_is_a_weighted_sum():
 def model(**more) -> Conformer:
     frontend = {"rate": RATE, "mels": MELS, "mean": [12.0] * MELS, "scale": [0.5] * MELS}
     args = {"d": 16, "layers": 2, "decoder_layers": 1, "heads": 2, "width": 4, "ffn": partial(PlainFfn, hidden=24)}
-    made = Conformer(**args, **more, frontend=frontend, vocab=SYMBOLS.vocab_size, rngs=Rngs(params=0))
+    made = Conformer(**args | more, frontend=frontend, vocab=SYMBOLS.vocab_size, rngs=Rngs(params=0))
     table = tree.flatten(made)
     table["ctc"] = 4 * table["ctc"]
     table["ctc_bias"] = table["ctc_bias"].at[:3].set(jnp.array([1.5, -30, -30]))
@@ -119,6 +122,11 @@ def model(**more) -> Conformer:
 @pytest.fixture(scope="module")
 def made():
     return model()
+
+
+@pytest.fixture(scope="module")
+def mixture():
+    return model(ffn=partial(MoeFfn, num_experts=4, hidden=24, experts=Plain))
 
 
 def audio(seconds: float, seed: int = 0) -> np.ndarray:
@@ -132,9 +140,18 @@ def portions(samples: np.ndarray, size: int):
     return (samples[i : i + size] for i in range(0, len(samples), size))
 
 
-@pytest.mark.parametrize(("chunk", "left", "size"), [(4, -1, 1000), (4, 2, 333), (7, -1, 10**6)])
-def test_a_stream_ends_with_what_the_whole_says(made, chunk, left, size):
-    by = Recogniser(made, SYMBOLS, chunk=chunk, left=left, pause=100.0, beam=4)
+@pytest.mark.parametrize(
+    ("of", "chunk", "left", "size"),
+    [
+        ("made", 4, -1, 1000),
+        ("made", 4, 2, 333),
+        ("made", 7, -1, 10**6),
+        ("mixture", 4, 2, 333),
+        ("mixture", 16, -1, 1000),
+    ],
+)
+def test_a_stream_ends_with_what_the_whole_says(of, chunk, left, size, request):
+    by = Recogniser(request.getfixturevalue(of), SYMBOLS, chunk=chunk, left=left, pause=100.0, beam=4)
     samples = audio(2.1)
     whole = by(samples)
     updates = list(by.stream(portions(samples, size)))
@@ -147,7 +164,9 @@ def test_a_stream_ends_with_what_the_whole_says(made, chunk, left, size):
         assert {u.texts[0].text for u in updates} != {updates[-1].texts[0].text}, "partial results come and change"
 
 
-def test_two_passes_are_those_of_the_formula(made):
+@pytest.mark.parametrize("of", ["made", "mixture"])
+def test_two_passes_are_those_of_the_formula(of, request):
+    made = request.getfixturevalue(of)
     by, samples = Recogniser(made, SYMBOLS, beam=4), audio(1.0)
     first, second = dataclasses.replace(by, way="ctc")(samples), by(samples)
     assert {t.text for t in first} == {t.text for t in second}
@@ -271,6 +290,27 @@ def test_texts_that_pieces_spell_twice_come_once(made):
     assert len({t.text for t in texts}) == len(texts) >= 1
 
 
+def test_texts_that_differ_in_spaces_that_part_no_words_come_once(made):
+    by = Recogniser(made, spaced := Symbols.of([" ab"], "characters"))
+    a, space = spaced.encode("a")[0], spaced.encode(" ")[0]
+    h = lambda score, *tokens: Hypothesis(tokens, score, tuple(range(len(tokens))))  # noqa: E731
+    given = [h(-1, space, a, space, space, a, space), h(-2, a, space, a), h(-3, space), h(-4), h(-5, a, a)]
+    assert [(t.text, t.score) for t in by._texts(given)] == [("a a", -1), ("", -3), ("aa", -5)]
+    np.testing.assert_allclose(by._texts(given)[0].times, [0.04, 0.08, 0.16])
+    assert by._texts([Hypothesis((a, space), -1, ())])[0] == Text("a", -1, ())
+
+
+def test_texts_of_attention_that_never_end_come_where_there_are_no_others(made, monkeypatch):
+    by, samples = Recogniser(made, SYMBOLS, way="attention", beam=2), audio(0.5)
+    of = lambda token, score, ended: Decoded([token, 1] if ended else [token], [score], ended)  # noqa: E731
+    for found, texts in (
+        ([of(3, -1.0, False), of(4, -2.0, True)], ["b"]),
+        ([of(3, -1.0, False), of(4, -np.inf, True)], ["a"]),
+    ):
+        monkeypatch.setattr("moe_jax.decode.nbest", lambda *a, found=found, **k: [found])
+        assert [t.text for t in by(samples)] == texts
+
+
 def test_a_checkpoint_says_how_to_hear(made, tmp_path):
     meta = {"model": describe.describe(made), **SYMBOLS.meta(), "families": {"asr": 1}, "step": 1}
     meta |= {"layout": "aligned", "length": 9}
@@ -380,9 +420,10 @@ def test_what_is_too_short_to_be_heard_is_said(run, tmp_path, capsys):
     import soundfile as sf
 
     sf.write(tmp_path / "short.wav", audio(0.02) / SCALE, RATE)
-    assert cli.entry(["transcribe", str(tmp_path / "short.wav"), f"--checkpoint={run}"]) == 0
-    said = capsys.readouterr()
-    assert said.out == "\n" and "short.wav: too short for one frame of text: " in said.err
+    for how in [], ["--stream", "--decode=ctc", "--chunk=4"]:
+        assert cli.entry(["transcribe", str(tmp_path / "short.wav"), f"--checkpoint={run}", *how]) == 0
+        said = capsys.readouterr()
+        assert said.out == "\n" and "short.wav: too short for one frame of text: 160 samples" in said.err
 
 
 def test_a_closed_standard_input_is_one_line(run, monkeypatch, capsys):
@@ -583,7 +624,5 @@ def test_a_run_is_scored_without_what_is_too_long(run, hasty, tmp_path):
     lines = [{"audio": str(path), "text": "abc"} for path in (tmp_path / "long.wav", run / "0.wav")]
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
     long, (samples, short) = evaluate.read(str(tmp_path / "list.jsonl"), None, RATE)
-    assert (
-        long.where == f"{tmp_path}/list.jsonl:1" and long.reason == "longer than 2 s, too much to read at once: 2.5 s"
-    )
+    assert long.where == f"{tmp_path}/list.jsonl:1" and long.reason == "longer than 2 s: 2.5 s"
     assert short.where == f"{tmp_path}/list.jsonl:2" and len(samples) == RATE

@@ -71,6 +71,14 @@ def test_a_task_holds_what_the_list_says(lists, kind, tmp_path, capsys):
         prepare.speech(str(tmp_path / "task"), task=task.name, split="valid", **options)
 
 
+def test_what_is_too_long_is_not_read(lists, monkeypatch):
+    seconds = len(tone(0)) / RATE
+    task = speech.register_manifest_task(name(), {"train": str(lists / "nemo.jsonl")}, longest=seconds - 0.01)
+    monkeypatch.setattr(audio, "read", lambda *args, **options: pytest.fail("it is read"))
+    found = list(speech.utterances(task.name, "train"))
+    assert [one.reason.partition(":")[0] for one in found[:3]] == [f"longer than {seconds - 0.01:g} s"] * 3
+
+
 class Calls(tfds.core.GeneratorBasedBuilder):
     """Two recordings."""
 

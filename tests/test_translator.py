@@ -137,7 +137,7 @@ def test_the_folder_is_opened_as_pairs(tmp_path):
 @pytest.mark.parametrize("name", MODELS)
 def test_it_trains_and_describes_itself(name):
     network, b = model(name), batch()
-    grads = jax.grad(lambda t: tree.unflatten(network, t).loss(b, KEY)[0])(tree.flatten(network))
+    grads = jax.jit(jax.grad(lambda t: tree.unflatten(network, t).loss(b, KEY)[0]))(tree.flatten(network))
     still = {p for p, g in grads.items() if not np.abs(g).max()}
     assert not {p for p in still if "adapter" not in p}, "of adapters that begin as nothing only `up` has a gradient"
     again = describe.abstract(json.loads(json.dumps(describe.describe(network))))
@@ -162,6 +162,10 @@ def test_what_is_written_later_and_by_others_changes_nothing(name):
     assert np.abs(np.where(segment == 2, after - before, 0)).max() > 1e-3
 
 
+loss_of = jax.jit(Translator.loss)
+
+
+@jax.jit
 def per_token(network, b):
     encoded, *_ = network.encode(b.source)
     x, *_ = network.decode(b.tokens_BxL, b.info, (encoded, b.source.info))
@@ -218,12 +222,12 @@ def test_decoding_step_by_step_is_what_training_computes(name):
 def test_label_smoothing_is_for_training_alone():
     plain, smooth = model(label_smoothing=0.0), model(label_smoothing=0.3)
     b = batch()
-    assert plain.loss(b)[0] == smooth.loss(b)[0]
+    np.testing.assert_allclose(loss_of(plain, b)[0], loss_of(smooth, b)[0], rtol=1e-6)
     nll = per_token(plain, b)
     encoded, *_ = plain.encode(b.source)
     logp = jax.nn.log_softmax(plain.logits(plain.decode(b.tokens_BxL, b.info, (encoded, b.source.info))[0]))
     expected = ((0.7 * nll - 0.3 * logp.mean(-1)) * b.weights_BxL).sum() / b.weights_BxL.sum()
-    np.testing.assert_allclose(smooth.loss(b, KEY)[0], expected, rtol=1e-5)
+    np.testing.assert_allclose(loss_of(smooth, b, KEY)[0], expected, rtol=1e-5)
 
 
 def test_two_kinds_of_layers_lie_where_they_are_asked_for():
@@ -276,7 +280,7 @@ def test_adapters_begin_as_nothing(name):
     network = model(name)
     table = {p: x for p, x in tree.flatten(network).items() if "adapter" not in p}
     without = tree.unflatten(model("dense", **plain), table)
-    np.testing.assert_allclose(network.loss(b)[0], without.loss(b)[0], rtol=1e-6)
+    np.testing.assert_allclose(loss_of(network, b)[0], loss_of(without, b)[0], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -366,7 +370,7 @@ def of_task(info: TokenInfo, task: int) -> TokenInfo:
 
 def test_balance_moves_the_routers_of_both_sides():
     network = model("top-k", **{"ffn": moe(partial(tiny.routers.BiasBalanced, rate=0.1))})
-    _, metrics = network.loss(batch(), KEY)
+    _, metrics = loss_of(network, batch(), KEY)
     assert metrics["stats"].load_E.shape == (5, 4)
     moved = network.after_step(metrics["stats"])
     for side in (moved.encoder, moved.decoder):

@@ -18,6 +18,7 @@ import numpy as np
 SCALE = 1 << 15  # of samples: floats in the range of 16-bit integers, as Kaldi and WeNet have them
 RATES = (1_000, 384_000)  # of samples; beyond, a header is damaged
 LOUDEST = 1e15  # of samples: their squares and sums are finite in float32
+LONGEST = 60  # seconds of a recording that is read at once, where nothing else is asked for
 BEHIND = 0.1  # seconds that a part may end behind its file: lists round, and count an encoder's padding
 
 PAGE = 27 + 255 + 255 * 255  # bytes of Ogg's largest page

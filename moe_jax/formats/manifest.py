@@ -82,6 +82,11 @@ class Skipped:
     reason: str
 
 
+def too_long(longest: float, seconds: float) -> str:
+    """Why an utterance is left out."""
+    return f"longer than {longest:g} s: {seconds:.1f} s"
+
+
 def read(path: str | os.PathLike, split: str | None = None) -> Iterator[Utterance | Skipped]:
     """The utterances of a list, in order.
 

@@ -168,6 +168,7 @@ class Conformer(Module):
     frontend: what its features are: "rate" of the audio, "mels", and their global "mean" and "scale" (prepared data
       know: `speech.data.frontend`).
     max_chunk: frames (after subsampling) of the largest chunk drawn while training; None: a model for whole utterances.
+    dynamic_left: draw, too, how many chunks before it are seen (else all): for streams that look back less.
     augment: configured function (features, frames, key) -> features, while training.
     ctc_weight, reverse_weight, smoothing: of the losses (WeNet's defaults).
     dropout: of what each layer adds.
@@ -191,6 +192,7 @@ class Conformer(Module):
         decoder_ffn: Callable | None = None,
         frontend: Mapping[str, Any] | Sequence[tuple[str, Any]],
         max_chunk: int | None = 25,
+        dynamic_left: bool = False,
         augment: Callable | None = None,
         ctc_weight: float = 0.3,
         reverse_weight: float = 0.3,
@@ -204,7 +206,7 @@ class Conformer(Module):
         self.d, self.layers, self.decoder_layers, self.heads, self.width = d, layers, decoder_layers, heads, width
         self.channels, self.vocab, self.max_chunk, self.augment = channels, vocab, max_chunk, augment
         self.ctc_weight, self.reverse_weight, self.smoothing = ctc_weight, reverse_weight, smoothing
-        self.dropout, self.remat, self.unroll = dropout, remat, unroll
+        self.dropout, self.remat, self.unroll, self.dynamic_left = dropout, remat, unroll, dynamic_left
         self.auxiliary = tuple(sorted(dict(auxiliary).items()))
         self.frontend = tuple(
             sorted((k, tuple(map(float, v)) if isinstance(v, Sequence) else v) for k, v in dict(frontend).items())
@@ -330,7 +332,8 @@ class Conformer(Module):
         tokens, task_B = batch.tokens_BxU, batch.task_B
         chunks = None
         if keys[0] is not None and self.max_chunk is not None:
-            chunks = drawn_chunks(keys[0], length(batch.features_BxTxC.shape[1]), self.max_chunk)
+            frames = length(batch.features_BxTxC.shape[1])
+            chunks = drawn_chunks(keys[0], frames, self.max_chunk, self.dynamic_left)
         x, info, _, stats = self.encode(
             batch.features_BxTxC, batch.valid_BxT, chunks=chunks, task_B=task_B, key=keys[1]
         )
@@ -383,11 +386,20 @@ class Conformer(Module):
         return ffn.router.k / ffn.num_experts
 
 
-def drawn_chunks(key: Array, frames: int, largest: int) -> Chunks:
+def drawn_chunks(key: Array, frames: int, largest: int, dynamic_left: bool = False) -> Chunks:
     """WeNet's rule (`add_optional_chunk_mask`): a size from 1 to frames - 1; of more than half of them the whole, else
-    that modulo `largest`, plus 1. So about half of the batches see everything."""
-    size = jax.random.randint(key, (), 1, max(frames, 2))
-    return Chunks(jnp.where(size > frames // 2, frames, size % largest + 1))
+    that modulo `largest`, plus 1. So about half of the batches see everything.
+
+    Args:
+      dynamic_left: of the others, from none to but two of all chunks before are seen (`use_dynamic_left_chunk`).
+    """
+    drawn = jax.random.randint(key, (), 1, max(frames, 2))
+    whole = drawn > frames // 2
+    size = jnp.where(whole, frames, drawn % largest + 1)
+    if not dynamic_left:
+        return Chunks(size)
+    left = jax.random.randint(jax.random.fold_in(key, 1), (), 0, jnp.maximum((frames - 1) // size, 1))
+    return Chunks(size, jnp.where(whole, -1, left))
 
 
 def drop(x: Array, key: Array | None, rate: float) -> Array:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from moe_jax import hosts
 from moe_jax.data import Dataset, read_array, read_meta, read_tokeniser, sha256, share
 from moe_jax.formats import manifest as manifests
-from moe_jax.formats.audio import AudioError
+from moe_jax.formats.audio import LONGEST, AudioError
 from moe_jax.formats.manifest import Recorded, Skipped, Utterance
 from moe_jax.layers import subsample
 from moe_jax.speech import features
@@ -163,7 +163,7 @@ def prepare(
     speeds: Sequence[float] = (1.0,),
     lengths: int = 4,
     batch: int | None = None,
-    longest: float | None = None,
+    longest: float | None = LONGEST,
 ) -> None:
     """Makes a prepared folder of a list of utterances (`formats.manifest`), unless it is there already; then it must be
     what was asked for. For the rest see `write`.
@@ -200,7 +200,7 @@ def write(
     speeds: Sequence[float] = (1.0,),
     lengths: int = 4,
     batch: int | None = None,
-    longest: float | None = None,
+    longest: float | None = LONGEST,
 ) -> None:
     """Makes a prepared folder, unless it is there already; then it must be what was asked for.
 
@@ -215,7 +215,7 @@ def write(
       speeds: each utterance is there at all of them; a batch takes one.
       lengths: how many lengths batches have, at most.
       batch: utterances a batch, for which the lengths are best; what is there already serves any.
-      longest: seconds; utterances that are longer are left out (default: none is), as one sets a length of batches.
+      longest: seconds; utterances that are longer are left out and listed, as one sets a length of batches.
 
     Raises ValueError where `folder` holds something else, or no utterance is left.
     """
@@ -333,7 +333,7 @@ def _featured(
         return Skipped(one.where, "no text")
     try:
         if longest is not None and (seconds := one.seconds) > longest:
-            return Skipped(one.where, f"longer than {longest:g} s: {seconds:.1f} s")
+            return Skipped(one.where, manifests.too_long(longest, seconds))
         samples = one.samples(rate)
     except AudioError as error:
         return Skipped(one.where, f"audio that cannot be read: {error}")

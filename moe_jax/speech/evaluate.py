@@ -14,14 +14,14 @@ from tqdm import tqdm
 
 from moe_jax import hosts, partfile
 from moe_jax.formats import manifest as manifests
-from moe_jax.formats.audio import AudioError
+from moe_jax.formats.audio import LONGEST, AudioError
 from moe_jax.formats.manifest import Skipped, Utterance
 from moe_jax.metrics import errors, oracles, significance
 from moe_jax.metrics.errors import ErrorCounts
 from moe_jax.metrics.normalisers import family_normaliser
 from moe_jax.metrics.scoring import finite, markdown
 from moe_jax.speech.recognise import WAYS, Recogniser
-from moe_jax.speech.transcribe import LONGEST, record
+from moe_jax.speech.transcribe import record
 
 ALL, BEST = "all", "rescored"
 Row = dict[str, Any]
@@ -141,7 +141,7 @@ def read(path: str, split: str | None, rate: int) -> Iterator[tuple[np.ndarray, 
             continue
         try:
             if (seconds := one.seconds) > LONGEST:
-                yield Skipped(one.where, f"longer than {LONGEST} s, too much to read at once: {seconds:.1f} s")
+                yield Skipped(one.where, manifests.too_long(LONGEST, seconds))
             else:
                 yield one.samples(rate), one
         except AudioError as error:

@@ -161,8 +161,9 @@ class Recogniser:
         read = _program(_begin)(self.model.left, x, seen)
         most = min(len(x_LxD) + 1, searching.ROOMS[-1])
         (found,) = searching.nbest(self.model.left, read, beams=self.beam, max_new=most, alpha=0.0)
-        texts = [(tuple(t for t in d.tokens if t > EOS), d.total) for d in found]
-        return [Hypothesis(tokens, score, ()) for tokens, score in texts if score > -math.inf]
+        there = [d for d in found if d.total > -math.inf]
+        ended = [d for d in there if d.ended] or there  # what was cut is no text, nor is its score that of one
+        return [Hypothesis(tuple(t for t in d.tokens if t > EOS), d.total, ()) for d in ended]
 
     def heard(self, samples_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(what the encoder made of it [L, D], log probabilities of CTC [L, V])."""
@@ -198,13 +199,34 @@ class Recogniser:
         return _padded(x_LxD, size)[None], np.arange(size)[None] < len(x_LxD)
 
     def _texts(self, hypotheses: Iterable[Hypothesis], start: float = 0.0) -> list[Text]:
-        """Each text once, with its best score: pieces may spell one in several ways."""
+        """Each text once, with its best score: pieces may spell one in several ways, and spaces that part no words make
+        no other text."""
         found: dict[str, Text] = {}
         for h in hypotheses:
-            text = self.tokeniser.decode(h.tokens)
-            times = tuple(start + frame * FRAME for frame in h.frames)
+            kept = list(self._parting(h.tokens))
+            text = " ".join(self.tokeniser.decode([h.tokens[i] for i in kept]).split())
+            times = tuple(start + h.frames[i] * FRAME for i in kept) if h.frames else ()
             found.setdefault(text, Text(text, h.score, times))
         return list(found.values())
+
+    def _parting(self, tokens: Sequence[int]) -> Iterator[int]:
+        """Which of them are left without spaces at either end, or after another."""
+        waiting = None
+        spoken = False
+        for i, token in enumerate(tokens):
+            if token in self._spaces:
+                waiting = i if spoken and waiting is None else waiting
+                continue
+            if waiting is not None:
+                yield waiting
+            waiting, spoken = None, True
+            yield i
+
+    @functools.cached_property
+    def _spaces(self) -> frozenset[int]:
+        """Tokens that spell nothing else."""
+        every = range(self.tokeniser.vocab_size)
+        return frozenset(token for token in every if self.tokeniser.decode([token]).isspace())
 
     # --- streams ----------------------------------------------------------------------------------------------------
 

@@ -19,10 +19,10 @@ import numpy as np
 
 from moe_jax import partfile
 from moe_jax.formats import audio
+from moe_jax.formats.audio import LONGEST
 from moe_jax.speech.recognise import WAYS, Recogniser, Text
 
 PORTION = 0.16  # seconds of audio that a stream is given at once
-LONGEST = 60  # seconds of a recording that is read at once
 STREAMED = ("greedy", "ctc", "rescored")  # ways that read a stream
 
 
@@ -167,9 +167,13 @@ def _records(
                 yield from _in_turn(by, ready, path, itertools.chain(held, blocks), said, args)
                 return
         samples = np.concatenate([*held, np.zeros(0, np.float32)])
-    if not by.frames(len(samples)):
-        print(f"{path}: too short for one frame of text: {len(samples)} samples", file=sys.stderr)
+    _say_if_short(by, path, len(samples))
     yield {**record(by(samples), args.nbest), "audio": path}
+
+
+def _say_if_short(by: Recogniser, path: str, samples: int) -> None:
+    if not by.frames(samples):
+        print(f"{path}: too short for one frame of text: {samples} samples", file=sys.stderr)
 
 
 def _ahead(blocks: Iterator[np.ndarray], samples: int) -> list[np.ndarray]:
@@ -271,6 +275,7 @@ def _streamed(
             times = {"start": round(update.start, 2), "end": round(update.until, 2)}
             yield {**record(update.texts, args.nbest), "audio": path, **times}
     if not finals:
+        _say_if_short(by, path, round(update.end * by.rate))
         yield {**record([], args.nbest), "audio": path, "start": 0.0, "end": round(update.end, 2)}
     p50, p95, most = np.percentile(took, (50, 95, 100))
     times = f"a portion's p50 {p50:.3f} s, p95 {p95:.3f} s, max {most:.3f} s"
