@@ -57,12 +57,16 @@ def made(corpus: str, path: str, arm: str, seed: int, extra: Sequence[str] = ())
 
 
 def of_run(folder: Path) -> dict[str, Any]:
-    """What the table needs of a run folder: {"scores", "said": a line each utterance, "parameters", "date"}."""
+    """What the table needs of a run folder: {"scores", "said": a line each utterance, "parameters", "minutes" of
+    training, compiling and validating included, "date"}."""
     scores = json.loads((folder / "scores.json").read_text("utf-8"))["rows"]
     said = [json.loads(line) for line in (folder / "transcripts.jsonl").read_text("utf-8").splitlines()]
     table, _ = checkpoint.read_safetensors(str(folder / "model.safetensors"))
     size = sum(x.size for x in table.values())
-    return {"scores": scores, "said": said, "parameters": size, "date": datetime.date.today().isoformat()}
+    spent = json.loads((folder / "goodput.json").read_text("utf-8"))["seconds"]
+    minutes = sum(x for kind, x in spent.items() if kind != "down") / 60
+    about = {"parameters": size, "minutes": round(minutes, 2), "date": datetime.date.today().isoformat()}
+    return {"scores": scores, "said": said, **about}
 
 
 def rows_of(
@@ -75,8 +79,9 @@ def rows_of(
         change = _change(_counts(dense, row), _counts(found, row)) if dense else NO_CHANGE
         rows.append(_about(corpus, arm, seed, row) | values | change)
     nothing = {"ci95": None, "p_value": None}
-    about = {"arm": arm, "seed": seed, "task": corpus, "set": evaluate.ALL, "metric": "parameters"}
-    return [*rows, about | {"value": found["parameters"]} | nothing]
+    about = {"arm": arm, "seed": seed, "task": corpus, "set": evaluate.ALL}
+    sizes = [name for name in ("parameters", "minutes") if name in found]  # older runs say no minutes
+    return [*rows, *(about | {"metric": name, "value": found[name]} | nothing for name in sizes)]
 
 
 def over_seeds(

@@ -115,6 +115,12 @@ def abstract(data: Any) -> Any:
     return jax.eval_shape(lambda: make(rngs=Rngs(params=0)))
 
 
+def completed(data: Any) -> Any:
+    """A description that was made before some arguments were, with these as they are by default. Raises ValueError for
+    what cannot be built."""
+    return describe(abstract(data))
+
+
 def filled(model: Any, source: Source, mesh: Any = None) -> Any:
     """`model`, which may be of shapes alone, with the arrays of a file; on a mesh divided as in training, so that no
     device, and no host, need have room for the whole.

@@ -7,6 +7,7 @@ rows of updates that were left out, if any), tensorboard/, config.json. Everythi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -709,6 +710,9 @@ def _latest(store: checkpoint.Run, like: State, about: Mapping[str, Any]) -> Sta
 def _resume(store: checkpoint.Run, step: int, like: State, about: Mapping[str, Any]) -> State:
     """The state at `step`. Raises CheckpointError where model, data, seed, adapters or their base are not the run's."""
     was = store.meta(step)
+    if was.get("model") != about["model"]:
+        with contextlib.suppress(ValueError, TypeError):
+            was["model"] = describe.completed(was["model"])
     for key in ("model", "data", "tokeniser", "families", "batch_size", "seed", "adapters", "base"):
         if json.dumps(was.get(key), sort_keys=True) != json.dumps(about.get(key), sort_keys=True):
             raise checkpoint.CheckpointError(

@@ -179,6 +179,8 @@ def test_recognisers_are_compared_on_the_utterances_of_the_dense_arm(tmp_path):
         ]
         (folder / "transcripts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in said))
         (folder / "scores.json").write_text(json.dumps({"rows": evaluate.rows(said)}))
+        spent = {"start": 30.0, "compile": 60.0, "compute": 150.0, "down": 999.0}
+        (folder / "goodput.json").write_text(json.dumps({"seconds": spent}))
         checkpoint.write_safetensors(str(folder / "model.safetensors"), {"a": np.zeros((1000, 1000), np.float32)}, {})
         return u2pp.of_run(folder)
 
@@ -190,7 +192,7 @@ def test_recognisers_are_compared_on_the_utterances_of_the_dense_arm(tmp_path):
     assert found["es", "whole, rescored", "wer"]["value"] == pytest.approx(1 / 4)
     assert found["all", "whole, oracle", "wer"]["value"] == 0
     text = results.u2pp({"experiment": "u2pp", "meta": {"command": "c", "split": "test", "date": "d"}, "rows": rows})
-    assert "| whole, rescored | moe | 1.00 | 1 | 16.67 |" in text and "-66.7 %" in text
+    assert "| whole, rescored | moe | 1.00 | 4 | 1 | 16.67 |" in text and "-66.7 %" in text
     assert "| WER %, whole, rescored | en | es |" in text and "| moe | 0.00 | 25.00 |" in text
     other = finish("other", ["a c", "a c", "a b"])
     runs = [moe, other]
@@ -203,7 +205,7 @@ def test_recognisers_are_compared_on_the_utterances_of_the_dense_arm(tmp_path):
     assert over["value"] == pytest.approx(3 / 12) and over["relative_change"] == pytest.approx(3 / 6 - 1)
     assert over["lines"] == 3
     text = results.u2pp({"experiment": "u2pp", "meta": {"command": "c", "split": "test", "date": "d"}, "rows": rows})
-    assert "| whole, rescored | moe | 1.00 | 2 | 25.00" in text and "-50.0 %" in text and "-66.7 %" not in text
+    assert "| whole, rescored | moe | 1.00 | 4 | 2 | 25.00" in text and "-50.0 %" in text and "-66.7 %" not in text
 
 
 def test_the_table_of_recognisers_says_what_was_asked_for(tmp_path, monkeypatch):

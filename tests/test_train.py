@@ -255,6 +255,22 @@ def test_a_run_is_not_resumed_as_another_one(data, tmp_path, stopped, changes, m
     assert "\n" not in str(error.value)
 
 
+def test_a_run_goes_on_that_was_made_before_its_model_had_an_argument(data, tmp_path, stopped, monkeypatch):
+    shutil.copytree(stopped, tmp_path / "run")
+    meta = checkpoint.Run.meta
+
+    def older(store, step):
+        found = meta(store, step)
+        del found["model"]["args"]["remat"]
+        return found
+
+    monkeypatch.setattr(checkpoint.Run, "meta", older)
+    assert child.run(tmp_path / "run", data, steps=2).step == 2
+    shutil.copytree(stopped, tmp_path / "other")
+    with pytest.raises(CheckpointError, match="was made with another model"):
+        child.run(tmp_path / "other", data, steps=2, model=child.configured(remat="full"))
+
+
 def test_a_finished_run_stays_as_it_is(data, tmp_path, stopped):
     shutil.copytree(stopped, tmp_path / "run")
     before = child.everything(tmp_path / "run")

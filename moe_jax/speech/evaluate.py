@@ -35,11 +35,17 @@ def listed(*, manifest: str, split: str | None = "test") -> None:
 
 
 def error_rates(
-    run_dir: str, *, manifest: str, split: str | None = "test", chunk: int = 16, beam: int = 10, nbest: int = 5
+    run_dir: str,
+    *,
+    manifest: str,
+    split: str | None = "test",
+    chunks: Sequence[int] = (16, 4),
+    beam: int = 10,
+    nbest: int = 5,
 ) -> None:
-    """Word and character error rates of a run's best model on a list of utterances: whole recordings and chunks of
-    `chunk` frames, each decoded in every way, and the oracle of the n-best. What is longer than `LONGEST` seconds is
-    left out and listed, as what cannot be read is.
+    """Word and character error rates of a run's best model on a list of utterances: whole recordings, and as streams in
+    chunks of so many frames hear them, each decoded in every way, and the oracle of the n-best. What is longer than
+    `LONGEST` seconds is left out and listed, as what cannot be read is.
 
     Writes into `run_dir`: wer.md, the table; scores.json, its rows; transcripts.jsonl, every text; nbest.json, the
     n-best of whole recordings with their references, as HyPoradise has them.
@@ -47,7 +53,7 @@ def error_rates(
     Raises ValueError where no utterance can be read.
     """
     by = Recogniser.load(run_dir, beam=beam)
-    heard_as = {"whole": by, f"chunks of {chunk}": dataclasses.replace(by, chunk=chunk)}
+    heard_as = {"whole": by} | {f"chunks of {size}": dataclasses.replace(by, chunk=size) for size in chunks}
     said: list[Row] = []
     records, took, seconds = [], 0.0, 0.0
     skipped: list[str] = []
