@@ -1,6 +1,5 @@
 """From hypotheses to text: the guard, the n-best, what cannot be corrected, and the commands around them."""
 
-import base64
 import dataclasses
 import json
 import os
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from moe_jax import checkpoint, cli, decode, describe, evaluate, formats, main, sharding, tree
+from moe_jax import checkpoint, cli, decode, describe, evaluate, formats, sharding, tree
 from moe_jax.data import write_prepared
 from moe_jax.formats import Record
 from moe_jax.layers.ffn import DenseFfn
@@ -37,21 +36,7 @@ def record(*hypotheses: str, task: str | None = None) -> Record:
 
 @pytest.fixture(scope="module")
 def shipped(tmp_path_factory) -> Path:
-    """A tiny random MoE with the shipped tokeniser, as `model.safetensors` of a run folder."""
-    folder = tmp_path_factory.mktemp("run")
-    tokeniser = Tokeniser.load(main.shipped("tokeniser.model"))
-    ffn = partial(MoeFfn, num_experts=2, hidden=8, router=task_routers.TaskMapped)
-    model = Corrector(d=16, layers=2, vocab=tokeniser.vocab_size, ffn=ffn, rngs=Rngs(params=0))
-    meta = {
-        "model": describe.describe(model),
-        "families": FAMILIES,
-        "layout": "aligned",
-        "length": 64,
-        "tokeniser": tokeniser.sha256,
-        "tokeniser_model": base64.b64encode(tokeniser.model).decode(),
-    }
-    export(folder / "model.safetensors", tree.flatten(model), meta, guard=2.5)
-    return folder
+    return tiny.exported(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
@@ -425,8 +410,7 @@ def test_a_pretrained_tokeniser_goes_all_the_way(tmp_path, layout):
         "layout": layout,
         "length": 256,
         "max_sources": 1,
-        "tokeniser": tokeniser.sha256,
-        "tokeniser_model": base64.b64encode(tokeniser.model).decode(),
+        **tokeniser.meta(),
     }
     export(tmp_path / "model.safetensors", table, meta)
     pipeline = Pipeline.load(tmp_path, batch_size=2)

@@ -10,12 +10,14 @@ import shutil
 import signal
 import time
 from functools import partial
+from pathlib import Path
 
 import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -373,6 +375,20 @@ def test_transcripts_are_what_correct_reads(run, brief, tmp_path, capsys, how):
     assert len(times) == (2 if how else 0)
     for found in times:
         assert 0 < float(found[0]) <= float(found[1]) <= float(found[2])
+
+
+def test_a_correction_is_of_what_was_heard(run, tmp_path):
+    """From audio to corrected text by the commands alone; also where nothing was heard."""
+    import soundfile as sf
+
+    sf.write(tmp_path / "short.wav", audio(0.02) / SCALE, RATE)
+    files, heard = [str(run / "0.wav"), str(tmp_path / "short.wav"), str(run / "1.wav")], str(tmp_path / "hyps.json")
+    assert cli.entry(["transcribe", *files, f"--checkpoint={run}", "--nbest=3", f"--output={heard}"]) == 0
+    given = [f"--checkpoint={tiny.exported(tmp_path)}", f"--input={heard}", f"--output={tmp_path}/out.json"]
+    assert cli.entry(["correct", *given]) == 0
+    said, out = (json.loads(Path(path).read_text()) for path in (heard, tmp_path / "out.json"))
+    assert [{k: v for k, v in row.items() if k != "corrected"} for row in out] == said
+    assert [row["audio"] for row in out] == files and all(isinstance(row["corrected"], str) for row in out)
 
 
 class Terminal(io.StringIO):

@@ -9,14 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import main
+from moe_jax import describe, main, pipeline, tree
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.ffn import DenseFfn
 from moe_jax.layers.param import Rngs
 from moe_jax.models.corrector import Corrector
-from moe_jax.moe import dispatch, routers
+from moe_jax.moe import dispatch, routers, task_routers
 from moe_jax.moe.layer import MoeFfn
 from moe_jax.packing import COLUMNS, Packable, pack, to_batch
+from moe_jax.tasks.families import FAMILIES
+from moe_jax.text.tokeniser import Tokeniser
 from moe_jax.types import Batch
 
 VOCAB, D, E = 40, 16, 4
@@ -45,6 +47,16 @@ def corpus(folder: Path) -> Path:
         with gzip.open(path) as file:
             few = list(itertools.islice(file, {"train": 60, "valid": 8, "test": 6}[split]))
         (folder / path.name).write_bytes(gzip.compress(b"".join(few)))
+    return folder
+
+
+def exported(folder: Path) -> Path:
+    """A run folder with a random MoE that has the shipped tokeniser, as `model.safetensors`."""
+    tokeniser = Tokeniser.load(main.shipped("tokeniser.model"))
+    ffn = partial(MoeFfn, num_experts=2, hidden=8, router=task_routers.TaskMapped)
+    made = Corrector(d=D, layers=2, vocab=tokeniser.vocab_size, ffn=ffn, rngs=Rngs(params=0))
+    meta = {"model": describe.describe(made), "families": FAMILIES, "layout": "aligned", "length": 64}
+    pipeline.export(folder / "model.safetensors", tree.flatten(made), meta | tokeniser.meta(), guard=2.5)
     return folder
 
 
