@@ -203,16 +203,24 @@ def test_nan_in_padding_reaches_nothing():
 def test_decoding_step_by_step_is_what_training_computes(name):
     network = model(name)
     some = examples(4)
-    prompts = [[t for t, r in zip(e.tokens, e.roles, strict=True) if r == 1] for e in some]
     texts = [[t for t, r in zip(e.tokens, e.roles, strict=True) if r == 2] for e in some]
-    tasks = [e.task for e in some]
-    read = decode.prefill(network, prompts, tasks=tasks)
-    found = decode.score(network, read, range(4), texts)
+    found = decode.score(network, prefilled(network, some), range(4), texts)
     for example, one in zip(some, found, strict=True):
         row = next(iter(pack([example], LENGTH)))
         b = jax.tree.map(jnp.asarray, to_pairs({k: v[None] for k, v in row.items()}, 10, 10))
         expected = -per_token(network, b)[0, : len(one.tokens)]
         np.testing.assert_allclose(one.logprobs, expected, atol=1e-4)
+
+
+def prefilled(network, some):
+    prompts = [[t for t, r in zip(e.tokens, e.roles, strict=True) if r == 1] for e in some]
+    return decode.prefill(network, prompts, tasks=[e.task for e in some])
+
+
+@pytest.mark.parametrize("name", ["dense", "adapters in mixtures", "subsets by target"])
+def test_what_is_searched_has_the_score_that_it_is_given_later(name):
+    network = model(name)
+    read = prefilled(network, examples(4))
     beams = decode.search(network, read, beams=3, max_new=5)
     again = decode.score(network, read, range(4), [d.tokens for d in beams])
     for a, c in zip(beams, again, strict=True):
