@@ -465,6 +465,8 @@ def test_what_cannot_be_written_shows_before_anything_is_read(run, tmp_path, cap
     assert json.loads((tmp_path / "there.json").read_text())
     for more, said in (
         (["--nbest=20"], "--nbest 20 must be from 1 to --beam 10"),
+        (["--chunk=0"], "--chunk 0 must be from 1 to 1500 frames, which are 60 s"),
+        (["--chunk=1501"], "--chunk 1501 must be from 1 to 1500"),
         (["--left=2"], "--left 2 is of chunks: give --chunk too, or --stream"),
         (["--decode=ctc", "--ctc-weight=1"], "--ctc-weight and --reverse-weight are of --decode rescored, not of ctc"),
         (["--reverse-weight=2"], "from 0 to 1"),

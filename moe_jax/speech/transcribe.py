@@ -20,7 +20,7 @@ import numpy as np
 from moe_jax import partfile
 from moe_jax.formats import audio
 from moe_jax.formats.audio import LONGEST
-from moe_jax.speech.recognise import WAYS, Recogniser, Text
+from moe_jax.speech.recognise import FRAME, WAYS, Recogniser, Text
 
 PORTION = 0.16  # seconds of audio that a stream is given at once
 STREAMED = ("greedy", "ctc", "rescored")  # ways that read a stream
@@ -50,8 +50,11 @@ def main(args: argparse.Namespace) -> int:
 
     Raises ValueError (also CheckpointError) in one line before anything is read.
     """
-    if args.nbest > args.beam or args.nbest < 1 or (args.chunk is not None and args.chunk < 1):
-        raise ValueError(f"--nbest {args.nbest} must be from 1 to --beam {args.beam}, and --chunk 1 or more")
+    if not 1 <= args.nbest <= args.beam:
+        raise ValueError(f"--nbest {args.nbest} must be from 1 to --beam {args.beam}")
+    most = round(LONGEST / FRAME)
+    if args.chunk is not None and not 1 <= args.chunk <= most:
+        raise ValueError(f"--chunk {args.chunk} must be from 1 to {most} frames, which are {LONGEST} s")
     if args.stream and args.decode not in STREAMED:
         raise ValueError(f"--stream reads by greedy, ctc or rescored, not by --decode {args.decode}")
     if args.left >= 0 and args.chunk is None and not args.stream:
