@@ -291,7 +291,8 @@ U2PP = """Word and character error rates of held-out utterances, the mean over s
 brackets the 95 % bootstrap interval over utterances, whose errors are summed over seeds. `moe` has 8 experts of which a
 frame takes 2 and `dense` as many active parameters, `wide` is dense with as many in all. Chunks are of 16 frames (640
 ms) and 4 (160 ms), all before them seen. The change is against `dense` on the same utterances and seeds, p its paired
-randomisation test. M are millions of parameters, minutes those of training, compiling included, on a core of two.
+randomisation test. M are millions of parameters, minutes those of training, compiling included, on a core beside
+another one at work.
 """
 
 
