@@ -211,22 +211,15 @@ class Recogniser:
 
     def _parting(self, tokens: Sequence[int]) -> Iterator[int]:
         """Which of them are left without spaces at either end, or after another."""
-        waiting = None
-        spoken = False
+        spaces, waiting, spoken = _spaces(self.tokeniser), None, False
         for i, token in enumerate(tokens):
-            if token in self._spaces:
+            if token in spaces:
                 waiting = i if spoken and waiting is None else waiting
                 continue
             if waiting is not None:
                 yield waiting
             waiting, spoken = None, True
             yield i
-
-    @functools.cached_property
-    def _spaces(self) -> frozenset[int]:
-        """Tokens that spell nothing else."""
-        every = range(self.tokeniser.vocab_size)
-        return frozenset(token for token in every if self.tokeniser.decode([token]).isspace())
 
     # --- streams ----------------------------------------------------------------------------------------------------
 
@@ -322,6 +315,12 @@ class _Segment:
             return []
         found = self.by._second(self.search.nbest(), np.concatenate(self.outputs))
         return self.by._texts(found, self.start)
+
+
+@functools.lru_cache(maxsize=4)
+def _spaces(tokeniser: Tokeniser) -> frozenset[int]:
+    """Tokens that spell nothing else."""
+    return frozenset(token for token in range(tokeniser.vocab_size) if tokeniser.decode([token]).isspace())
 
 
 @functools.cache
