@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -203,23 +203,11 @@ class Recogniser:
         no other text."""
         found: dict[str, Text] = {}
         for h in hypotheses:
-            kept = list(self._parting(h.tokens))
+            kept = _parting(h.tokens, _spaces(self.tokeniser))
             text = " ".join(self.tokeniser.decode([h.tokens[i] for i in kept]).split())
             times = tuple(start + h.frames[i] * FRAME for i in kept) if h.frames else ()
             found.setdefault(text, Text(text, h.score, times))
         return list(found.values())
-
-    def _parting(self, tokens: Sequence[int]) -> Iterator[int]:
-        """Which of them are left without spaces at either end, or after another."""
-        spaces, waiting, spoken = _spaces(self.tokeniser), None, False
-        for i, token in enumerate(tokens):
-            if token in spaces:
-                waiting = i if spoken and waiting is None else waiting
-                continue
-            if waiting is not None:
-                yield waiting
-            waiting, spoken = None, True
-            yield i
 
     # --- streams ----------------------------------------------------------------------------------------------------
 
@@ -315,6 +303,13 @@ class _Segment:
             return []
         found = self.by._second(self.search.nbest(), np.concatenate(self.outputs))
         return self.by._texts(found, self.start)
+
+
+def _parting(tokens: Sequence[int], spaces: Collection[int]) -> list[int]:
+    """Which of them are left without spaces at either end, or after another."""
+    spelt = [i for i, token in enumerate(tokens) if token not in spaces]
+    inside = range(spelt[0], spelt[-1] + 1) if spelt else ()
+    return [i for i in inside if tokens[i] not in spaces or tokens[i - 1] not in spaces]
 
 
 @functools.lru_cache(maxsize=4)
