@@ -106,31 +106,33 @@ def heard(d: int, layers: int, hidden: int, vocab: int) -> Iterator[dict[str, An
     }
     ready: dict[str, Any] = {}
     passes: dict[str, dict[str, float]] = {}
-
-    def compared(name: str) -> Iterator[dict[str, Any]]:
-        times = passes[name]
-        for ours, rival, target in RIVALS:
-            columns = {"unit": "RTF", "against": rival, "M": sizes[ours], "M rival": sizes[rival]}
-            if name == "stream":
-                columns |= {"GB": read[ours] / 1e9, "GB rival": read[rival] / 1e9}
-                columns |= {"reading": read[ours] / rate / seconds, "reading rival": read[rival] / rate / seconds}
-            more = "" if target or ours == "wide" else ", twice the work"
-            yield row(f"{name} {ours}{more}", times[ours], times[rival], target, **columns)
-
     for name, (function, of, seconds) in cases.items():
         ready.clear()  # of the case before, which hold its models
         if name == "stream":
             made = laid_out(made)
         ready |= {n: program(function, m, *of(m)) for n, m in made.items()}
         times = interleaved({n: p.run for n, p in ready.items()}, seconds=10, rounds=3)  # some take a minute
+        reads: dict[str, dict[str, float]] = {}
         if name == "stream":
             read = {n: read_of(*hearing[n], ready[n].run()[2]) for n in ready}
             rate = reading()
+            reads = {"GB": {n: x / 1e9 for n, x in read.items()}}
+            reads["reading"] = {n: x / rate / seconds for n, x in read.items()}
         passes[name] = {n: times[n] / seconds for n in times}
-        yield from compared(name)
+        yield from compared(name, passes[name], {"M": sizes, **reads})
         if name == "final":
-            passes["two passes"] = {n: passes["batch"][n] + passes["final"][n] for n in times}
-            yield from compared("two passes")
+            both = {n: passes["batch"][n] + passes["final"][n] for n in times}
+            yield from compared("two passes", both, {"M": sizes})
+
+
+def compared(name: str, times: dict[str, float], about: dict[str, dict[str, float]]) -> Iterator[dict[str, Any]]:
+    """`about`: a column's name to each model's value, of which a row has that of its model and that of the rival."""
+    for ours, rival, target in RIVALS:
+        columns: dict[str, float] = {}
+        for what, of in about.items():
+            columns |= {what: of[ours], f"{what} rival": of[rival]}
+        more = "" if target or ours == "wide" else ", twice the work"
+        yield row(f"{name} {ours}{more}", times[ours], times[rival], target, unit="RTF", against=rival, **columns)
 
 
 def weights(model: Conformer) -> tuple[int, int]:

@@ -8,7 +8,9 @@ never names code to run.
 
 from __future__ import annotations
 
+import functools
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -111,7 +113,13 @@ def configured(data: Any) -> Any:
 
 def abstract(data: Any) -> Any:
     """The model described, of shapes alone. Raises ValueError for what cannot be built."""
-    make = configured(data)
+    return jax.tree.map(lambda leaf: leaf, _abstract(json.dumps(data)))  # a module of its own for each caller
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract(data: str) -> Any:
+    """Tracing a deep model takes a second, and merges and searches open many that are described alike."""
+    make = configured(json.loads(data))
     return jax.eval_shape(lambda: make(rngs=Rngs(params=0)))
 
 

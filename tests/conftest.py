@@ -1,5 +1,6 @@
 """Eight virtual CPU devices for every test; flags parsed, no configuration left over from the test before."""
 
+import gc
 import importlib.metadata
 import os
 import shutil
@@ -13,6 +14,7 @@ os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ.setdefault("GLIBC_TUNABLES", "")  # or a command called here would put itself in the place of pytest
 # Tests compile much and compute little. (XLA aborts on a flag that it does not know, so this one goes by version.)
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # who called each operation is a twentieth of the time
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 # What is compiled twice, also by a child process or another worker, is compiled once.
@@ -25,6 +27,7 @@ import pytest
 from absl import flags
 
 flags.FLAGS.mark_as_parsed()
+gc.set_threshold(100_000, 20, 50)  # tracing makes many objects that stay: looking for others is another twentieth
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +34,18 @@ def unbroken(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken")
     child.run(folder, data)
     return child.everything(folder)
+
+
+@pytest.fixture(scope="module")
+def stopped(data, tmp_path_factory):
+    """That run, stopped after step 9."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "Logs", child.signal_at(9, signal.SIGTERM))
+        with pytest.raises(train.Stopped):
+            child.run(folder, data)
+    assert newest(folder).name == "9"
+    return folder
 
 
 def follow(transform, gradients, params=None):
@@ -189,17 +202,13 @@ def flipped(path: Path) -> None:
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     data,
     tmp_path,
+    stopped,
     unbroken,
-    monkeypatch,
     capsys,
     item,
     damage,
 ):
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "Logs", child.signal_at(9, signal.SIGTERM))
-        with pytest.raises(train.Stopped):
-            child.run(tmp_path, data)
-    assert newest(tmp_path).name == "9"
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     files = [p for p in (newest(tmp_path) / item).rglob("*") if p.is_file()]
     damage(max(files, key=lambda p: p.stat().st_size))
     child.run(tmp_path, data)
@@ -209,12 +218,9 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     assert (tmp_path / "checkpoints.damaged" / "9").is_dir()
 
 
-def test_of_several_hosts_one_that_finds_damage_has_all_begin_again(data, tmp_path, monkeypatch, unbroken):
+def test_of_several_hosts_one_that_finds_damage_has_all_begin_again(data, tmp_path, monkeypatch, stopped, unbroken):
     """Others may have read their own parts of it, and wait."""
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "Logs", child.signal_at(9, signal.SIGTERM))
-        with pytest.raises(train.Stopped):
-            child.run(tmp_path, data)
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     flipped(next((tmp_path / "checkpoints" / "9" / "meta").glob("*")))
     with monkeypatch.context() as patch:
         patch.setattr(train.hosts, "several", lambda: True)

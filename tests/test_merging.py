@@ -387,13 +387,12 @@ def written(
     path, tokeniser, *, shift: int = 0, ffn=tiny.dense, families=FAMILIES, change=None, dtype=None, make=None
 ) -> str:
     """A tiny corrector (or what `make` makes), `shift` telling tuned ones from their base (0)."""
-    model = (make or tiny.configured(ffn))(vocab=tokeniser.vocab_size, rngs=Rngs(params=0))
-    table = dict(tree.flatten(model))
+    make = make or tiny.configured(ffn)
+    model = jax.jit(lambda: make(vocab=tokeniser.vocab_size, rngs=Rngs(params=0)))()
+    table = {n: np.asarray(x) for n, x in tree.flatten(model).items()}
     if shift:
-        table = {
-            n: x + 0.1 * jnp.std(x) * jax.random.normal(jax.random.fold_in(jax.random.key(shift), i), x.shape)
-            for i, (n, x) in enumerate(table.items())
-        }
+        noise = np.random.default_rng(shift)
+        table = {n: x + 0.1 * x.std() * noise.standard_normal(x.shape, x.dtype) for n, x in table.items()}
     meta = {
         "model": describe.describe(model),
         "families": families,
