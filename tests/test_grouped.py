@@ -116,9 +116,13 @@ def test_experts_that_are_apart(skew, product):
     close(y[: sum(sizes)], by_rows(x, sizes)[: sum(sizes)])
 
 
-def test_matrices_whose_rows_lie_pages_apart(monkeypatch):
-    """They are widened, where a bias or another type of number is not, and nothing else changes."""
+@pytest.mark.parametrize("cores", [1, 2])
+def test_matrices_whose_rows_lie_pages_apart(cores, monkeypatch):
+    """They are widened, where a bias or another type of number is not, and nothing else changes; within a walk on one
+    core alone."""
     monkeypatch.setattr(grouped, "PAGE", HIDDEN)
+    monkeypatch.setattr(grouped.xla, "cores", lambda: cores)
+    assert isinstance(grouped._wide(EXPERTS, 0).up[...], grouped.Wide) == (cores == 1)
     w = EXPERTS.up[0]
     assert isinstance(grouped.widened(w), grouped.Wide)
     close(grouped.times(np.ones((2, D), np.float32), grouped.widened(w)), np.ones((2, D)) @ w)
