@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import os
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
@@ -162,6 +163,11 @@ def kind() -> tuple[str, str]:
     active = _context.get()
     device = active[0].devices.flat[0] if active else jax.devices()[0]
     return device.platform, device.device_kind
+
+
+def cores() -> int:
+    """Of the CPU, that this process may compute on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def devices(word: str) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import time
 
 import jax
@@ -37,12 +36,6 @@ def options(platform: str | None = None) -> dict[str, str]:
     except jax.errors.JaxRuntimeError:
         return {}
     return dict(CPU)
-
-
-@functools.cache
-def cores() -> int:
-    """That this process may compute on, as XLA:CPU counts them."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @functools.cache

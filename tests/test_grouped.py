@@ -121,7 +121,7 @@ def test_matrices_whose_rows_lie_pages_apart(cores, monkeypatch):
     """They are widened, where a bias or another type of number is not, and nothing else changes; within a walk on one
     core alone."""
     monkeypatch.setattr(grouped, "PAGE", HIDDEN)
-    monkeypatch.setattr(grouped.xla, "cores", lambda: cores)
+    monkeypatch.setattr(grouped.sharding, "cores", lambda: cores)
     assert isinstance(grouped._wide(EXPERTS, 0).up[...], grouped.Wide) == (cores == 1)
     w = EXPERTS.up[0]
     assert isinstance(grouped.widened(w), grouped.Wide)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax import sharding, xla
+from moe_jax import sharding
 from moe_jax.layers import stack
 from moe_jax.layers.stack import PRODUCT
 from moe_jax.moe import megablox as kernels
@@ -266,7 +266,7 @@ def _wide(experts: Any, e: Any) -> Any:
 def _copied_wide(w_IxO: Array) -> Array | Wide:
     """`widened` where a copy for one use pays: on one core, whose products it speeds by an eighth. Where several share
     them they gain nothing, and the copy takes as long as the products of some ten rows."""
-    return widened(w_IxO) if xla.cores() == 1 else w_IxO
+    return widened(w_IxO) if sharding.cores() == 1 else w_IxO
 
 
 def _block(x: Array, row: Array, block: int) -> Array:
