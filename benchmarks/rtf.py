@@ -7,8 +7,8 @@ Rivals: "moe" has 8 experts of the dense layer's units, of which a frame takes 2
 feed-forward work, so that 4.7 times the parameters and equal work are to be had of top 1 alone) or 1; "dense x2" has
 twice the units, as much active work as top 2; "wide" is dense with as many parameters as the mixtures. All take turns
 in one process. "stream" is the encoder on one chunk of 16 frames (640 ms, as WeNet's scores have it) at batch 1, which
-looks back on 4 (its weights laid out as `Recogniser` has them for streams), "stream of 1 s" on one of 25 frames, the
-longest that training in chunks draws; "batch" on 8 recordings of 10 s at once; "final" is the second pass, both
+looks back on 4 others (its weights laid out as `Recogniser` has them for streams), "stream of 1 s" on one of 25 frames,
+the longest that training in chunks draws; "batch" on 8 recordings of 10 s at once; "final" is the second pass, both
 decoders on 10 texts of 40 tokens of one recording of 10 s; "two passes" is the sum of these two. Time is
 seconds of computing a second of audio, features and search not counted; M are millions of parameters of all of a model
 and of its rival. Target: a mixture at most 1.15 times as slow as the dense model of as much active work. Of a stream,
@@ -53,8 +53,8 @@ RIVALS = (
     ("wide", "dense", None),
 )
 FRONTEND = {"rate": 16_000, "mels": 80, "mean": [0.0] * 80, "scale": [1.0] * 80}
-# (width, blocks, units, vocabulary): of spoken digits, of WeNet's recipe for AISHELL, and one of the paper's number of
-# parameters, whose own shape is not known.
+# (width, blocks, units, vocabulary): a small one, WeNet's for AISHELL (models/conformer.gin), and one of as many
+# parameters as the paper's, whose own shape is not known.
 SHAPES = {"d96": (96, 4, 384, 64), "d256": (256, 12, 2048, 4233), "225M": (512, 26, 2048, 12_000)}
 
 
@@ -100,7 +100,7 @@ def heard(d: int, layers: int, hidden: int, vocab: int) -> Iterator[dict[str, An
     def features(*shape: int) -> tuple[jax.Array, jax.Array]:
         return jnp.asarray(rng.normal(size=(*shape, 80)), jnp.float32), jnp.ones(shape, bool)
 
-    def heard_of(chunk: int) -> Callable[[Conformer], tuple[Any, ...]]:
+    def chunk_of(chunk: int) -> Callable[[Conformer], tuple[Any, ...]]:
         window = features(1, subsample.RATE * (chunk - 1) + subsample.WINDOW)
         return lambda m: (*window, stack.split(m.state(1, chunk * LEFT), layers))
 
@@ -109,12 +109,12 @@ def heard(d: int, layers: int, hidden: int, vocab: int) -> Iterator[dict[str, An
         "batch": (whole, lambda m: recordings, ROWS * SECONDS),
         "final": (score, lambda m: (tokens, memory, jnp.ones(memory.shape[:2], bool)), SECONDS),
     }
-    cases |= {n: (partial(stream, chunk=chunk), heard_of(chunk), chunk * FRAME) for n, chunk in CHUNKS.items()}
+    cases |= {n: (partial(stream, chunk=chunk), chunk_of(chunk), chunk * FRAME) for n, chunk in CHUNKS.items()}
     ready: dict[str, Any] = {}
     passes: dict[str, dict[str, float]] = {}
     for name, (function, of, seconds) in cases.items():
         ready.clear()  # of the case before, which hold its models
-        if name == next(iter(CHUNKS)):
+        if name == "stream":  # what follows are streams too
             made = laid_out(made)
         ready |= {n: program(function, m, *of(m)) for n, m in made.items()}
         times = interleaved({n: p.run for n, p in ready.items()}, seconds=10, rounds=3)  # some take a minute
